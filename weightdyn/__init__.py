@@ -1,0 +1,1 @@
+"""weightdyn: why the weights of a network grow, overshoot and relax, in numbers."""
