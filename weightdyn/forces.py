@@ -189,10 +189,10 @@ def budget(table: pd.DataFrame) -> pd.DataFrame:
     [[0.5, 0.1, 0.4]]
     """
     check_force_table(table)
-    total = sum(table[name].abs() for name in FORCES)
+    total = table[list(FORCES)].abs().sum(axis=1, skipna=False)
     total = total.where(total != 0)
     shares = {f"{name}_share": table[name].abs() / total for name in FORCES}
-    return table.assign(**shares, net=sum(table[name] for name in FORCES))
+    return table.assign(**shares, net=table[list(FORCES)].sum(axis=1, skipna=False))
 
 
 _SUMMED = ("numel", "norm_sq", "norm_sq_after", *FORCES)
