@@ -1,0 +1,440 @@
+"""Weight magnitudes as a histogram over the bits of floats.
+
+The bits of a positive float, read as an integer, are monotone in its value. A count over the leading bits of
+|x| is therefore the sorted sample, at a resolution that is the same everywhere on the logarithmic axis: every
+distinct magnitude of bfloat16 and float16, and 256 bins to the octave for float32 and float64. It costs one
+pass instead of a sort, takes the same little memory whatever the tensor, does not care about scale, and adds,
+so shards merge and layers pool. Everything in `weibull` is computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PIECE = 1 << 16
+"""Elements that are counted at a time on the CPU: what is made of them stays in the cache."""
+
+DEVICE_PIECE = 1 << 20
+"""The same on other devices, where a launch costs more than memory traffic."""
+
+
+class _Format(NamedTuple):
+    """How a float type splits: exponent bits, mantissa bits, and how many of the latter a key keeps."""
+
+    exponent: int
+    mantissa: int
+    kept: int
+    bits: torch.dtype
+
+    @property
+    def shift(self) -> int:
+        return self.mantissa - self.kept
+
+    @property
+    def infinity(self) -> int:
+        """The key of infinity; NaNs have it or a higher one."""
+        return ((1 << self.exponent) - 1) << self.kept
+
+    @property
+    def keys(self) -> int:
+        return 1 << (self.exponent + self.kept)
+
+
+_FORMATS = {
+    "bfloat16": _Format(8, 7, 7, torch.int16),
+    "float16": _Format(5, 10, 10, torch.int16),
+    "float32": _Format(8, 23, 8, torch.int32),
+    "float64": _Format(11, 52, 8, torch.int64),
+}
+
+
+class Sums(NamedTuple):
+    """Sums over the non-zero finite magnitudes, in float64: ‖x‖², Σ|x| and Σ ln|x|."""
+
+    squares: float
+    magnitudes: float
+    logs: float
+
+
+def _format(dtype: Any, argument: str = "x") -> tuple[str, _Format]:
+    name = str(dtype).removeprefix("torch.")
+    if name not in _FORMATS:
+        raise TypeError(
+            f"{argument} must be of a float type, one of {', '.join(_FORMATS)}; got {name}. "
+            "Convert it first (x.float())."
+        )
+    return name, _FORMATS[name]
+
+
+def _pieces(x: Any, size: int) -> Iterator[Any]:
+    """Flat pieces of a tensor or array of any strides, at most `size` long; the order is the memory's."""
+    if isinstance(x, Tensor):
+        x = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
+        contiguous = x.is_contiguous()
+    else:
+        x = x.transpose(sorted(range(x.ndim), key=lambda axis: abs(x.strides[axis]), reverse=True))
+        contiguous = x.flags.c_contiguous
+    total = int(np.prod(x.shape))
+    if total <= size:
+        if total:
+            yield x.reshape(-1)
+    elif contiguous:
+        flat = x.reshape(-1)
+        for start in range(0, total, size):
+            yield flat[start : start + size]
+    else:
+        rows = max(1, size * x.shape[0] // total)
+        for start in range(0, x.shape[0], rows):
+            yield from _pieces(x[start] if rows == 1 else x[start : start + rows], size)
+
+
+def _bits(x: Tensor | np.ndarray) -> np.ndarray:
+    """The bits of a CPU tensor or array as signed integers, without a copy."""
+    if isinstance(x, Tensor):
+        return x.view(_FORMATS[str(x.dtype).removeprefix("torch.")].bits).numpy()
+    return x.view(f"i{x.dtype.itemsize}")
+
+
+def _count_on_cpu(x: Tensor | np.ndarray, form: _Format, sums: bool) -> tuple[np.ndarray, Sums | None]:
+    counts = np.zeros(form.keys, dtype=np.int64)
+    zeros = 0
+    total = np.zeros(3)
+    bits = _bits(x)
+    drop_sign = bits.dtype.type(np.iinfo(bits.dtype).max)
+    for piece in _pieces(bits, PIECE):
+        magnitude = piece & drop_sign
+        # add.at runs on one thread at the speed of the cache. torch.bincount is faster on idle cores,
+        # and a hundred times slower where its threads have to wait for each other.
+        np.add.at(counts, (magnitude >> form.shift).astype(np.intp), 1)
+        if form.shift:
+            zeros += len(magnitude) - int(np.count_nonzero(magnitude))
+        if sums:
+            total += _sums_of_array(magnitude.view(f"f{magnitude.dtype.itemsize}"))
+    if form.shift:
+        # Key 0 also caught the magnitudes that are too small for key 1. They are subnormal, but no zeros.
+        counts[1] += counts[0] - zeros
+        counts[0] = zeros
+    return counts, Sums(*total.tolist()) if sums else None
+
+
+def _sums_of_array(magnitude: np.ndarray) -> tuple[float, float, float]:
+    a = magnitude.astype(np.float64, copy=False)
+    if not np.isfinite(a.sum()):
+        a = a[np.isfinite(a)]
+    if not a.all():
+        a = a[a > 0]
+    with np.errstate(over="ignore", under="ignore"):  # the squares of float64 can leave its range
+        return float((a * a).sum()), float(a.sum()), float(np.log(a).sum())
+
+
+def _count_on_device(x: Tensor, form: _Format) -> Tensor:
+    counts = torch.zeros(form.keys, dtype=torch.int64, device=x.device)
+    one = torch.ones(1, dtype=torch.int64, device=x.device)
+    for piece in _pieces(x, DEVICE_PIECE):
+        magnitude = piece.view(form.bits) & torch.iinfo(form.bits).max
+        keys = magnitude >> form.shift
+        if form.shift:
+            keys = torch.maximum(keys, magnitude.clamp(max=1))  # a magnitude too small for key 1 is no zero
+        counts.scatter_add_(0, keys.long(), one.expand(keys.shape))  # torch.bincount would synchronise
+    return counts
+
+
+def count_magnitudes(x: Tensor) -> Tensor:
+    """Count the bit patterns of |x| where x lies; nothing synchronises on a GPU.
+
+    Args:
+        x: a tensor of bfloat16, float16, float32 or float64, of any shape, strides and device.
+
+    Returns:
+        int64 counts on the same device, one per key: 2**15 keys (every magnitude) for bfloat16 and float16,
+        2**16 for float32, 2**19 for float64 (the exponent and eight bits of the mantissa). Key 0 holds the
+        zeros, the keys from the one of infinity on hold infinities and NaNs. `MagnitudeHistogram.from_counts`
+        reads them, then or later.
+
+    Raises:
+        TypeError: x is not a tensor of one of these types.
+
+    >>> count_magnitudes(torch.tensor([0.0, 1.0, -1.0])).sum()
+    tensor(3)
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    _, form = _format(x.dtype)
+    x = x.detach()
+    if x.device.type == "cpu":
+        return torch.from_numpy(_count_on_cpu(x, form, sums=False)[0])
+    return _count_on_device(x, form)
+
+
+def sum_magnitudes(x: Tensor) -> Tensor:
+    """‖x‖², Σ|x| and Σ ln|x| over the non-zero finite elements, as three float64 on the device of x.
+
+    Nothing synchronises on a GPU, and temporary memory is bounded.
+
+    >>> sum_magnitudes(torch.tensor([1.0, -2.0, 0.0]))[:2]
+    tensor([5., 3.], dtype=torch.float64)
+    """
+    total = torch.zeros(3, dtype=torch.float64, device=x.device)
+    for piece in _pieces(x.detach(), DEVICE_PIECE):
+        a = piece.double().abs()
+        a = torch.where(a.isfinite(), a, 0)
+        total += torch.stack([(a * a).sum(), a.sum(), torch.where(a > 0, a, 1).log().sum()])
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class MagnitudeHistogram:
+    """Counts of |x| over the leading bits of a float type, populated bins only.
+
+    Make one with `from_tensor` (tensors and arrays) or `from_counts`, merge with `+` (or `sum`).
+
+    Attributes:
+        dtype: the float type: "bfloat16", "float16", "float32" or "float64".
+        keys: the populated bins, ascending: leading bits of |x| as int64; zeros and non-finite values apart.
+        counts: how many magnitudes each holds, int64.
+        n_zero: number of zeros.
+        n_nonfinite: number of infinities and NaNs.
+        sums: ‖x‖², Σ|x|, Σ ln|x| as they were accumulated beside the counts, or None where they were not.
+            Those of bfloat16 and float16 follow exactly from the counts and are always there.
+
+    >>> h = MagnitudeHistogram.from_tensor(torch.tensor([0.5, -0.5, 2.0, 0.0]))
+    >>> h.n, h.n_zero, h.sums.squares
+    (3, 1, 4.5)
+    """
+
+    dtype: str
+    keys: np.ndarray
+    counts: np.ndarray
+    n_zero: int = 0
+    n_nonfinite: int = 0
+    sums: Sums | None = None
+
+    @classmethod
+    def from_tensor(cls, x: Tensor | np.ndarray, *, sums: bool = True) -> MagnitudeHistogram:
+        """Count a tensor (where it lies) or an array, in pieces of bounded size.
+
+        Args:
+            x: floats of any shape, strides and device; a memory-mapped array is read once.
+            sums: accumulate ‖x‖², Σ|x| and Σ ln|x| in float64 in the same pass. It about doubles the time for
+                float32 and float64, and costs nothing for bfloat16 and float16.
+
+        Raises:
+            TypeError: x is no tensor or array, or not of a float type.
+        """
+        if isinstance(x, Tensor):
+            name, form = _format(x.dtype)
+            x = x.detach()
+            if x.device.type == "mps":  # it has no float64
+                x = x.cpu()
+            if x.device.type != "cpu":
+                measured = Sums(*sum_magnitudes(x).tolist()) if sums and form.shift else None
+                return cls.from_counts(_count_on_device(x, form), name, measured)
+        elif isinstance(x, np.ndarray):
+            name, form = _format(x.dtype.newbyteorder("="))
+            x = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+        else:
+            raise TypeError(f"x must be a torch.Tensor or a numpy.ndarray, got {type(x).__name__}")
+        counts, measured = _count_on_cpu(x, form, sums=sums and form.shift > 0)
+        return cls.from_counts(counts, name, measured)
+
+    @classmethod
+    def from_counts(
+        cls, counts: Tensor | np.ndarray, dtype: Any, sums: Sums | None = None
+    ) -> MagnitudeHistogram:
+        """The histogram of what `count_magnitudes` counted.
+
+        Args:
+            counts: one count per key, on any device.
+            dtype: the float type that was counted (a torch or numpy dtype, or its name).
+            sums: what `sum_magnitudes` returned for the same values, or nothing.
+
+        Raises:
+            ValueError: `counts` is not of the length that belongs to dtype.
+        """
+        name, form = _format(dtype, "dtype")
+        counts = counts.cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
+        if counts.shape != (form.keys,):
+            raise ValueError(
+                f"counts must have the shape ({form.keys},) for {name}, as count_magnitudes returns it; "
+                f"got {counts.shape}"
+            )
+        keys = np.flatnonzero(counts[1 : form.infinity]) + 1
+        made = cls(
+            dtype=name,
+            keys=keys,
+            counts=counts[keys].astype(np.int64),
+            n_zero=int(counts[0]),
+            n_nonfinite=int(counts[form.infinity :].sum()),
+            sums=None if sums is None else Sums(*(float(value) for value in sums)),
+        )
+        return made if form.shift else made._with_sums_of_bins()
+
+    def _with_sums_of_bins(self) -> MagnitudeHistogram:
+        value = self.edges[0]
+        return replace(
+            self,
+            sums=Sums(
+                float(self.counts @ value**2),
+                float(self.counts @ value),
+                float(self.counts @ np.log(value)),
+            ),
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether each bin holds a single magnitude (bfloat16 and float16)."""
+        return _FORMATS[self.dtype].shift == 0
+
+    @property
+    def n(self) -> int:
+        """Number of non-zero finite magnitudes: those that all statistics are about."""
+        return int(self.counts.sum())
+
+    @property
+    def n_subnormal(self) -> int:
+        """How many of them are subnormal."""
+        return int(self.counts[self.keys < 1 << _FORMATS[self.dtype].kept].sum())
+
+    @cached_property
+    def edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper edge of each populated bin, float64; the same where a bin is one magnitude."""
+        form = _FORMATS[self.dtype]
+        low = _value(self.keys, form)
+        if self.exact:
+            return low, low
+        if len(self.keys) and self.keys[0] == 1:
+            low[0] = np.ldexp(1.0, 2 - (1 << (form.exponent - 1)) - form.mantissa)  # the smallest subnormal
+        return low, np.minimum(_value(self.keys + 1, form), np.finfo(np.float64).max)
+
+    def __add__(self, other: MagnitudeHistogram) -> MagnitudeHistogram:
+        """The histogram of both samples together.
+
+        Raises:
+            ValueError: the two count different float types.
+        """
+        if not isinstance(other, MagnitudeHistogram):
+            return NotImplemented
+        if other.dtype != self.dtype:
+            raise ValueError(
+                f"histograms of {self.dtype} and {other.dtype} cannot be merged: their bins differ. "
+                "Convert the values to one type before counting."
+            )
+        keys, where = np.unique(np.concatenate([self.keys, other.keys]), return_inverse=True)
+        counts = np.zeros(len(keys), dtype=np.int64)
+        np.add.at(counts, where, np.concatenate([self.counts, other.counts]))
+        sums = None
+        if self.sums is not None and other.sums is not None:
+            sums = Sums(*(a + b for a, b in zip(self.sums, other.sums, strict=True)))
+        made = MagnitudeHistogram(
+            self.dtype,
+            keys,
+            counts,
+            self.n_zero + other.n_zero,
+            self.n_nonfinite + other.n_nonfinite,
+            sums,
+        )
+        return made._with_sums_of_bins() if self.exact else made
+
+    def __radd__(self, other: Any) -> MagnitudeHistogram:
+        """Let `sum(histograms)` start from 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def quantile(self, q: Any) -> Any:
+        """Magnitude below which the fraction q of the sample lies; linear inside a bin.
+
+        Args:
+            q: a number or an array in [0, 1].
+
+        Returns:
+            A float, or an array of the shape of q; NaN for an empty histogram.
+
+        >>> h = MagnitudeHistogram.from_tensor(torch.arange(1, 101).bfloat16())
+        >>> h.quantile(0.5)
+        50.0
+        """
+        q = np.asarray(q, dtype=np.float64)
+        if not np.all((q >= 0) & (q <= 1)):
+            raise ValueError(f"q must lie in [0, 1], got {q}")
+        if self.n == 0:
+            out = np.full(q.shape, np.nan)
+        else:
+            ends = np.cumsum(self.counts)
+            rank = q * ends[-1]
+            where = np.minimum(np.searchsorted(ends, rank), len(ends) - 1)
+            low, high = self.edges
+            inside = (rank - ends[where]) / self.counts[where] + 1
+            out = low[where] + (high - low)[where] * inside
+        return float(out) if out.ndim == 0 else out
+
+    def cdf(self, x: Any) -> Any:
+        """Fraction of the sample that is at most x; linear inside a bin.
+
+        >>> MagnitudeHistogram.from_tensor(torch.arange(1, 101).bfloat16()).cdf(25.0)
+        0.25
+        """
+        x = np.asarray(x, dtype=np.float64)
+        if self.n == 0:
+            out = np.full(x.shape, np.nan)
+        else:
+            ends = np.concatenate([[0], np.cumsum(self.counts)])
+            low, high = self.edges
+            begun = np.searchsorted(low, x, side="right")
+            last = np.maximum(begun - 1, 0)
+            width = np.where(high > low, high - low, 1.0)
+            inside = np.where(self.exact, 1.0, np.clip((x - low[last]) / width[last], 0, 1))
+            out = np.where(begun > 0, (ends[last] + self.counts[last] * inside) / ends[-1], 0.0)
+        return float(out) if out.ndim == 0 else out
+
+    def save(self, path: str | Path) -> None:
+        """Write to an .npz file, compressed: some tens of kilobytes."""
+        sums = np.array([] if self.sums is None else self.sums, dtype=np.float64)
+        with open(path, "wb") as file:
+            np.savez_compressed(
+                file,
+                dtype=np.array(self.dtype),
+                keys=self.keys,
+                counts=self.counts,
+                apart=np.array([self.n_zero, self.n_nonfinite]),
+                sums=sums,
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> MagnitudeHistogram:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                stored = {name: file[name] for name in ("dtype", "keys", "counts", "apart", "sums")}
+        except (KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is no histogram that MagnitudeHistogram.save wrote: {error}") from error
+        zero, nonfinite = stored["apart"].tolist()
+        sums = Sums(*stored["sums"].tolist()) if len(stored["sums"]) else None
+        return cls(str(stored["dtype"]), stored["keys"], stored["counts"], zero, nonfinite, sums)
+
+    def __repr__(self) -> str:
+        return (
+            f"MagnitudeHistogram({self.dtype}, n={self.n}, bins={len(self.keys)}, "
+            f"n_zero={self.n_zero}, n_nonfinite={self.n_nonfinite})"
+        )
+
+
+def _value(keys: np.ndarray, form: _Format) -> np.ndarray:
+    """The magnitude at which the bin of each key begins."""
+    exponent = keys >> form.kept
+    fraction = keys & ((1 << form.kept) - 1)
+    bias = (1 << (form.exponent - 1)) - 1
+    normal = exponent > 0
+    scaled = fraction + np.where(normal, 1 << form.kept, 0)
+    with np.errstate(over="ignore"):  # the end of the last bin of float64
+        return np.ldexp(scaled.astype(np.float64), np.maximum(exponent, 1) - bias - form.kept)
