@@ -120,6 +120,21 @@ def before_step(dot_wu_after: Any, u_sq: Any, w_sq_after: Any, lr: Any, weight_d
     return Products(dot_wu, u_sq, w_sq)
 
 
+def after_step(dot_wu: Any, u_sq: Any, w_sq: Any, lr: Any, weight_decay: Any) -> Products:
+    """Products of the state after an AdamW step from those before it: the inverse of `before_step`.
+
+        ⟨w',u⟩ = (1−ηλ)⟨w,u⟩ − η‖u‖²
+        ‖w'‖²  = (1−ηλ)²‖w‖² − 2η(1−ηλ)⟨w,u⟩ + η²‖u‖²
+
+    >>> after_step(dot_wu=-1.0, u_sq=1.0, w_sq=1.0, lr=0.5, weight_decay=0.0)
+    Products(dot_wu=-1.5, u_sq=1.0, w_sq=2.25)
+    """
+    shrink = 1 - lr * weight_decay
+    dot_wu_after = shrink * dot_wu - lr * u_sq
+    w_sq_after = shrink**2 * w_sq - 2 * lr * shrink * dot_wu + lr**2 * u_sq
+    return Products(dot_wu_after, u_sq, w_sq_after)
+
+
 def relative_update(u_sq: Any, w_sq: Any, lr: Any) -> Any:
     """Relative update η‖u‖/‖w‖ (dimensionless), decay left out.
 
