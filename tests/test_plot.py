@@ -63,12 +63,12 @@ def force_table(updates=120, layers=2, seed=0):
     return table.sort_values("step", kind="stable", ignore_index=True)
 
 
-def weibull_table(layers=2, rows=40, relax=0.5):
-    """λ rises to a peak at a third of the run (deeper layers later) and loses the fraction `relax`; k is flat."""
+def weibull_table(layers=2, rows=40, relax=0.5, peak=0.3):
+    """λ rises to a peak after the fraction `peak` of the run (deeper layers later) and loses the fraction `relax`; k is flat."""
     step = 10 * np.arange(1, rows + 1)
     parts = []
     for name in names(layers):
-        top = (0.3 + 0.02 * (name["layer"] or 0)) * step[-1]
+        top = (peak + 0.02 * (name["layer"] or 0)) * step[-1]
         lam = 0.02 + 0.05 * np.minimum(step / top, 1) - 0.05 * relax * np.clip((step - top) / step[-1], 0, 1)
         parts.append(pd.DataFrame({"step": step, **name, "numel": 100, "k": 1.2, "lam": lam, "n": 100}))
     return grouped(pd.concat(parts))
@@ -100,6 +100,8 @@ def every_figure():
     yield plot.weibull_trajectory(weibull, by="role")[0].figure
     yield plot.weibull_trajectory(weibull, by="component", value="lam").figure
     yield plot.weibull_trajectory(weibull_table(layers=24))[0].figure
+    yield plot.weibull_trajectory(weibull_table(peak=0.85))[0].figure
+    yield plot.weibull_trajectory(weibull_table(peak=0.05))[0].figure
     yield plot.loss(metrics_table(), unit="nats per byte").figure
 
 
@@ -217,7 +219,7 @@ def test_the_peaks_and_the_phases_between_them_are_marked():
     dots = [(one.get_xdata()[0], one.get_ydata()[0]) for one in top.get_lines() if one.get_marker() == "o"]
     assert [step for step, _ in dots] == [120, 130, 120]
     assert [value for _, value in dots] == pytest.approx([0.07] * 3, rel=0.02)
-    assert [text.get_text() for text in top.texts] == ["relaxation →", "← rise"]
+    assert [text.get_text() for text in top.texts] == ["← rise", "relaxation →"]
     for ax in (top, bottom):
         marks = {one.get_xdata()[0] for one in ax.get_lines() if one.get_linestyle() == ":"}
         assert marks == {120, 130}

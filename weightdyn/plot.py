@@ -330,11 +330,13 @@ def _mark_phases(ax: Axes, first: float, last: float, *, named: bool) -> None:
         ax.axvline(step, color=_GREY, linewidth=0.6, linestyle=":", zorder=0)
     if not named:
         return
-    # Over the Axes, where there is no data. Left of an early peak there is no room for a word.
+    # Over the Axes, where there is no data; only where the peaks leave room for the word beside them.
     low, high = ax.get_xlim()
-    words = [("relaxation →", last, "left", 2)]
+    words = []
     if first - low > 0.15 * (high - low):
         words.append(("← rise", first, "right", -2))
+    if high - last > 0.28 * (high - low):
+        words.append(("relaxation →", last, "left", 2))
     for word, step, side, shift in words:
         ax.annotate(
             word,
