@@ -64,7 +64,7 @@ def force_table(updates=120, layers=2, seed=0):
 
 
 def weibull_table(layers=2, rows=40, relax=0.5, peak=0.3):
-    """λ rises to a peak after the fraction `peak` of the run (deeper layers later) and loses the fraction `relax`; k is flat."""
+    """λ peaks after the fraction `peak` of the run (deeper layers later), then loses `relax`; k is flat."""
     step = 10 * np.arange(1, rows + 1)
     parts = []
     for name in names(layers):
