@@ -9,8 +9,9 @@ so shards merge and layers pool. Everything in `weibull` is computed from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ DEVICE_PIECE = 1 << 20
 
 
 class _Format(NamedTuple):
-    """How a float type splits: exponent bits, mantissa bits, and how many of the latter a key keeps."""
+    """How a float type splits: exponent bits, mantissa bits, and how many of the latter a binned key keeps."""
 
     exponent: int
     mantissa: int
@@ -37,11 +38,6 @@ class _Format(NamedTuple):
     @property
     def shift(self) -> int:
         return self.mantissa - self.kept
-
-    @property
-    def infinity(self) -> int:
-        """The key of infinity; NaNs have it or a higher one."""
-        return ((1 << self.exponent) - 1) << self.kept
 
     @property
     def keys(self) -> int:
@@ -198,12 +194,13 @@ class MagnitudeHistogram:
 
     Attributes:
         dtype: the float type: "bfloat16", "float16", "float32" or "float64".
-        keys: the populated bins, ascending: leading bits of |x| as int64; zeros and non-finite values apart.
-        counts: how many magnitudes each holds, int64.
+        keys: the populated bins, ascending: the leading bits of |x| as int64. Zeros, infinities and NaNs stand
+            apart.
+        counts: how many magnitudes each bin holds, int64.
         n_zero: number of zeros.
         n_nonfinite: number of infinities and NaNs.
-        sums: ‖x‖², Σ|x|, Σ ln|x| as they were accumulated beside the counts, or None where they were not.
-            Those of bfloat16 and float16 follow exactly from the counts and are always there.
+        accumulated: the sums that were taken beside the counts, if any; `sums` is what to read.
+        exact: whether each bin holds a single magnitude, as for bfloat16 and float16 it always does.
 
     >>> h = MagnitudeHistogram.from_tensor(torch.tensor([0.5, -0.5, 2.0, 0.0]))
     >>> h.n, h.n_zero, h.sums.squares
@@ -215,16 +212,21 @@ class MagnitudeHistogram:
     counts: np.ndarray
     n_zero: int = 0
     n_nonfinite: int = 0
-    sums: Sums | None = None
+    accumulated: Sums | None = None
+    exact: bool = False
 
     @classmethod
-    def from_tensor(cls, x: Tensor | np.ndarray, *, sums: bool = True) -> MagnitudeHistogram:
+    def from_tensor(
+        cls, x: Tensor | np.ndarray, *, sums: bool = True, exact: bool = False
+    ) -> MagnitudeHistogram:
         """Count a tensor (where it lies) or an array, in pieces of bounded size.
 
         Args:
             x: floats of any shape, strides and device; a memory-mapped array is read once.
-            sums: accumulate ‖x‖², Σ|x| and Σ ln|x| in float64 in the same pass. It about doubles the time for
+            sums: accumulate ‖x‖², Σ|x| and Σ ln|x| in float64 in the same pass. It about triples the time for
                 float32 and float64, and costs nothing for bfloat16 and float16.
+            exact: keep every distinct magnitude of float32 and float64 apart. This sorts the sample and takes
+                memory of its size.
 
         Raises:
             TypeError: x is no tensor or array, or not of a float type.
@@ -232,22 +234,26 @@ class MagnitudeHistogram:
         if isinstance(x, Tensor):
             name, form = _format(x.dtype)
             x = x.detach()
-            if x.device.type == "mps":  # it has no float64
-                x = x.cpu()
-            if x.device.type != "cpu":
+            if x.device.type != "cpu" and not exact and x.device.type != "mps":  # which has no float64
                 measured = Sums(*sum_magnitudes(x).tolist()) if sums and form.shift else None
                 return cls.from_counts(_count_on_device(x, form), name, measured)
+            x = x.cpu()
         elif isinstance(x, np.ndarray):
-            name, form = _format(x.dtype.newbyteorder("="))
-            x = x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+            native = x.dtype.newbyteorder("=")
+            name, form = _format(native)
+            x = x.astype(native, copy=False)
         else:
             raise TypeError(f"x must be a torch.Tensor or a numpy.ndarray, got {type(x).__name__}")
+        if exact and form.shift:
+            magnitude = _bits(x).ravel()
+            keys, counts = np.unique(magnitude & np.iinfo(magnitude.dtype).max, return_counts=True)
+            return cls._apart(name, keys.astype(np.int64), counts, None, exact=True)
         counts, measured = _count_on_cpu(x, form, sums=sums and form.shift > 0)
         return cls.from_counts(counts, name, measured)
 
     @classmethod
     def from_counts(
-        cls, counts: Tensor | np.ndarray, dtype: Any, sums: Sums | None = None
+        cls, counts: Tensor | np.ndarray, dtype: Any, sums: Iterable[float] | None = None
     ) -> MagnitudeHistogram:
         """The histogram of what `count_magnitudes` counted.
 
@@ -266,82 +272,95 @@ class MagnitudeHistogram:
                 f"counts must have the shape ({form.keys},) for {name}, as count_magnitudes returns it; "
                 f"got {counts.shape}"
             )
-        keys = np.flatnonzero(counts[1 : form.infinity]) + 1
-        made = cls(
+        keys = np.flatnonzero(counts)
+        measured = None if sums is None else Sums(*(float(value) for value in sums))
+        return cls._apart(name, keys, counts[keys], measured, exact=form.shift == 0)
+
+    @classmethod
+    def _apart(
+        cls, name: str, keys: np.ndarray, counts: np.ndarray, sums: Sums | None, *, exact: bool
+    ) -> MagnitudeHistogram:
+        """Take zeros, infinities and NaNs out of the bins."""
+        form = _FORMATS[name]
+        infinity = ((1 << form.exponent) - 1) << (form.mantissa if exact else form.kept)
+        zero, finite = np.searchsorted(keys, [1, infinity])
+        return cls(
             dtype=name,
-            keys=keys,
-            counts=counts[keys].astype(np.int64),
-            n_zero=int(counts[0]),
-            n_nonfinite=int(counts[form.infinity :].sum()),
-            sums=None if sums is None else Sums(*(float(value) for value in sums)),
-        )
-        return made if form.shift else made._with_sums_of_bins()
-
-    def _with_sums_of_bins(self) -> MagnitudeHistogram:
-        value = self.edges[0]
-        return replace(
-            self,
-            sums=Sums(
-                float(self.counts @ value**2),
-                float(self.counts @ value),
-                float(self.counts @ np.log(value)),
-            ),
+            keys=keys[zero:finite],
+            counts=counts[zero:finite].astype(np.int64),
+            n_zero=int(counts[:zero].sum()),
+            n_nonfinite=int(counts[finite:].sum()),
+            accumulated=sums,
+            exact=exact,
         )
 
-    @property
-    def exact(self) -> bool:
-        """Whether each bin holds a single magnitude (bfloat16 and float16)."""
-        return _FORMATS[self.dtype].shift == 0
-
-    @property
+    @cached_property
     def n(self) -> int:
         """Number of non-zero finite magnitudes: those that all statistics are about."""
         return int(self.counts.sum())
 
+    @cached_property
+    def sums(self) -> Sums | None:
+        """‖x‖², Σ|x|, Σ ln|x|: as accumulated, or from the counts where these are exact; else None."""
+        if not self.exact:
+            return self.accumulated
+        value = self.edges[0]
+        with np.errstate(over="ignore", under="ignore"):
+            terms = (self.counts * value**2, self.counts * value, self.counts * np.log(value))
+        return Sums(*(float(term.sum()) for term in terms))
+
     @property
     def n_subnormal(self) -> int:
         """How many of them are subnormal."""
-        return int(self.counts[self.keys < 1 << _FORMATS[self.dtype].kept].sum())
+        form = _FORMATS[self.dtype]
+        return int(self.counts[self.keys < 1 << (form.mantissa if self.exact else form.kept)].sum())
 
     @cached_property
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper edge of each populated bin, float64; the same where a bin is one magnitude."""
-        form = _FORMATS[self.dtype]
-        low = _value(self.keys, form)
+        """Lower and upper edge of each populated bin, float64; one and the same array if it is exact."""
         if self.exact:
-            return low, low
+            value = _value(self.keys, self.dtype)
+            return value, value
+        shift = _FORMATS[self.dtype].shift
+        low, high = (_value(keys << shift, self.dtype) for keys in (self.keys, self.keys + 1))
         if len(self.keys) and self.keys[0] == 1:
-            low[0] = np.ldexp(1.0, 2 - (1 << (form.exponent - 1)) - form.mantissa)  # the smallest subnormal
-        return low, np.minimum(_value(self.keys + 1, form), np.finfo(np.float64).max)
+            low[0] = _value(np.array([1]), self.dtype)[0]  # all that is too small for a key of its own
+        return low, np.minimum(high, torch.finfo(getattr(torch, self.dtype)).max)
+
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Magnitudes and weights that stand for the sample in sums of smooth functions.
+
+        The magnitudes themselves where the histogram is exact; else the two Gauss points of each bin, with
+        half of its count each.
+        """
+        low, high = self.edges
+        if self.exact:
+            return low, self.counts.astype(np.float64)
+        middle, reach = low / 2 + high / 2, (high / 2 - low / 2) / np.sqrt(3)
+        return np.concatenate([middle - reach, middle + reach]), np.tile(self.counts / 2, 2)
 
     def __add__(self, other: MagnitudeHistogram) -> MagnitudeHistogram:
         """The histogram of both samples together.
 
         Raises:
-            ValueError: the two count different float types.
+            ValueError: their bins differ, since one is of another float type, or exact.
         """
         if not isinstance(other, MagnitudeHistogram):
             return NotImplemented
-        if other.dtype != self.dtype:
+        if (other.dtype, other.exact) != (self.dtype, self.exact):
+            mine, theirs = (f"{h.dtype}{', exact' * h.exact}" for h in (self, other))
             raise ValueError(
-                f"histograms of {self.dtype} and {other.dtype} cannot be merged: their bins differ. "
+                f"histograms of different bins cannot be merged: one has {mine}, the other {theirs}. "
                 "Convert the values to one type before counting."
             )
         keys, where = np.unique(np.concatenate([self.keys, other.keys]), return_inverse=True)
         counts = np.zeros(len(keys), dtype=np.int64)
         np.add.at(counts, where, np.concatenate([self.counts, other.counts]))
         sums = None
-        if self.sums is not None and other.sums is not None:
-            sums = Sums(*(a + b for a, b in zip(self.sums, other.sums, strict=True)))
-        made = MagnitudeHistogram(
-            self.dtype,
-            keys,
-            counts,
-            self.n_zero + other.n_zero,
-            self.n_nonfinite + other.n_nonfinite,
-            sums,
-        )
-        return made._with_sums_of_bins() if self.exact else made
+        if self.accumulated is not None and other.accumulated is not None:
+            sums = Sums(*(a + b for a, b in zip(self.accumulated, other.accumulated, strict=True)))
+        zero, nonfinite = self.n_zero + other.n_zero, self.n_nonfinite + other.n_nonfinite
+        return MagnitudeHistogram(self.dtype, keys, counts, zero, nonfinite, sums, self.exact)
 
     def __radd__(self, other: Any) -> MagnitudeHistogram:
         """Let `sum(histograms)` start from 0."""
@@ -367,11 +386,11 @@ class MagnitudeHistogram:
             out = np.full(q.shape, np.nan)
         else:
             ends = np.cumsum(self.counts)
-            rank = q * ends[-1]
+            rank = q * self.n
             where = np.minimum(np.searchsorted(ends, rank), len(ends) - 1)
             low, high = self.edges
             inside = (rank - ends[where]) / self.counts[where] + 1
-            out = low[where] + (high - low)[where] * inside
+            out = low[where] + (high[where] - low[where]) * inside
         return float(out) if out.ndim == 0 else out
 
     def cdf(self, x: Any) -> Any:
@@ -384,26 +403,25 @@ class MagnitudeHistogram:
         if self.n == 0:
             out = np.full(x.shape, np.nan)
         else:
-            ends = np.concatenate([[0], np.cumsum(self.counts)])
             low, high = self.edges
             begun = np.searchsorted(low, x, side="right")
             last = np.maximum(begun - 1, 0)
-            width = np.where(high > low, high - low, 1.0)
-            inside = np.where(self.exact, 1.0, np.clip((x - low[last]) / width[last], 0, 1))
-            out = np.where(begun > 0, (ends[last] + self.counts[last] * inside) / ends[-1], 0.0)
+            width = 1.0 if self.exact else high[last] - low[last]
+            inside = 1.0 if self.exact else np.clip((x - low[last]) / width, 0, 1)
+            below = np.cumsum(self.counts)[last] - self.counts[last] * (1 - inside)
+            out = np.asarray(np.where(begun > 0, below / self.n, 0.0))
         return float(out) if out.ndim == 0 else out
 
     def save(self, path: str | Path) -> None:
-        """Write to an .npz file, compressed: some tens of kilobytes."""
-        sums = np.array([] if self.sums is None else self.sums, dtype=np.float64)
+        """Write to an .npz file, compressed: some tens of kilobytes for bins."""
         with open(path, "wb") as file:
             np.savez_compressed(
                 file,
                 dtype=np.array(self.dtype),
                 keys=self.keys,
                 counts=self.counts,
-                apart=np.array([self.n_zero, self.n_nonfinite]),
-                sums=sums,
+                apart=np.array([self.n_zero, self.n_nonfinite, self.exact]),
+                sums=np.array([] if self.accumulated is None else self.accumulated, dtype=np.float64),
             )
 
     @classmethod
@@ -411,16 +429,17 @@ class MagnitudeHistogram:
         """Read what `save` wrote.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: the file is something else.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
                 stored = {name: file[name] for name in ("dtype", "keys", "counts", "apart", "sums")}
-        except (KeyError, ValueError, AttributeError) as error:
+        except (KeyError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no histogram that MagnitudeHistogram.save wrote: {error}") from error
-        zero, nonfinite = stored["apart"].tolist()
+        zero, nonfinite, exact = stored["apart"].tolist()
         sums = Sums(*stored["sums"].tolist()) if len(stored["sums"]) else None
-        return cls(str(stored["dtype"]), stored["keys"], stored["counts"], zero, nonfinite, sums)
+        return cls(str(stored["dtype"]), stored["keys"], stored["counts"], zero, nonfinite, sums, bool(exact))
 
     def __repr__(self) -> str:
         return (
@@ -429,12 +448,9 @@ class MagnitudeHistogram:
         )
 
 
-def _value(keys: np.ndarray, form: _Format) -> np.ndarray:
-    """The magnitude at which the bin of each key begins."""
-    exponent = keys >> form.kept
-    fraction = keys & ((1 << form.kept) - 1)
-    bias = (1 << (form.exponent - 1)) - 1
-    normal = exponent > 0
-    scaled = fraction + np.where(normal, 1 << form.kept, 0)
-    with np.errstate(over="ignore"):  # the end of the last bin of float64
-        return np.ldexp(scaled.astype(np.float64), np.maximum(exponent, 1) - bias - form.kept)
+def _value(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The magnitudes with these bits, as float64."""
+    if dtype == "bfloat16":
+        bits, dtype = bits << 16, "float32"
+    kind = np.dtype(dtype)
+    return bits.astype(f"i{kind.itemsize}").view(kind).astype(np.float64)

@@ -5,22 +5,26 @@ The published protocol is a least-squares line through the middle 80 % of the pr
     ln(−ln(1 − F)) = k·ln x − k·ln λ,        F = (i − ½)/n for the i-th smallest of n magnitudes
 
 Each bin of a `MagnitudeHistogram` is a run of consecutive ranks, and sums of ln(−ln(1 − F)) over ranks have a
-closed form, so the whole regression is a few array operations on the bins that the trim leaves.
+closed form, so the whole regression is a few array operations on the bins that the trim leaves. The fits by
+likelihood and by moments, the rival laws and the tail measures are sums over the same bins.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy.special import exp1
+import pandas as pd
+from scipy.special import digamma, erf, erfinv, exp1, gammainc, gammaln, ndtr
 from torch import Tensor
 
 from weightdyn.magnitudes import MagnitudeHistogram
 
-Method = Literal["plot"]
+Method = Literal["plot", "mle", "moments"]
 
 SORTED = 1 << 19
 """Tensors and arrays up to this size are sorted, which is exact; larger ones are counted in bins."""
@@ -36,12 +40,15 @@ class WeibullFit:
     Attributes:
         k: shape; NaN where nothing could be fitted.
         lam: scale λ, in units of the weights; NaN where nothing could be fitted.
-        r_squared: squared correlation of ln x and ln(−ln(1−F)) in the trimmed probability plot.
+        r_squared: squared correlation of ln x and ln(−ln(1−F)) in the trimmed probability plot: how straight
+            the plot is, whatever the method.
         ks: Kolmogorov-Smirnov distance between the law and the whole sample, not only the trimmed part.
         n: number of non-zero finite magnitudes in the sample.
         method: how it was fitted.
         trim: the range of F that the probability plot used.
         note: empty, or what makes the fit doubtful or impossible.
+        k_se: standard error of k, from the observed information; NaN for other methods than "mle".
+        lam_se: that of λ.
     """
 
     k: float
@@ -52,19 +59,41 @@ class WeibullFit:
     method: Method = "plot"
     trim: tuple[float, float] = (0.1, 0.9)
     note: str = ""
-
-
-class _Bins(NamedTuple):
-    """A sorted sample in runs: edges of each bin (equal where it is one magnitude) and its count."""
-
-    low: np.ndarray
-    high: np.ndarray
-    counts: np.ndarray
-    n_nonfinite: int
+    k_se: float = math.nan
+    lam_se: float = math.nan
 
     @property
-    def n(self) -> int:
-        return int(self.counts.sum())
+    def mean(self) -> float:
+        """Mean of the law, λΓ(1 + 1/k)."""
+        return self.lam * math.exp(gammaln(1 + 1 / self.k))
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the law, λ√Γ(1 + 2/k): the σ of weights that are distributed about zero."""
+        return self.lam * math.exp(gammaln(1 + 2 / self.k) / 2)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the magnitudes, λ√(Γ(1 + 2/k) − Γ(1 + 1/k)²)."""
+        return self.rms * math.sqrt(-math.expm1(2 * gammaln(1 + 1 / self.k) - gammaln(1 + 2 / self.k)))
+
+    def cdf(self, x: Any) -> Any:
+        """P(|w| ≤ x) = 1 − exp(−(x/λ)^k), for numbers and arrays; 0 below zero."""
+        with np.errstate(over="ignore", under="ignore"):
+            return -np.expm1(-((np.maximum(x, 0.0) / self.lam) ** self.k))
+
+    def quantile(self, q: Any) -> Any:
+        """Magnitude with cdf q, λ(−ln(1 − q))^(1/k), for numbers and arrays in [0, 1]."""
+        with np.errstate(divide="ignore"):
+            return self.lam * (-np.log1p(-np.asarray(q, dtype=np.float64))) ** (1 / self.k)
+
+    def log_likelihood(self, x: Tensor | np.ndarray | MagnitudeHistogram) -> float:
+        """Log-likelihood of a sample, n ln(k/λ) + (k − 1)Σ ln(x/λ) − Σ (x/λ)^k, zeros left out."""
+        value, weight = _sample(x).points()
+        log = np.log(value / self.lam)
+        with np.errstate(over="ignore", under="ignore"):
+            terms = weight * (math.log(self.k / self.lam) + (self.k - 1) * log - np.exp(self.k * log))
+        return float(terms.sum())
 
 
 def fit_weibull(
@@ -78,13 +107,17 @@ def fit_weibull(
         x: weights of any shape and device, or the histogram of their magnitudes. Zeros and non-finite values
             are left out. Up to 524,288 weights are sorted; more of them in float32 or float64, like a
             histogram, are taken in bins 0.4 % wide, which moves k by less than 1e-5 at that size.
-        method: "plot", the published protocol: ordinary least squares of ln(−ln(1−F)) on ln x over the sorted
+        method: how k and λ are found.
+            "plot", the published protocol: ordinary least squares of ln(−ln(1−F)) on ln x over the sorted
             magnitudes with F = (i−½)/n in `trim`.
-        trim: the range of F that is used, both ends included.
+            "mle": maximum likelihood over the whole sample. λ^k = Σx^k/n leaves one concave function of k,
+            n ln k − n ln Σx^k + (k−1)Σ ln x, and Newton's method finds its top.
+            "moments": the law whose mean and mean square are the sample's.
+        trim: the range of F that the probability plot uses, both ends included.
 
     Returns:
-        A `WeibullFit`. A sample without two distinct magnitudes in the trim gives NaN for k and λ, and a
-        note; one with fewer than 50 distinct magnitudes is fitted and noted.
+        A `WeibullFit`. A sample without two distinct magnitudes (for "plot", in the trim) gives NaN for k and
+        λ, and a note; one with fewer than 50 distinct magnitudes is fitted and noted.
 
     Raises:
         TypeError: x is no tensor, array or histogram, or not of a float type.
@@ -98,51 +131,84 @@ def fit_weibull(
     >>> round(fit.k, 5), round(fit.lam, 6)
     (1.2, 0.02)
     """
-    if method != "plot":
-        raise ValueError(f"method must be 'plot', got {method!r}")
+    if method not in ("plot", "mle", "moments"):
+        raise ValueError(f"method must be 'plot', 'mle' or 'moments', got {method!r}")
     low, high = _check_trim(trim)
-    bins = _bins_of(x)
-    fit = _fit_plot(bins, (low, high))
-    return replace(fit, ks=_ks(bins, fit.k, fit.lam), note=_note(bins, fit))
+    sample = _sample(x)
+    line = _fit_plot(sample, (low, high))
+    if method == "plot":
+        found = _Found(line.k, line.lam)
+    else:
+        found = _fit_likelihood(sample) if method == "mle" else _fit_moments(sample)
+    fit = WeibullFit(
+        k=found.k,
+        lam=found.lam,
+        r_squared=line.r_squared,
+        ks=math.nan,
+        n=sample.n,
+        method=method,
+        trim=(low, high),
+        note=_note(sample, found.k),
+        k_se=found.k_se,
+        lam_se=found.lam_se,
+    )
+    return fit if math.isnan(fit.k) else replace(fit, ks=_ks(sample, fit.cdf))
+
+
+class _Found(NamedTuple):
+    k: float = math.nan
+    lam: float = math.nan
+    k_se: float = math.nan
+    lam_se: float = math.nan
+
+
+class _Line(NamedTuple):
+    k: float = math.nan
+    lam: float = math.nan
+    r_squared: float = math.nan
 
 
 def _check_trim(trim: Any) -> tuple[float, float]:
     try:
         low, high = (float(end) for end in trim)
     except (TypeError, ValueError):
-        low = high = np.nan
+        low = high = math.nan
     if not 0 <= low < high <= 1:
         raise ValueError(f"trim must be a pair (low, high) with 0 <= low < high <= 1, got {trim!r}")
     return low, high
 
 
-def _bins_of(x: Tensor | np.ndarray | MagnitudeHistogram) -> _Bins:
-    if isinstance(x, Tensor) and x.is_floating_point() and x.element_size() > 2 and x.numel() <= SORTED:
-        x = x.detach().cpu().numpy()
-    if isinstance(x, np.ndarray) and x.dtype.kind == "f" and 2 < x.itemsize <= 8 and x.size <= SORTED:
-        magnitude = np.abs(x.ravel())
-        finite = magnitude[np.isfinite(magnitude)]
-        value, counts = np.unique(finite[finite > 0], return_counts=True)
-        value = value.astype(np.float64)
-        return _Bins(value, value, counts, magnitude.size - finite.size)
-    histogram = x if isinstance(x, MagnitudeHistogram) else MagnitudeHistogram.from_tensor(x, sums=False)
-    return _Bins(*histogram.edges, histogram.counts, histogram.n_nonfinite)
+def _sample(x: Tensor | np.ndarray | MagnitudeHistogram, *, sums: bool = False) -> MagnitudeHistogram:
+    if isinstance(x, MagnitudeHistogram):
+        return x
+    size = x.numel() if isinstance(x, Tensor) else np.size(x)
+    return MagnitudeHistogram.from_tensor(x, sums=sums, exact=size <= SORTED)
 
 
-def _note(bins: _Bins, fit: WeibullFit) -> str:
+def _note(sample: MagnitudeHistogram, k: float) -> str:
     notes = []
-    distinct = len(bins.counts)
+    distinct = len(sample.keys)
     if distinct == 0:
         notes.append("no non-zero finite magnitudes")
     elif distinct == 1:
-        notes.append("all magnitudes are equal" + ("" if bins.high is bins.low else " to within 0.4 %"))
-    elif np.isnan(fit.k):
+        notes.append("all magnitudes are equal" + ("" if sample.exact else " to within 0.4 %"))
+    elif math.isnan(k):
         notes.append("fewer than two distinct magnitudes in the trimmed range")
     elif distinct < FEW:
         notes.append(f"only {distinct} distinct magnitudes")
-    if bins.n_nonfinite:
-        notes.append(f"{bins.n_nonfinite} NaN or infinite values left out")
+    if sample.n_nonfinite:
+        notes.append(f"{sample.n_nonfinite} NaN or infinite values left out")
     return "; ".join(notes)
+
+
+def _ks(sample: MagnitudeHistogram, cdf: Callable[[np.ndarray], np.ndarray]) -> float:
+    """sup |F_n − F| over the edges of the bins, both sides of each step."""
+    low, high = sample.edges
+    ends = np.cumsum(sample.counts)
+    below = cdf(low)
+    above = below if sample.exact else cdf(high)
+    gap = np.maximum(np.abs(ends / sample.n - above), np.abs((ends - sample.counts) / sample.n - below))
+    return float(gap.max())
 
 
 # The probability plot.
@@ -203,39 +269,37 @@ def _sum_of_squared_y(first: int, last: int, n: int) -> float:
 
 def _kept(n: int, trim: tuple[float, float]) -> tuple[int, int]:
     """How many magnitudes lie below the trim, and how many up to its upper end."""
-    first, last = int(np.ceil(trim[0] * n - 0.5)), int(np.floor(trim[1] * n + 0.5))
+    first, last = math.ceil(trim[0] * n - 0.5), math.floor(trim[1] * n + 0.5)
     # The products round; the protocol compares (i − ½)/n with the ends.
     first += -1 if (first - 0.5) / n >= trim[0] else 1 if (first + 0.5) / n < trim[0] else 0
     last += 1 if (last + 0.5) / n <= trim[1] else -1 if (last - 0.5) / n > trim[1] else 0
     return max(first, 0), min(last, n)
 
 
-def _fit_plot(bins: _Bins, trim: tuple[float, float]) -> WeibullFit:
-    n = bins.n
-    nothing = WeibullFit(np.nan, np.nan, np.nan, np.nan, n, "plot", trim)
+def _fit_plot(sample: MagnitudeHistogram, trim: tuple[float, float]) -> _Line:
+    n = sample.n
     if n == 0:
-        return nothing
+        return _Line()
     first, last = _kept(n, trim)
-    ends = np.cumsum(bins.counts)
+    ends = np.cumsum(sample.counts)
     inside = slice(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1)
-    low, high, ends, counts = bins.low[inside], bins.high[inside], ends[inside], bins.counts[inside]
+    ends, counts = ends[inside], sample.counts[inside]
     if last <= first or len(counts) < 2:
-        return nothing
+        return _Line()
     ranks = np.concatenate([[first], np.minimum(ends, last)])
     m = np.diff(ranks)
     y = np.diff(_sums_of_y(ranks, n)) / m
 
     # Within a bin the plot is taken as straight: x follows from where y lies between the bin's edges.
     # A bin that the trim cuts keeps its slope.
+    low, high = (edge[inside] for edge in sample.edges)
     x = np.log(low)
-    slope = np.zeros_like(x)
-    spread = np.zeros_like(x)
-    if high is not low:
+    slope = spread = np.zeros_like(x)
+    if not sample.exact:
         edge = _plotted(np.clip([ends - counts, ends], 0.5, n - 0.5), n)
         slope = (np.log(high) - x) / np.maximum(edge[1] - edge[0], np.finfo(float).tiny)
         x = x + slope * (y - edge[0])
-        cut = _plotted(np.clip(ranks, 0.5, n - 0.5), n)
-        spread = np.diff(cut) ** 2 / 12
+        spread = np.diff(_plotted(np.clip(ranks, 0.5, n - 0.5), n)) ** 2 / 12
 
     size = last - first
     x_mean, y_mean = np.sum(m * x) / size, np.sum(m * y) / size  # no @: BLAS would wake its threads
@@ -243,23 +307,383 @@ def _fit_plot(bins: _Bins, trim: tuple[float, float]) -> WeibullFit:
     xx = np.sum(m * (dx**2 + slope**2 * spread))
     xy = np.sum(m * dx * dy + (m - 1) * slope * spread)
     yy = _sum_of_squared_y(first, last, n) - size * y_mean**2
-    k = xy / xx
-    return replace(
-        nothing,
-        k=float(k),
-        lam=float(np.exp(x_mean - y_mean / k)),
-        r_squared=float(min(xy**2 / (xx * yy), 1.0)),
+    k = float(xy / xx)
+    return _Line(k, math.exp(x_mean - y_mean / k), min(float(xy**2 / (xx * yy)), 1.0))
+
+
+def _half_normal() -> _Line:
+    """The line through the probability plot of a half-normal with σ = 1 (see `K0`)."""
+    node, weight = _gauss_legendre()
+    f = 0.5 + 0.4 * node  # [0.1, 0.9]
+    x = np.log(math.sqrt(2) * erfinv(f))
+    y = np.log(-np.log1p(-f))
+    x_mean, y_mean, xx, xy, yy = (np.sum(weight * v) / 2 for v in (x, y, x * x, x * y, y * y))
+    xx, xy, yy = xx - x_mean**2, xy - x_mean * y_mean, yy - y_mean**2
+    k = float(xy / xx)
+    return _Line(k, math.exp(x_mean - y_mean / k), float(xy**2 / (xx * yy)))
+
+
+K0 = _half_normal().k
+"""k₀ = 1.20543: the k that the protocol gives to weights drawn from a normal law, as most are initialised.
+
+In a large sample the regression's sums become averages over F, uniform in [0.1, 0.9]. A half-normal with σ = 1
+has F(x) = erf(x/√2), so its plot is the curve x(F) = ln(√2 erf⁻¹(F)), y(F) = ln(−ln(1−F)), and
+
+    k₀ = (⟨xy⟩ − ⟨x⟩⟨y⟩)/(⟨x²⟩ − ⟨x⟩²)        λ₀/σ = exp(⟨x⟩ − ⟨y⟩/k₀)
+
+with ⟨·⟩ = ∫ · dF/0.8: integrals of analytic functions, which 64 Gauss-Legendre nodes give to rounding.
+"""
+
+LAM0 = _half_normal().lam
+"""λ₀ = 0.88749: the same for λ in units of σ."""
+
+
+# Likelihood and moments.
+
+
+def _fit_likelihood(sample: MagnitudeHistogram) -> _Found:
+    value, weight = sample.points()
+    if len(sample.keys) < 2:
+        return _Found()
+    n = sample.n
+    z = np.log(value)
+    centre = np.sum(weight * z) / n
+    z = z - centre
+    k = math.pi / math.sqrt(6 * np.sum(weight * z**2) / n)  # the spread of ln x is π/(k√6)
+    for _ in range(100):
+        _, mean, variance = _under_power(k, z, weight)
+        step = (1 / k - mean) / (1 / k**2 + variance)
+        k += min(max(step, -k / 2), k)
+        if abs(step) <= 1e-12 * k:
+            break
+    log_sum, mean, variance = _under_power(k, z, weight)
+    log_lam = (log_sum - math.log(n)) / k
+    lam = math.exp(centre + log_lam)
+    # The information of (k, ln λ) is n·[[1/k² + c, −kb], [−kb, k²]] with b and c the first two moments of
+    # ln(x/λ) under the weights x^k; its determinant is n²k²·curvature.
+    curvature = 1 / k**2 + variance
+    second = variance + (mean - log_lam) ** 2
+    return _Found(
+        k=k,
+        lam=lam,
+        k_se=1 / math.sqrt(n * curvature),
+        lam_se=lam * math.sqrt((1 / k**2 + second) / (n * k**2 * curvature)),
     )
 
 
-def _ks(bins: _Bins, k: float, lam: float) -> float:
-    """sup |F_n − F| over the edges of the bins, both sides of each step."""
-    if np.isnan(k):
-        return np.nan
-    ends = np.cumsum(bins.counts)
-    n = ends[-1]
-    with np.errstate(over="ignore", under="ignore"):
-        below = -np.expm1(-((bins.low / lam) ** k))
-        above = below if bins.high is bins.low else -np.expm1(-((bins.high / lam) ** k))
-    gap = np.maximum(np.abs(ends / n - above), np.abs((ends - bins.counts) / n - below))
-    return float(gap.max())
+def _under_power(k: float, z: np.ndarray, weight: np.ndarray) -> tuple[float, float, float]:
+    """ln Σx^k, and mean and variance of z = ln x under weights proportional to x^k."""
+    power = k * z
+    top = power.max()
+    with np.errstate(under="ignore"):
+        share = weight * np.exp(power - top)
+    total = np.sum(share)
+    mean = np.sum(share * z) / total
+    return float(top + math.log(total)), float(mean), float(np.sum(share * (z - mean) ** 2) / total)
+
+
+def _fit_moments(sample: MagnitudeHistogram) -> _Found:
+    if len(sample.keys) < 2:
+        return _Found()
+    if sample.sums is not None:
+        mean, square = sample.sums.magnitudes / sample.n, sample.sums.squares / sample.n
+    else:
+        value, weight = sample.points()
+        mean, square = np.sum(weight * value) / sample.n, np.sum(weight * value**2) / sample.n
+    # Γ(1 + 2u)/Γ(1 + u)² grows with u = 1/k from 1 on.
+    target = math.log(square / mean**2)
+    u = _root(lambda u: gammaln(1 + 2 * u) - 2 * gammaln(1 + u) - target, 1e-6, 1e3)
+    return _Found(k=1 / u, lam=float(mean / math.exp(gammaln(1 + u))))
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a monotone function crosses zero; the nearer end where it does not; NaN where it is NaN."""
+    from scipy.optimize import brentq  # here, since it takes as long to import as the rest of scipy
+
+    ends = function(low), function(high)
+    if math.isnan(ends[0]) or math.isnan(ends[1]):
+        return math.nan
+    if ends[0] * ends[1] > 0:
+        return low if abs(ends[0]) < abs(ends[1]) else high
+    return float(brentq(function, low, high, xtol=1e-300, rtol=1e-13))
+
+
+# Rival laws.
+
+
+class _Law(NamedTuple):
+    """A law fitted to magnitudes of rms 1: its parameters, log-likelihood and distribution function."""
+
+    shape: float
+    scale: float
+    log_likelihood: float
+    cdf: Callable[[np.ndarray], np.ndarray]
+
+
+TIE = 6.0
+"""AIC by which a law with more parameters must lead to be ranked before one with fewer.
+
+The exponential and the half-normal are special cases of laws with a free shape. These gain χ²₁ in twice the
+log-likelihood from noise alone, so a bare AIC, which charges 2, prefers them in one sample of six.
+"""
+
+
+def rank_laws(x: Tensor | np.ndarray | MagnitudeHistogram) -> pd.DataFrame:
+    """Fit the Weibull law and its rivals by maximum likelihood, the best first.
+
+    Args:
+        x: weights, or the histogram of their magnitudes; zeros and non-finite values are left out.
+
+    Returns:
+        One row per law, its name the index:
+
+        weibull               k/λ·(x/λ)^(k−1)·exp(−(x/λ)^k)      shape k, scale λ
+        half-normal           √(2/π)/σ·exp(−x²/2σ²)              scale σ
+        log-normal            exp(−ln²(x/m)/2s²)/(xs√2π)         shape s, scale m (the median)
+        gamma                 x^(a−1)·exp(−x/θ)/(Γ(a)θ^a)        shape a, scale θ
+        exponential           exp(−x/θ)/θ                        scale θ
+        generalised normal    β/(αΓ(1/β))·exp(−(x/α)^β)          shape β, scale α
+
+        and the columns `shape` (NaN where there is none), `scale`, `parameters`, `log_likelihood`, `aic`,
+        `delta_aic` (above the lowest), `ks`. The order is that of the AIC, but of the laws within `TIE` of the
+        lowest those with fewer parameters come first.
+
+    Raises:
+        ValueError: the sample has fewer than two distinct magnitudes.
+
+    >>> x = np.random.default_rng(0).gamma(2.0, size=20_000)
+    >>> rank_laws(x).index[0]
+    'gamma'
+    """
+    sample = _sample(x)
+    if len(sample.keys) < 2:
+        raise ValueError(f"x must have at least two distinct non-zero magnitudes, got {len(sample.keys)}")
+    value, weight = sample.points()
+    weight = weight / sample.n
+    top = float(value[-1])
+    rms = top * math.sqrt(np.sum(weight * (value / top) ** 2))
+    found = _fit_likelihood(sample)
+    laws = {
+        "weibull": _weibull_law(value / rms, weight, found.k, found.lam / rms),
+        **{name: fit(value / rms, weight) for name, fit in _RIVALS.items()},
+    }
+    rows = []
+    for name, law in laws.items():
+        parameters = 1 if math.isnan(law.shape) else 2
+        log_likelihood = sample.n * (law.log_likelihood - math.log(rms))
+        rows.append(
+            {
+                "law": name,
+                "shape": law.shape,
+                "scale": law.scale * rms,
+                "parameters": parameters,
+                "log_likelihood": log_likelihood,
+                "aic": 2 * parameters - 2 * log_likelihood,
+                "ks": _ks(sample, lambda edge, cdf=law.cdf: cdf(edge / rms)),
+            }
+        )
+    table = pd.DataFrame(rows).set_index("law")
+    table.insert(5, "delta_aic", table["aic"] - table["aic"].min())
+    tied = table["delta_aic"] <= TIE
+    order = np.lexsort([table["aic"], np.where(tied, table["parameters"], 3)])
+    return table.iloc[order]
+
+
+def _weibull_law(x: np.ndarray, weight: np.ndarray, k: float, lam: float) -> _Law:
+    log = math.log(k / lam) + (k - 1) * np.sum(weight * np.log(x / lam)) - 1
+    return _Law(k, lam, float(log), lambda x: -np.expm1(-((x / lam) ** k)))
+
+
+def _half_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
+    sigma = math.sqrt(np.sum(weight * x**2))
+    log = math.log(2 / math.pi) / 2 - math.log(sigma) - 0.5
+    return _Law(math.nan, sigma, log, lambda x: erf(x / (sigma * math.sqrt(2))))
+
+
+def _log_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
+    mu = float(np.sum(weight * np.log(x)))
+    s = math.sqrt(np.sum(weight * (np.log(x) - mu) ** 2))
+    log = -mu - math.log(s) - math.log(2 * math.pi) / 2 - 0.5
+    return _Law(s, math.exp(mu), log, lambda x: ndtr((np.log(x) - mu) / s))
+
+
+def _gamma_law(x: np.ndarray, weight: np.ndarray) -> _Law:
+    mean, log_mean = float(np.sum(weight * x)), float(np.sum(weight * np.log(x)))
+    gap = math.log(mean) - log_mean  # ln a − ψ(a), which falls with a
+    a = math.exp(_root(lambda t: gap - (t - digamma(math.exp(t))), -10.0, 15.0))
+    theta = mean / a
+    log = (a - 1) * log_mean - a - a * math.log(theta) - gammaln(a)
+    return _Law(a, theta, float(log), lambda x: gammainc(a, x / theta))
+
+
+def _exponential_law(x: np.ndarray, weight: np.ndarray) -> _Law:
+    theta = float(np.sum(weight * x))
+    return _Law(math.nan, theta, -math.log(theta) - 1, lambda x: -np.expm1(-x / theta))
+
+
+def _generalised_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
+    z = np.log(x)
+
+    def score(t: float) -> float:
+        beta = math.exp(t)
+        power = weight * np.exp(beta * z)
+        total = np.sum(power)
+        return float(beta * (1 - np.sum(power * z) / total) + math.log(beta * total) + digamma(1 / beta))
+
+    with np.errstate(under="ignore"):
+        beta = math.exp(_root(score, math.log(0.05), math.log(50.0)))
+        alpha = (beta * np.sum(weight * np.exp(beta * z))) ** (1 / beta)
+    log = math.log(beta / alpha) - gammaln(1 / beta) - 1 / beta
+    return _Law(beta, float(alpha), float(log), lambda x: gammainc(1 / beta, (x / alpha) ** beta))
+
+
+_RIVALS: dict[str, Callable[[np.ndarray, np.ndarray], _Law]] = {
+    "half-normal": _half_normal_law,
+    "log-normal": _log_normal_law,
+    "gamma": _gamma_law,
+    "exponential": _exponential_law,
+    "generalised normal": _generalised_normal_law,
+}
+
+
+# What assumes no law.
+
+TOP = 1e-4
+"""Fraction of the weights that counts as the top of a tensor, where its super-weights are."""
+
+
+class Tails(NamedTuple):
+    """How heavy the tails are, whatever the law; in brackets the value of a half-normal.
+
+    Attributes:
+        q90_q10: ratio of the 90 % and the 10 % quantile of |w| (13.1).
+        q99_q50: of the 99 % quantile and the median (3.82).
+        q999_q50: of the 99.9 % quantile and the median (4.88).
+        gini: Gini coefficient of |w|: 0 if all are equal, 1 if one is everything (0.414).
+        kurtosis: mean w⁴ over squared mean w² (3).
+        top_share: share of ‖w‖² in the largest 0.01 % of the weights, at least one (0.0017).
+        second_share: share of the weights in a second population, one that stands apart from the others on
+            the logarithmic axis, as dead rows do; 0 if there is none.
+    """
+
+    q90_q10: float
+    q99_q50: float
+    q999_q50: float
+    gini: float
+    kurtosis: float
+    top_share: float
+    second_share: float
+
+
+def tails(x: Tensor | np.ndarray | MagnitudeHistogram) -> Tails:
+    """Measure the tails of weight magnitudes without assuming a law; zeros are left out.
+
+    Args:
+        x: weights, or the histogram of their magnitudes.
+
+    Returns:
+        `Tails`; all NaN for an empty sample.
+
+    >>> tails(np.full(1000, 0.5)).gini
+    0.0
+    """
+    sample = _sample(x)
+    n = sample.n
+    if n == 0:
+        return Tails(*[math.nan] * len(Tails._fields))
+    q10, q50, q90, q99, q999 = sample.quantile([0.1, 0.5, 0.9, 0.99, 0.999])
+    low, high = sample.edges
+    scaled = (low / 2 + high / 2) / high[-1]
+    counts, ends = sample.counts, np.cumsum(sample.counts)
+    with np.errstate(under="ignore"):
+        square = counts * scaled**2
+        fourth = counts * scaled**4
+    # Σ (2i − n − 1)x_i / nΣx over the ranks i
+    gini = np.sum((2 * ends - counts - n) * (counts * scaled)) / (n * np.sum(counts * scaled))
+    # The square that the largest weights hold, a part of the last bin that they reach into.
+    left = max(1.0, TOP * n)
+    taken = np.clip(left - (n - ends), 0, counts)
+    return Tails(
+        q90_q10=float(q90 / q10),
+        q99_q50=float(q99 / q50),
+        q999_q50=float(q999 / q50),
+        gini=float(gini),
+        kurtosis=float(n * np.sum(fourth) / np.sum(square) ** 2),
+        top_share=float(np.sum(square * taken / counts) / np.sum(square)),
+        second_share=_second_share(sample),
+    )
+
+
+def _second_share(sample: MagnitudeHistogram) -> float:
+    """Share of the weights on the far side of the deepest valley in the density of ln |w|.
+
+    Counted in quarters of an octave, where every usual law has one mode. A second mode has to rise half as much
+    again above the valley, by five standard deviations, and to hold 1 % of the weights.
+    """
+    low, high = sample.edges
+    if len(low) < 256:  # quantised: gaps between the levels are no valleys
+        return 0.0
+    place = np.floor(4 * np.log2(low / 2 + high / 2)).astype(np.int64)
+    counts = np.zeros(place[-1] - place[0] + 3)
+    np.add.at(counts, place - place[0] + 1, sample.counts)
+    density = counts[:-2] + counts[1:-1] + counts[2:]  # over three neighbours, against noise
+    main = int(np.argmax(density))
+    best = 0.0
+    for side in (density[main:], density[: main + 1][::-1]):
+        lowest = np.minimum.accumulate(side)
+        rise = side - np.maximum(1.5 * lowest, lowest + 5 * np.sqrt(side))
+        peak = int(np.argmax(rise))
+        if rise[peak] > 0:
+            valley = int(np.argmin(side[:peak]))
+            best = max(best, float(np.sum(side[valley:]) / np.sum(density)))
+    return best if best >= 0.01 else 0.0
+
+
+# Regimes of k.
+
+TRANSMISSION = (1.186, 1.204)
+"""Range of k in which the published models keep their o, gate, up and down matrices."""
+
+STRONG_SELECTION = 0.95
+"""k below which the published selection (of q and k in OLMo) counts as strong."""
+
+GOOD_PLOT = 0.95
+"""R² from which on a probability plot counts as straight."""
+
+Regime = Literal[
+    "transmission", "mild selection", "strong selection", "init baseline", "light-tailed", "unknown"
+]
+
+
+def classify(k: float, r_squared: float | None = None) -> Regime:
+    """The published regime of a shape k.
+
+    transmission        k in [1.186, 1.204], and R² at least 0.95 where it is given
+    strong selection    k < 0.95
+    mild selection      0.95 ≤ k < 1.186; also the transmission band with a worse R²
+    init baseline       above the band, up to k₀ + 0.01: what a normal initialisation has
+    light-tailed        above that: tails lighter than a normal law's, as of a uniform initialisation
+    unknown             NaN
+
+    The baseline of a fresh normal initialisation, k₀ = 1.2054, lies so near to the band that k alone tells
+    the two apart only for matrices of some 10⁶ weights.
+
+    Args:
+        k: fitted shape.
+        r_squared: that of the fit, or nothing.
+
+    Source: arXiv 2605.18898; the band as measured over its models.
+
+    >>> classify(1.19), classify(0.8), classify(K0)
+    ('transmission', 'strong selection', 'init baseline')
+    """
+    if math.isnan(k):
+        return "unknown"
+    if k < STRONG_SELECTION:
+        return "strong selection"
+    if k < TRANSMISSION[0]:
+        return "mild selection"
+    if k <= TRANSMISSION[1]:
+        straight = r_squared is None or r_squared >= GOOD_PLOT
+        return "transmission" if straight else "mild selection"
+    return "init baseline" if k <= K0 + 0.01 else "light-tailed"
