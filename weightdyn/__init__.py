@@ -1,1 +1,29 @@
-"""weightdyn: why the weights of a network grow, overshoot and relax, in numbers."""
+"""weightdyn: why the weights of a network grow, overshoot and relax, in numbers.
+
+It logs AdamW's moments while a model trains, splits every change of a tensor's squared norm into three forces,
+alignment, injection and decay, and fits a Weibull law to the weight magnitudes of every layer.
+"""
+
+from weightdyn import plot as plot
+from weightdyn.forces import FORCES as FORCES
+from weightdyn.forces import aggregate as aggregate
+from weightdyn.forces import angle as angle
+from weightdyn.forces import before_step as before_step
+from weightdyn.forces import budget as budget
+from weightdyn.forces import forces_from_products as forces_from_products
+from weightdyn.forces import relative_update as relative_update
+from weightdyn.forces import timescale as timescale
+from weightdyn.logger import ForceLogger as ForceLogger
+from weightdyn.published import read_published_forces as read_published_forces
+from weightdyn.published import read_published_trajectory as read_published_trajectory
+from weightdyn.runlog import RunLog as RunLog
+from weightdyn.runlog import RunLogError as RunLogError
+from weightdyn.trajectory import closure as closure
+from weightdyn.trajectory import equilibrium as equilibrium
+from weightdyn.trajectory import integrate as integrate
+from weightdyn.trajectory import phases as phases
+from weightdyn.trajectory import pool_weibull as pool_weibull
+from weightdyn.weibull import WeibullFit as WeibullFit
+from weightdyn.weibull import fit_weibull as fit_weibull
+
+__version__ = "0.1.0"

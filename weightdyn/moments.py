@@ -139,7 +139,8 @@ class Plan:
             exp_avgs: m of each.
             exp_avg_sqs: v of each; with amsgrad the maximum that the update divides by.
             adams: the update's constants, one for each tensor. Tensors among them are used where they are.
-            grads: if given, m and v are those before the update, and the gradients are what moves them.
+            grads: if given, m and v are those before the update, and the gradients are what moves them; the
+                result is rounded to the moments' type (one for all tensors), as the update will be.
             grad_factors: with `grads`, what each is multiplied by (−1 to maximize, 1/scale under a GradScaler).
             max_exp_avg_sqs: with `grads` and amsgrad, the running maximum before the update.
 
@@ -157,14 +158,16 @@ class Plan:
         inputs += [] if grads is None else [grads]
         factor = None if grad_factors is None else self._columns([(each,) for each in grad_factors])[0]
         inputs += [] if max_exp_avg_sqs is None else [max_exp_avg_sqs]
+        kind = exp_avgs[0].dtype
         sums = _Sums(5, self)
         for piece in self._pieces(inputs):
             w, m, v, *more = piece.flats
             if more:
                 grad, *top = more
                 grad = grad if factor is None else grad * piece.pick(factor)
-                m = torch.lerp(grad, m, piece.pick(beta1))
-                v = torch.lerp(grad * grad, v, piece.pick(beta2))
+                m = _rounded(torch.lerp(grad, m, piece.pick(beta1)), kind)
+                v = _rounded(v * piece.pick(beta2), kind)
+                v = _rounded(v.addcmul(grad * grad, 1 - piece.pick(beta2)), kind)
                 v = torch.maximum(v, top[0]) if top else v
             u = v.sqrt()
             u.add_(piece.pick(eps))
@@ -344,6 +347,11 @@ def _blocks(flats: Sequence[Tensor], block: int, least: torch.dtype = torch.floa
     """Shape to (blocks, block size); raise narrower types to `least`."""
     dtype = functools.reduce(torch.promote_types, (flat.dtype for flat in flats), least)
     return tuple(flat.to(dtype).view(-1, block) for flat in flats)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as they come back from storage in `dtype`."""
+    return values.to(dtype).to(values.dtype)
 
 
 def _largest_divisor(number: int) -> int:

@@ -44,9 +44,10 @@ from weightdyn.forces import (
     At,
     By,
     Order,
+    Products,
+    after_step,
     aggregate,
     angle,
-    before_step,
     forces_from_products,
     relative_update,
 )
@@ -72,8 +73,9 @@ _SCHEMAS = {
             _field("tensor", _TENSOR, FORCE_TABLE["tensor"]),
             _field("lr", pa.float64(), FORCE_TABLE["lr"]),
             _field("weight_decay", pa.float64(), FORCE_TABLE["weight_decay"]),
-            _field("dot_wu_after", pa.float64(), "⟨w',u⟩ with w' after the update and u = m̂/(√v̂+ε) of it"),
+            _field("dot_wu", pa.float64(), "⟨w,u⟩ with w before the update and u = m̂/(√v̂+ε) of it"),
             _field("u_sq", pa.float64(), "‖u‖²"),
+            _field("norm_sq", pa.float64(), FORCE_TABLE["norm_sq"]),
             _field("norm_sq_after", pa.float64(), "‖w'‖², after the update"),
             _field("norm_sq_audit", pa.float64(), "‖w‖² measured before the update; NaN unless audited"),
             _field("m_rms", pa.float32(), "root mean square of m̂, in units of the gradient"),
@@ -548,7 +550,7 @@ class RunWriter:
             kind: "forces", "weibull" or "metrics".
             columns: name -> scalar or 1-D array (copied), all of one length; scalars are repeated. `step` is
                 always there.
-                forces: tensor, lr, weight_decay, dot_wu_after, u_sq, norm_sq_after, and optionally span (1),
+                forces: tensor, lr, weight_decay, dot_wu, u_sq, norm_sq, norm_sq_after, and optionally span (1),
                 norm_sq_audit, m_rms, v_mean, u_max (NaN).
                 weibull: tensor, k, lam, r_squared, ks, n.
                 metrics: anything; numbers, strings, or None for not recorded.
@@ -692,7 +694,7 @@ def force_table(
     """Force table of stored inner products, row by row.
 
     Args:
-        products: step, span, tensor, lr, weight_decay, dot_wu_after ⟨w',u⟩, u_sq ‖u‖², norm_sq_after ‖w'‖²,
+        products: step, span, tensor, lr, weight_decay, dot_wu ⟨w,u⟩, u_sq ‖u‖², norm_sq ‖w‖², norm_sq_after ‖w'‖²,
             norm_sq_audit (‖w‖² measured before the step, or NaN), m_rms, v_mean, u_max.
         tensors: label -> {"layer", "component", "role", "numel"}, as in run.json. A label that is missing
             there gets no layer, and the component and role "other".
@@ -713,7 +715,7 @@ def force_table(
         residual           (‖w'‖² − ‖w‖² measured) − (alignment + injection + decay); NaN where not audited
 
     >>> products = pd.DataFrame({"step": [1], "span": [1], "tensor": ["w"], "lr": [0.5], "weight_decay": [0.0],
-    ...     "dot_wu_after": [-3.0], "u_sq": [4.0], "norm_sq_after": [9.0], "norm_sq_audit": [7.0],
+    ...     "dot_wu": [-1.0], "u_sq": [4.0], "norm_sq": [7.0], "norm_sq_after": [9.0], "norm_sq_audit": [7.0],
     ...     "m_rms": [1.0], "v_mean": [1.0], "u_max": [1.0]})
     >>> force_table(products, {})[["norm_sq", "alignment", "injection", "residual"]]
        norm_sq  alignment  injection  residual
@@ -723,17 +725,18 @@ def force_table(
         raise ValueError(f"at must be 'before' or 'after', got {at!r}")
     tensor = pd.Categorical(products["tensor"])
     tensor = tensor.set_categories(_in_model_order(tensor.categories, tensors))
-    lr, weight_decay, dot_after, u_sq, after, audit = (
+    lr, weight_decay, dot_wu, u_sq, w_sq, after, audit = (
         products[name].to_numpy(dtype=float)
-        for name in ("lr", "weight_decay", "dot_wu_after", "u_sq", "norm_sq_after", "norm_sq_audit")
+        for name in ("lr", "weight_decay", "dot_wu", "u_sq", "norm_sq", "norm_sq_after", "norm_sq_audit")
     )
     names = _named(tensor, tensors)
     numel = names["numel"].to_numpy(dtype=float, na_value=math.nan)
     # A diverged run has inf and NaN, a tensor of zeros no direction: they pass through without a warning.
     with np.errstate(all="ignore"):
-        before = before_step(dot_after, u_sq, after, lr, weight_decay)
-        dot_wu, w_sq = (before.dot_wu, before.w_sq) if at == "before" else (dot_after, after)
-        forces = forces_from_products(dot_wu, u_sq, w_sq, lr, weight_decay, order=order)
+        products_at = Products(dot_wu, u_sq, w_sq)
+        if at == "after":
+            products_at = after_step(*products_at, lr, weight_decay)
+        forces = forces_from_products(*products_at, lr, weight_decay, order=order)
         columns = {
             "step": products["step"].to_numpy(dtype=np.int64),
             "span": products["span"].to_numpy(dtype=np.int64),
@@ -741,14 +744,14 @@ def force_table(
             **names,
             "lr": lr,
             "weight_decay": weight_decay,
-            "norm_sq": before.w_sq,
+            "norm_sq": w_sq,
             "norm_sq_after": after,
             **forces._asdict(),
             "u_sq": u_sq,
-            "dot_wu": before.dot_wu,
+            "dot_wu": dot_wu,
             "u_rms": np.sqrt(u_sq / numel),
-            "relative_update": relative_update(u_sq, before.w_sq, lr),
-            "angle": angle(before.dot_wu, u_sq, before.w_sq, lr, weight_decay),
+            "relative_update": relative_update(u_sq, w_sq, lr),
+            "angle": angle(dot_wu, u_sq, w_sq, lr, weight_decay),
             **{name: products[name].to_numpy(dtype=float) for name in ("m_rms", "v_mean", "u_max")},
             "residual": (after - audit) - sum(forces),
         }

@@ -1,0 +1,764 @@
+"""ForceLogger: a hook on an optimizer that logs the three forces of every tensor while a model trains.
+
+AdamW's moments stand in its state after a step, so three inner products measured then give the forces of that
+step in closed form: no copy of the weights, no second pass over the gradients, and a training loop that does
+not change. The hook is a thin shell: `moments` does the arithmetic, `runlog` keeps the rows.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import json
+import os
+import re
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weightdyn.forces import before_step
+from weightdyn.moments import PRODUCTS, Adam, Plan
+from weightdyn.naming import TensorName, describe
+from weightdyn.runlog import RunLog, RunWriter, force_table
+from weightdyn.weibull import fit_weibull
+
+Every = int | Callable[[int], bool]
+Params = nn.Module | Iterable[tuple[str, Tensor]]
+Tensors = str | Callable[[str, Tensor], bool]
+_Waiting = tuple[str, list[int], Tensor]  # what was measured, for which rows, the values on their device
+
+_FLUSH_ROWS = 50_000
+_FLUSH_SECONDS = 60.0
+
+# These of torch's optimizers add the decay to the gradient (unless told otherwise), where it becomes part of u.
+_COUPLED = ("SGD", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
+
+
+@dataclass(frozen=True)
+class _Tracked:
+    """One tensor of the optimizer, and its rows in the log."""
+
+    parameter: Tensor
+    group: int
+    name: TensorName
+    rows: range
+
+
+@dataclass
+class _Record:
+    """One logged update: what is still on the devices, and what the host knows."""
+
+    step: int
+    lr: np.ndarray  # (rows,), NaN where it is a tensor on a device
+    weight_decay: np.ndarray
+    moved: np.ndarray  # (rows,), false for a tensor that this update left alone
+    waiting: list[_Waiting] = field(default_factory=list)
+    skipped: Tensor | None = None  # updates that a GradScaler skipped up to here, on the device
+
+
+@dataclass
+class _Before:
+    """What is kept of the state before a logged update."""
+
+    counts: list[float | Tensor]  # updates that each tensor has had
+    copies: dict[int, Tensor] = field(default_factory=dict)  # weights, where the method needs them
+    ahead: list[int] = field(default_factory=list)  # tensors measured before the update
+    waiting: list[_Waiting] = field(default_factory=list)
+
+
+class ForceLogger:
+    """Log the forces of an optimizer's tensors, from its own state, while it trains.
+
+    Attach it and leave the loop alone; it is a context manager, and a plain object with `close()`:
+
+        with wd.ForceLogger(optimizer, model, every=10, out="runs/mine"):
+            train(...)
+
+    For each selected tensor and logged update t it records ⟨w,u⟩, ‖u‖² and ‖w‖² with u = m̂/(√v̂+ε), from which
+    `RunLog.forces()` computes alignment, injection and decay (see `forces_from_products`). The products are
+    measured after the step and carried back over it in closed form (`before_step`); parameters below 32 bits,
+    whose steps rounding may swallow, are measured before the step from the gradient instead.
+
+    Args:
+        optimizer: `torch.optim.AdamW` or `Adam` (single-tensor, foreach, fused or capturable; amsgrad,
+            maximize); with `source="displacement"` any optimizer.
+        params: a model, or (name, parameter) pairs; they give the tensors their names. By default the names
+            that the optimizer was made with, else names made from group, position and shape.
+        every: log every n-th update, or those for which `every(t)` is true. Default: all.
+        out: run directory, made if it does not exist. None keeps the log in memory.
+        tensors: which to log: a regular expression searched in the name, or a function of name and parameter.
+            Default: all.
+        views: True logs q, k and v of a fused tensor apart, "head" each head of q, k and v, False leaves
+            tensors whole.
+        source: "moments" reads Adam's state. "displacement" copies the selected weights before a logged step
+            and takes u = ((1−ηλ)w − w')/η, for any optimizer with decoupled decay (SGD, Lion, Muon).
+        weibull_every: fit a Weibull law to the magnitudes every n-th update (or by function), and at the start.
+        snapshot_every: store w, m and v of the selected tensors every n-th update as
+            `snapshots/step-….safetensors`. Needs `out`.
+        audit_every: log every n-th update with ‖w‖² measured before the step as well; the table's `residual`
+            is the change of ‖w‖² that the forces do not explain: rounding.
+        start_step: updates made before this logger. Default: what the optimizer's state says, kept up to date
+            when a state dict is loaded.
+        config: configuration of the model (transformers', or a dict), for the heads of fused tensors. Default:
+            the model's own.
+        rules: {regular expression: component} for names that weightdyn does not know, tried first.
+
+    Raises:
+        TypeError: the optimizer is not Adam-like (and the source is "moments"), or a parameter is sharded,
+            sparse or complex.
+        ValueError: an argument is not one of those accepted, or nothing is selected.
+
+    On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
+    flushed, every 60 s or 50,000 rows, and after each Weibull fit. A NaN or inf is recorded as it is and warned
+    of once. A full disk is warned of, and the rows kept, until they can be written.
+
+    Source: arXiv 2606.19367 for the forces; the closed form is `before_step`'s.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: Params | None = None,
+        *,
+        every: Every = 1,
+        out: str | Path | None = None,
+        tensors: Tensors | None = None,
+        views: bool | Literal["head"] = True,
+        source: Literal["moments", "displacement"] = "moments",
+        weibull_every: Every | None = None,
+        snapshot_every: Every | None = None,
+        audit_every: Every | None = None,
+        start_step: int | None = None,
+        config: Any = None,
+        rules: Mapping[str, str] | None = None,
+    ):
+        _check_optimizer(optimizer, source)
+        if views not in (True, False, "head"):
+            raise ValueError(f"views must be True, False or 'head', got {views!r}")
+        if snapshot_every is not None and out is None:
+            raise ValueError("snapshot_every writes files: give it a run directory with out=")
+        if start_step is not None and start_step < 0:
+            raise ValueError(
+                f"start_step must be the number of updates made before, 0 or more, got {start_step}"
+            )
+        self._every = _schedule("every", every)
+        self._weibull_every = _schedule("weibull_every", weibull_every)
+        self._snapshot_every = _schedule("snapshot_every", snapshot_every)
+        self._audit_every = _schedule("audit_every", audit_every)
+        self._source = source
+        self._optimizer = optimizer
+        self._names = _given_names(optimizer, params)
+        self._select = _selector(tensors)
+        self._views = views
+        self._config = config if config is not None else getattr(params, "config", None)
+        self._rules = rules
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._pending: list[_Record] = []
+        self._skipped: Tensor | None = None
+        self._last = pd.DataFrame()
+        self._flushed_at = time.monotonic()
+        self._warned: set[str] = set()
+        self._before: _Before | None = None
+        self._begun = False
+        self._step = _updates_made(optimizer) if start_step is None else start_step
+        self._writer = RunWriter(out, self._step, {"optimizer": _optimizer_info(optimizer), "source": source})
+        try:
+            self._track()
+        except BaseException:
+            self._writer.close()
+            raise
+        self._closed = False
+        self._handles = [
+            optimizer.register_step_pre_hook(self._on_step_begin),
+            optimizer.register_step_post_hook(self._on_step_end),
+            optimizer.register_load_state_dict_post_hook(self._on_load),
+        ]
+        # A script that ends without close(), by an error for one, still keeps its rows.
+        self._at_exit = functools.partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    # ------------------------------------------------------------------ what users call
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return self._step
+
+    @property
+    def run(self) -> RunLog:
+        """The log up to now, flushed."""
+        if not self._closed:
+            self.flush()
+        return self._writer.run()
+
+    def record(self, step: int | None = None, **metrics: Any) -> None:
+        """Keep numbers beside the forces (loss=…, grad_norm=…), by default at the present update.
+
+        Tensors are read with `.item()`, which waits for a GPU.
+        """
+        values = {
+            name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()
+        }
+        self._writer.append("metrics", {"step": self._step if step is None else step, **values})
+
+    def latest(self) -> pd.DataFrame:
+        """Force table of the last logged update (empty before the first). Waits for a GPU."""
+        self._bring_over()
+        return force_table(self._last, self._labels)
+
+    def flush(self) -> None:
+        """Bring the results over from the devices and write what is not yet written."""
+        self._bring_over()
+        self._flushed_at = time.monotonic()
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer and write what is left. Closing twice does no harm."""
+        if self._closed:
+            return
+        for handle in self._handles:
+            handle.remove()
+        atexit.unregister(self._at_exit)
+        self.flush()
+        self._writer.close()
+        self._closed = True
+
+    def __enter__(self) -> ForceLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = self._writer.path or "memory"
+        kind = type(self._optimizer).__name__
+        return f"ForceLogger({kind}, {len(self._tracked)} tensors, at update {self._step}, into {where})"
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    # ------------------------------------------------------------------ the hooks
+
+    @torch.no_grad()
+    def _on_step_begin(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self._begun:
+            self._begin()
+        self._before = None
+        t = self._step + 1
+        audit = _due(self._audit_every, t)
+        if not audit and not _due(self._every, t):
+            return
+        if self._signature != _signature(optimizer):
+            self.flush()
+            self._track()
+        everything = range(len(self._tracked))
+        before = _Before([_count(optimizer, each.parameter) for each in self._tracked])
+        if audit:
+            before.waiting += self._measure_norms("norm_sq_audit", everything)
+        narrow = [i for i in everything if self._tracked[i].parameter.dtype.itemsize < 4]
+        closure = len(args) > 1 or kwargs.get("closure") is not None
+        if self._source == "displacement" or closure:  # a closure makes the gradients inside the step
+            wanted = everything if self._source == "displacement" else narrow
+            before.copies = {i: self._tracked[i].parameter.detach().clone() for i in wanted}
+        else:
+            before.ahead = [i for i in narrow if self._tracked[i].parameter.grad is not None]
+            before.waiting += self._measure_moments("before", before.ahead, ahead=True)
+        self._before = before
+
+    @torch.no_grad()
+    def _on_step_end(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        before, self._before = self._before, None
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused step under a GradScaler may move nothing
+        if isinstance(found_inf, Tensor):
+            if found_inf.device.type != "cpu":
+                self._skipped = found_inf.double() + (0 if self._skipped is None else self._skipped)
+            elif found_inf.item():
+                return
+        self._step += 1
+        if before is not None:
+            self._log(before, found_inf)
+        if _due(self._snapshot_every, self._step):
+            self._snapshot()
+        fit = _due(self._weibull_every, self._step)
+        if fit:
+            self._fit()
+        overdue = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
+        if fit or overdue or len(self._pending) * len(self._labels) > _FLUSH_ROWS:
+            self._bring_over()
+        if overdue or self._writer.buffered > _FLUSH_ROWS:
+            self._store()
+
+    def _on_load(self, optimizer: torch.optim.Optimizer) -> None:
+        """Follow the optimizer to the update at which a loaded state dict stands."""
+        made = _updates_made(optimizer, default=self._step)
+        if made != self._step:
+            self.flush()
+            self._step = made
+            self._writer.restart(made)
+
+    def _begin(self) -> None:
+        """Before the first update: refuse a directory that is in use, fit the weights as they are."""
+        self._writer.begin()
+        self._begun = True
+        if self._weibull_every is not None and self._step == 0:
+            self._fit()
+
+    # ------------------------------------------------------------------ measuring
+
+    def _track(self) -> None:
+        """List the selected tensors and number their rows."""
+        self._signature = _signature(self._optimizer)
+        self._tracked: list[_Tracked] = []
+        self._labels: dict[str, dict[str, Any]] = {}
+        self._plans.clear()
+        for index, group in enumerate(self._optimizer.param_groups):
+            own = group.get("param_names")
+            for position, parameter in enumerate(group["params"]):
+                shape = "x".join(map(str, parameter.shape))
+                name = own[position] if own else f"group{index}.{position}({shape})"
+                name = self._names.get(parameter, name)
+                if parameter.numel() and self._select(name, parameter):
+                    _check_parameter(name, parameter)
+                    self._add(index, name, parameter)
+        if not self._tracked:
+            raise ValueError("tensors: selects none of the optimizer's parameters")
+        sizes = [len(each.rows) for each in self._tracked]
+        self._row_group = np.repeat([each.group for each in self._tracked], sizes)
+        self._writer.describe(tensors=self._labels)
+
+    def _add(self, group: int, name: str, parameter: Tensor) -> None:
+        shape = tuple(parameter.shape)
+        label = describe(name, shape, self._config, per_head=self._views == "head", rules=self._rules)
+        if not self._views:
+            label = dataclasses.replace(label, views=())
+        first = len(self._labels)
+        for part in label.views or (None,):
+            key = name if part is None else f"{name}[{part.name}]"
+            if key in self._labels:
+                raise ValueError(f"params: two parameters are named {name!r}; names must differ")
+            self._labels[key] = {
+                "layer": label.layer,
+                "component": (part or label).component,
+                "role": (part or label).role,
+                "numel": parameter.numel() if part is None else part.numel(shape),
+                "shape": list(shape),
+                "parameter": name,
+            }
+        self._tracked.append(_Tracked(parameter, group, label, range(first, len(self._labels))))
+
+    def _log(self, before: _Before, found_inf: Tensor | None) -> None:
+        """Measure the update that was just made; what is on a device stays there."""
+        optimizer = self._optimizer
+        waiting = list(before.waiting)
+        moved = np.zeros(len(self._labels), dtype=bool)
+        active = []
+        for i, each in enumerate(self._tracked):
+            count, earlier = _count(optimizer, each.parameter), before.counts[i]
+            rows = list(each.rows)
+            if self._source == "displacement":
+                if each.parameter.grad is None:
+                    continue
+            elif isinstance(count, Tensor):  # known on the device only: decided when the rows come over
+                waiting.append(("moved", rows, (count - earlier).double().expand(len(rows))))
+            elif count <= cast(float, earlier):
+                continue
+            moved[each.rows] = True
+            active.append(i)
+        if isinstance(found_inf, Tensor) and found_inf.device.type != "cpu":
+            rows = list(range(len(moved)))
+            waiting.append(("moved", rows, (1 - found_inf.double()).expand(len(rows))))
+
+        lrs, decays = [], []
+        for index, group in enumerate(optimizer.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                rows = np.flatnonzero(self._row_group == index).tolist()
+                waiting.append(("lr", rows, lr.double().reshape(()).clone().expand(len(rows))))
+                lr = np.nan
+            lrs.append(float(lr))
+            decays.append(_decoupled_decay(optimizer, group))
+
+        copied = [i for i in active if i in before.copies]
+        inverted = [i for i in active if i not in before.copies and i not in before.ahead]
+        if self._source == "displacement":
+            waiting += self._measure_displacement(copied, before.copies)
+        else:
+            waiting += self._measure_moments("after", inverted)
+            waiting += self._measure_moments("before", copied, before.copies)
+        waiting += self._measure_norms("norm_sq_after", [i for i in active if i not in inverted])
+
+        lr, decay = np.array(lrs)[self._row_group], np.array(decays)[self._row_group]
+        self._pending.append(_Record(self._step, lr, decay, moved, waiting, self._skipped))
+
+    def _measure_norms(self, what: str, indices: Iterable[int]) -> list[_Waiting]:
+        return [
+            (what, rows, plan.norms([self._tracked[i].parameter.detach() for i in chosen]))
+            for chosen, rows, plan in self._by_device(indices)
+        ]
+
+    def _measure_displacement(self, indices: Iterable[int], copies: Mapping[int, Tensor]) -> list[_Waiting]:
+        waiting = []
+        for chosen, rows, plan in self._by_device(indices):
+            groups = [self._optimizer.param_groups[self._tracked[i].group] for i in chosen]
+            products = plan.displacement(
+                [copies[i] for i in chosen],
+                [self._tracked[i].parameter.detach() for i in chosen],
+                [group["lr"] for group in groups],
+                [_decoupled_decay(self._optimizer, group) for group in groups],
+            )
+            waiting.append(("before", rows, products))
+        return waiting
+
+    def _measure_moments(
+        self,
+        what: str,
+        indices: Iterable[int],
+        copies: Mapping[int, Tensor] | None = None,
+        ahead: bool = False,
+    ) -> list[_Waiting]:
+        """Products from Adam's state as it is after the step or, from the gradient, `ahead` of it."""
+        waiting = []
+        for chosen, rows, plan in self._by_device(indices):
+            parameters = [self._tracked[i].parameter for i in chosen]
+            groups = [self._optimizer.param_groups[self._tracked[i].group] for i in chosen]
+            states = [self._optimizer.state.get(parameter) or _fresh(parameter) for parameter in parameters]
+            tops = [
+                state.get("max_exp_avg_sq", state["exp_avg_sq"]) if group["amsgrad"] else None
+                for state, group in zip(states, groups, strict=True)
+            ]
+            second = [state["exp_avg_sq"] for state in states]
+            more: dict[str, Any] = {}
+            if ahead:
+                scale = getattr(self._optimizer, "grad_scale", None)
+                unscale = 1.0 if scale is None else 1 / scale
+                more["grads"] = [cast(Tensor, parameter.grad).detach() for parameter in parameters]
+                more["grad_factors"] = [-unscale if group["maximize"] else unscale for group in groups]
+                if any(top is not None for top in tops):
+                    nothing = [_fresh(parameter)["exp_avg_sq"] for parameter in parameters]
+                    more["max_exp_avg_sqs"] = _first_given(tops, nothing)
+            else:
+                second = _first_given(tops, second)
+            adams = [
+                Adam(group["betas"][0], group["betas"][1], group["eps"], _on_host(state["step"]) + ahead)
+                for state, group in zip(states, groups, strict=True)
+            ]
+            weights = [
+                p.detach() if copies is None else copies[i] for i, p in zip(chosen, parameters, strict=True)
+            ]
+            first = [state["exp_avg"] for state in states]
+            waiting.append((what, rows, plan.moments(weights, first, second, adams, **more)))
+        return waiting
+
+    def _by_device(self, indices: Iterable[int]) -> list[tuple[list[int], list[int], Plan]]:
+        """The tensors of each device and type, their rows, and the plan that reads them."""
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i in indices:
+            parameter = self._tracked[i].parameter
+            groups.setdefault((parameter.device, parameter.dtype), []).append(i)
+        found = []
+        for (device, _), chosen in groups.items():
+            key = tuple(chosen)
+            if key not in self._plans:
+                if len(self._plans) >= 16:  # which tensors move may change from step to step
+                    self._plans.clear()
+                tracked = [self._tracked[i] for i in chosen]
+                shapes = [tuple(each.parameter.shape) for each in tracked]
+                self._plans[key] = Plan(shapes, [each.name.views for each in tracked], device)
+            found.append((chosen, [row for i in chosen for row in self._tracked[i].rows], self._plans[key]))
+        return found
+
+    # ------------------------------------------------------------------ from the devices into the log
+
+    def _bring_over(self) -> None:
+        """Turn what was measured since the last time into rows: one copy from each device."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        rows = self._rows(pending)
+        if self._skipped is not None:
+            self._step -= int(self._skipped.item())
+            self._skipped = None
+        if len(rows):
+            self._last = rows[rows["step"] == rows["step"].iloc[-1]]
+            self._flag_non_finite(rows)
+            self._writer.append("forces", rows)
+
+    def _store(self) -> None:
+        """Write in mid-training: a full disk must not end it, and the rows are kept for the next time."""
+        self._flushed_at = time.monotonic()
+        try:
+            self._writer.flush()
+        except OSError as error:
+            self._warn_once("disk", f"the log could not be written and is kept in memory for now: {error}")
+
+    def _rows(self, records: Sequence[_Record]) -> pd.DataFrame:
+        """The stored columns of logged updates, as `RunLog` reads them."""
+        shape = (len(records), len(records[0].moved))
+        fetched = _to_host([values for record in records for *_, values in record.waiting])
+        raw = {
+            "lr": np.stack([record.lr for record in records]),
+            "weight_decay": np.stack([record.weight_decay for record in records]),
+            "norm_sq_after": np.full(shape, np.nan),
+            "norm_sq_audit": np.full(shape, np.nan),
+        }
+        products = np.full((*shape, len(PRODUCTS)), np.nan)
+        moved = np.stack([record.moved for record in records])
+        inverted = np.zeros(shape, dtype=bool)
+        steps = np.array([record.step for record in records])
+        for i, record in enumerate(records):
+            for what, rows, _ in record.waiting:
+                values = next(fetched)
+                if what == "moved":
+                    moved[i, rows] &= values > 0
+                elif what in ("before", "after"):
+                    products[i, rows] = values.reshape(-1, len(PRODUCTS))
+                    inverted[i, rows] = what == "after"
+                else:
+                    raw[what][i, rows] = values
+            if record.skipped is not None:
+                steps[i] -= int(record.skipped.item())
+        raw.update(zip(PRODUCTS, np.moveaxis(products, -1, 0), strict=True))
+        dot_wu, u_sq, w_sq = (raw.pop(name) for name in ("dot_wu", "u_sq", "w_sq"))
+        with np.errstate(all="ignore"):  # what is not finite is recorded as it is
+            undone = before_step(dot_wu, u_sq, w_sq, raw["lr"], raw["weight_decay"])
+        raw["norm_sq_after"] = np.where(inverted, w_sq, raw["norm_sq_after"])
+        raw["dot_wu"] = np.where(inverted, undone.dot_wu, dot_wu)
+        raw["norm_sq"] = np.where(inverted, np.maximum(undone.w_sq, 0), w_sq)  # rounding around 0
+        raw["u_sq"] = u_sq
+        tensor = pd.Categorical.from_codes(np.tile(np.arange(shape[1]), shape[0]), list(self._labels))
+        columns = {name: values.ravel() for name, values in raw.items()}
+        rows = pd.DataFrame({"step": np.repeat(steps, shape[1]), "span": 1, "tensor": tensor, **columns})
+        return rows[moved.ravel()]
+
+    def _flag_non_finite(self, rows: pd.DataFrame) -> None:
+        bad = rows[~np.isfinite(rows[["dot_wu", "u_sq", "norm_sq", "norm_sq_after"]]).all(axis=1)]
+        if len(bad) and "finite" not in self._warned:
+            first = {"step": int(bad["step"].iloc[0]), "tensor": str(bad["tensor"].iloc[0])}
+            self._writer.describe(flags={"first_non_finite": first})
+            self._warn_once(
+                "finite", f"{first['tensor']} has NaN or inf at update {first['step']}; recorded as it is"
+            )
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"ForceLogger: {message}", RuntimeWarning, stacklevel=3)
+
+    def _fit(self) -> None:
+        """Weibull fits of the matrices as they are now."""
+        fits = []
+        for each in self._tracked:
+            weights = each.parameter.detach()
+            if weights.ndim < 2:
+                continue
+            for row, part in zip(each.rows, each.name.views or (None,), strict=True):
+                fit = fit_weibull(weights if part is None else part.of(weights))
+                fits.append((list(self._labels)[row], fit.k, fit.lam, fit.r_squared, fit.ks, fit.n))
+        if fits:
+            columns = zip(
+                ("tensor", "k", "lam", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
+            )
+            self._writer.append(
+                "weibull", {"step": self._step, **{name: list(each) for name, each in columns}}
+            )
+
+    def _snapshot(self) -> None:
+        """Full w, m and v of the selected tensors, beside the log."""
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        for each in self._tracked:
+            group = self._optimizer.param_groups[each.group]
+            name, state = each.name.name, self._optimizer.state.get(each.parameter, {})
+            tensors[name] = each.parameter.detach().contiguous()
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                if key in state:
+                    tensors[f"{name}.{key}"] = state[key].contiguous()
+            facts[name] = {
+                "step": float(state.get("step", self._step)),
+                "lr": float(group["lr"]),
+                "weight_decay": _decoupled_decay(self._optimizer, group),
+                "betas": [float(beta) for beta in group.get("betas", ())],
+                "eps": float(group.get("eps", 0.0)),
+            }
+        folder = cast(Path, self._writer.path) / "snapshots"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{self._step:06d}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        try:
+            save_file(tensors, temporary, metadata={"step": str(self._step), "tensors": json.dumps(facts)})
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            self._warn_once("snapshot", f"the snapshot of update {self._step} could not be written: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is asked of an optimizer
+
+
+def _check_optimizer(optimizer: Any, source: str) -> None:
+    if source not in ("moments", "displacement"):
+        raise ValueError(f"source must be 'moments' or 'displacement', got {source!r}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__} around a {type(inner).__name__}: pass the inner one, "
+            "optimizer.optimizer, whose steps it makes"
+        )
+    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    if source == "moments" and not adam:
+        raise TypeError(
+            f"optimizer must be torch.optim.AdamW or torch.optim.Adam, got {type(optimizer).__name__}, which does "
+            'not keep Adam\'s moments; source="displacement" logs any optimizer from a copy of the weights'
+        )
+    coupled = [
+        g for g in optimizer.param_groups if g.get("weight_decay", 0) and not _is_decoupled(optimizer, g)
+    ]
+    if coupled:
+        warnings.warn(
+            f"{type(optimizer).__name__} adds weight_decay={coupled[0]['weight_decay']} to the gradient: it is "
+            "part of u, shows as alignment and injection, and the decay column is 0",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    if isinstance(optimizer, torch.optim.AdamW):
+        return True
+    coupled = any(
+        kind.__name__ in _COUPLED and kind.__module__.startswith("torch.") for kind in type(optimizer).mro()
+    )
+    return bool(group.get("decoupled_weight_decay", not coupled))
+
+
+def _decoupled_decay(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+    return float(group.get("weight_decay", 0.0)) if _is_decoupled(optimizer, group) else 0.0
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    sharded = type(parameter.data).__name__ == "DTensor"
+    if sharded or parameter.layout != torch.strided or not parameter.is_floating_point():
+        kind = "a DTensor (sharded)" if sharded else f"{parameter.layout} of {parameter.dtype}"
+        raise TypeError(
+            f"parameter {name} is {kind}; whole, dense, real tensors can be logged. Leave it out with tensors="
+        )
+
+
+def _given_names(optimizer: torch.optim.Optimizer, params: Params | None) -> dict[Tensor, str]:
+    """Names of parameters as the user gives them, without the prefixes of wrappers."""
+    if params is None:
+        return {}
+    named = list(params.named_parameters() if isinstance(params, nn.Module) else params)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in named):
+        raise TypeError("params must be a model or (name, parameter) pairs, such as model.named_parameters()")
+    names = {parameter: _WRAPPERS.sub("", name) for name, parameter in named}
+    if not any(parameter in names for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("params has none of the optimizer's parameters: is it another model's, or a copy?")
+    return names
+
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
+
+
+def _selector(tensors: Tensors | None) -> Callable[[str, Tensor], bool]:
+    if tensors is None:
+        return lambda name, parameter: True
+    if isinstance(tensors, str):
+        pattern = re.compile(tensors)
+        return lambda name, parameter: pattern.search(name) is not None
+    if callable(tensors):
+        return tensors
+    raise TypeError(f"tensors must be a regular expression or a function, got {type(tensors).__name__}")
+
+
+def _schedule(argument: str, every: Every | None) -> Every | None:
+    if every is None or callable(every):
+        return every
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(
+            f"{argument} must be a positive int, a function of the update's number, got {every!r}"
+        )
+    return every
+
+
+def _due(every: Every | None, step: int) -> bool:
+    if every is None:
+        return False
+    return bool(every(step)) if callable(every) else step % every == 0
+
+
+def _signature(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _count(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float | Tensor:
+    """Updates that a parameter has had: a number, or a copy of the counter where it lives on a device."""
+    step = _on_host(optimizer.state.get(parameter, {}).get("step", 0))
+    return step.clone() if isinstance(step, Tensor) else step
+
+
+def _on_host(number: float | Tensor) -> float | Tensor:
+    """A float, unless the number is on a device that would have to be waited for."""
+    return number if isinstance(number, Tensor) and number.device.type != "cpu" else float(number)
+
+
+def _updates_made(optimizer: torch.optim.Optimizer, default: int = 0) -> int:
+    counts = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return max(counts, default=default)
+
+
+def _fresh(parameter: Tensor) -> dict[str, Any]:
+    """Adam's state before a parameter's first update, taking no memory."""
+    zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+    return {"step": 0, "exp_avg": zeros, "exp_avg_sq": zeros}
+
+
+def _first_given(values: Sequence[Tensor | None], otherwise: Sequence[Tensor]) -> list[Tensor]:
+    return [other if value is None else value for value, other in zip(values, otherwise, strict=True)]
+
+
+def _optimizer_info(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.tolist()
+        if isinstance(value, (tuple, list)):
+            return [plain(each) for each in value]
+        return value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
+
+    groups = [
+        {name: plain(value) for name, value in group.items() if name not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+    return {"name": type(optimizer).__name__, "groups": groups}
+
+
+def _to_host(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
+    """The values of float64 tensors, flat, in their order, with one copy from each device."""
+    devices = {tensor.device for tensor in tensors}
+    flat = {d: torch.cat([t.reshape(-1) for t in tensors if t.device == d]).cpu().numpy() for d in devices}
+    taken = dict.fromkeys(devices, 0)
+    for tensor in tensors:
+        start = taken[tensor.device]
+        taken[tensor.device] = start + tensor.numel()
+        yield flat[tensor.device][start : start + tensor.numel()]
+
+
+def _close(reference: weakref.ref[ForceLogger]) -> None:
+    logger = reference()
+    if logger is not None:
+        logger.close()
