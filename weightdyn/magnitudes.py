@@ -435,7 +435,7 @@ class MagnitudeHistogram:
         try:
             with np.load(path, allow_pickle=False) as file:
                 stored = {name: file[name] for name in ("dtype", "keys", "counts", "apart", "sums")}
-        except (KeyError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no histogram that MagnitudeHistogram.save wrote: {error}") from error
         zero, nonfinite, exact = stored["apart"].tolist()
         sums = Sums(*stored["sums"].tolist()) if len(stored["sums"]) else None

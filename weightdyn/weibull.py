@@ -65,17 +65,18 @@ class WeibullFit:
     @property
     def mean(self) -> float:
         """Mean of the law, λΓ(1 + 1/k)."""
-        return self.lam * math.exp(gammaln(1 + 1 / self.k))
+        return self.lam * _exp(gammaln(1 + 1 / self.k))
 
     @property
     def rms(self) -> float:
         """Root mean square of the law, λ√Γ(1 + 2/k): the σ of weights that are distributed about zero."""
-        return self.lam * math.exp(gammaln(1 + 2 / self.k) / 2)
+        return self.lam * _exp(gammaln(1 + 2 / self.k) / 2)
 
     @property
     def std(self) -> float:
         """Standard deviation of the magnitudes, λ√(Γ(1 + 2/k) − Γ(1 + 1/k)²)."""
-        return self.rms * math.sqrt(-math.expm1(2 * gammaln(1 + 1 / self.k) - gammaln(1 + 2 / self.k)))
+        unspread = math.exp(min(2 * gammaln(1 + 1 / self.k) - gammaln(1 + 2 / self.k), 0.0))
+        return self.rms * math.sqrt(1 - unspread)
 
     def cdf(self, x: Any) -> Any:
         """P(|w| ≤ x) = 1 − exp(−(x/λ)^k), for numbers and arrays; 0 below zero."""
@@ -90,7 +91,7 @@ class WeibullFit:
     def log_likelihood(self, x: Tensor | np.ndarray | MagnitudeHistogram) -> float:
         """Log-likelihood of a sample, n ln(k/λ) + (k − 1)Σ ln(x/λ) − Σ (x/λ)^k, zeros left out."""
         value, weight = _sample(x).points()
-        log = np.log(value / self.lam)
+        log = np.log(value) - math.log(self.lam)
         with np.errstate(over="ignore", under="ignore"):
             terms = weight * (math.log(self.k / self.lam) + (self.k - 1) * log - np.exp(self.k * log))
         return float(terms.sum())
@@ -153,6 +154,10 @@ def fit_weibull(
         lam_se=found.lam_se,
     )
     return fit if math.isnan(fit.k) else replace(fit, ks=_ks(sample, fit.cdf))
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
 
 
 class _Found(NamedTuple):
@@ -308,7 +313,7 @@ def _fit_plot(sample: MagnitudeHistogram, trim: tuple[float, float]) -> _Line:
     xy = np.sum(m * dx * dy + (m - 1) * slope * spread)
     yy = _sum_of_squared_y(first, last, n) - size * y_mean**2
     k = float(xy / xx)
-    return _Line(k, math.exp(x_mean - y_mean / k), min(float(xy**2 / (xx * yy)), 1.0))
+    return _Line(k, _exp(x_mean - y_mean / k), min(float(xy**2 / (xx * yy)), 1.0))
 
 
 def _half_normal() -> _Line:
@@ -385,24 +390,21 @@ def _under_power(k: float, z: np.ndarray, weight: np.ndarray) -> tuple[float, fl
 def _fit_moments(sample: MagnitudeHistogram) -> _Found:
     if len(sample.keys) < 2:
         return _Found()
-    if sample.sums is not None:
-        mean, square = sample.sums.magnitudes / sample.n, sample.sums.squares / sample.n
-    else:
-        value, weight = sample.points()
-        mean, square = np.sum(weight * value) / sample.n, np.sum(weight * value**2) / sample.n
+    value, weight = sample.points()
+    top = value[-1]
+    mean = np.sum(weight * (value / top)) / sample.n
+    square = np.sum(weight * (value / top) ** 2) / sample.n
     # Γ(1 + 2u)/Γ(1 + u)² grows with u = 1/k from 1 on.
     target = math.log(square / mean**2)
     u = _root(lambda u: gammaln(1 + 2 * u) - 2 * gammaln(1 + u) - target, 1e-6, 1e3)
-    return _Found(k=1 / u, lam=float(mean / math.exp(gammaln(1 + u))))
+    return _Found(k=1 / u, lam=float(top * mean / math.exp(gammaln(1 + u))))
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a monotone function crosses zero; the nearer end where it does not; NaN where it is NaN."""
+    """Where a monotone function crosses zero; the nearer end where it does not."""
     from scipy.optimize import brentq  # here, since it takes as long to import as the rest of scipy
 
     ends = function(low), function(high)
-    if math.isnan(ends[0]) or math.isnan(ends[1]):
-        return math.nan
     if ends[0] * ends[1] > 0:
         return low if abs(ends[0]) < abs(ends[1]) else high
     return float(brentq(function, low, high, xtol=1e-300, rtol=1e-13))
@@ -462,10 +464,15 @@ def rank_laws(x: Tensor | np.ndarray | MagnitudeHistogram) -> pd.DataFrame:
     weight = weight / sample.n
     top = float(value[-1])
     rms = top * math.sqrt(np.sum(weight * (value / top) ** 2))
+
+    def scaled(value: np.ndarray) -> np.ndarray:
+        return np.maximum(value / rms, np.finfo(np.float64).tiny)
+
+    x = scaled(value)
     found = _fit_likelihood(sample)
     laws = {
-        "weibull": _weibull_law(value / rms, weight, found.k, found.lam / rms),
-        **{name: fit(value / rms, weight) for name, fit in _RIVALS.items()},
+        "weibull": _weibull_law(x, weight, found.k, found.lam / rms),
+        **{name: fit(x, weight) for name, fit in _RIVALS.items()},
     }
     rows = []
     for name, law in laws.items():
@@ -479,7 +486,7 @@ def rank_laws(x: Tensor | np.ndarray | MagnitudeHistogram) -> pd.DataFrame:
                 "parameters": parameters,
                 "log_likelihood": log_likelihood,
                 "aic": 2 * parameters - 2 * log_likelihood,
-                "ks": _ks(sample, lambda edge, cdf=law.cdf: cdf(edge / rms)),
+                "ks": _ks(sample, lambda edge, cdf=law.cdf: cdf(scaled(edge))),
             }
         )
     table = pd.DataFrame(rows).set_index("law")
@@ -595,7 +602,8 @@ def tails(x: Tensor | np.ndarray | MagnitudeHistogram) -> Tails:
     low, high = sample.edges
     scaled = (low / 2 + high / 2) / high[-1]
     counts, ends = sample.counts, np.cumsum(sample.counts)
-    with np.errstate(under="ignore"):
+    with np.errstate(under="ignore", over="ignore"):
+        ratios = [q90 / q10, q99 / q50, q999 / q50]
         square = counts * scaled**2
         fourth = counts * scaled**4
     # Σ (2i − n − 1)x_i / nΣx over the ranks i
@@ -604,9 +612,7 @@ def tails(x: Tensor | np.ndarray | MagnitudeHistogram) -> Tails:
     left = max(1.0, TOP * n)
     taken = np.clip(left - (n - ends), 0, counts)
     return Tails(
-        q90_q10=float(q90 / q10),
-        q99_q50=float(q99 / q50),
-        q999_q50=float(q999 / q50),
+        *(float(ratio) for ratio in ratios),
         gini=float(gini),
         kurtosis=float(n * np.sum(fourth) / np.sum(square) ** 2),
         top_share=float(np.sum(square * taken / counts) / np.sum(square)),
