@@ -85,8 +85,8 @@ class Diagnosis:
         return self.table.loc[self.table["flags"] != "", ["tensor", "k", "r_squared", "flags"]]
 
     def _headline(self) -> str:
-        weights = self.table["numel"].sum()
-        return f"{self.source}: {len(self.table)} matrices, {weights:,} weights, attention {self.attention}"
+        matrices = f"{len(self.table)} matri{'x' if len(self.table) == 1 else 'ces'}"
+        return f"{self.source}: {matrices}, {self.table['numel'].sum():,} weights, attention {self.attention}"
 
     def _nearest_line(self) -> str:
         if self.nearest is None:
@@ -118,7 +118,8 @@ class Diagnosis:
             f"<p>{len(flagged)} flagged</p>",
         ]
         if len(flagged):
-            parts.append(flagged.head(_LISTED).to_html(index=False, max_rows=None))
+            with pd.option_context("display.max_colwidth", None):
+                parts.append(flagged.head(_LISTED).to_html(index=False))
         if self.nearest is not None:
             parts.append(f"<p>{html.escape(self._nearest_line())}</p>")
         return "\n".join(parts)
@@ -173,13 +174,14 @@ def diagnose(
     >>> print(diagnose(model).table["flags"][0].split(";")[-1].strip())
     second population: 6 % of the weights
     """
+    published = None if database is None else _read_database(database)
     matrices, config = read_matrices(source, config)
     options = {"config": config, "rules": rules, "n_jobs": n_jobs, "progress": progress}
     table = fit_weights(source, per_head=per_head, **options)
     table["regime"] = [classify(k, r) for k, r in zip(table["k"], table["r_squared"], strict=True)]
     table["flags"] = ["; ".join(_reasons(row)) for row in table.to_dict("records")]
     nearest = None
-    if database is not None:
+    if published is not None:
         # Published medians are of whole matrices, and of fused ones as they are stored.
         whole = fit_weights(source, **options) if per_head else table
         fused = [m.name for m in matrices if describe(m.name, m.shape, rules=rules).component == "qkv"]
@@ -187,7 +189,7 @@ def diagnose(
             pattern = f"^(?:{'|'.join(map(re.escape, fused))})$"
             whole = pd.concat([whole, fit_weights(source, views=False, tensors=pattern, **options)])
         medians = whole.groupby(whole["component"].astype(str))[["k", "lam"]].median()
-        nearest = _nearest(medians, _read_database(database))
+        nearest = _nearest(medians, published)
     return Diagnosis(_name(source), _attention(matrices, config, rules), table, nearest)
 
 
