@@ -1,0 +1,220 @@
+"""The command line: `weightdyn demo`, `weightdyn train`, `weightdyn plot RUN`.
+
+A thin shell over the library: a command reads its arguments, calls what a notebook would call, and prints.
+What a user got wrong ends in one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import pandas as pd
+import typer
+
+from weightdyn.forces import FORCES, By, timescale
+from weightdyn.plot import ROLE_COLORS
+from weightdyn.runlog import RunLog
+from weightdyn.selftrain import DEMO, MODELS, TrainConfig, train
+from weightdyn.trajectory import closure, phases, pool_weibull
+
+app = typer.Typer(
+    help="Why the weights of a network grow, overshoot and relax, in numbers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_DEFAULTS = TrainConfig()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Tell what the user got wrong in one line instead of a traceback."""
+    try:
+        yield
+    except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError, ImportError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command(name="train")
+def train_command(
+    out: Annotated[Path, typer.Option(help="Run directory; a run that was cut short there is continued.")],
+    model: Annotated[str, typer.Option(help=f"Shape: {', '.join(MODELS)}.")] = _DEFAULTS.model,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Text file or folder, more than once if you like. [default: Python's own source]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Updates.")] = _DEFAULTS.steps,
+    batch_size: Annotated[int, typer.Option(help="Sequences in an update.")] = _DEFAULTS.batch_size,
+    seq_len: Annotated[int, typer.Option(help="Bytes in a sequence.")] = _DEFAULTS.seq_len,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULTS.lr,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = _DEFAULTS.schedule,
+    warmup: Annotated[int, typer.Option(help="Updates of linear warm-up.")] = _DEFAULTS.warmup,
+    floor: Annotated[float, typer.Option(help="The cosine's end, as a fraction of lr.")] = _DEFAULTS.floor,
+    betas: Annotated[tuple[float, float], typer.Option(help="AdamW's.")] = _DEFAULTS.betas,
+    eps: Annotated[float, typer.Option(help="AdamW's.")] = _DEFAULTS.eps,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled decay.")] = _DEFAULTS.weight_decay,
+    decayed: Annotated[str, typer.Option(help="What decays: matrices or all.")] = _DEFAULTS.decayed,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.")] = _DEFAULTS.clip
+    or 0,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = _DEFAULTS.seed,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = _DEFAULTS.device,
+    log_every: Annotated[int, typer.Option(help="Updates between force rows.")] = _DEFAULTS.log_every,
+    weibull_every: Annotated[int, typer.Option(help="… Weibull fits.")] = _DEFAULTS.weibull_every,
+    eval_every: Annotated[int, typer.Option(help="… evaluations.")] = _DEFAULTS.eval_every,
+    save_every: Annotated[int, typer.Option(help="… checkpoints.")] = _DEFAULTS.save_every,
+) -> None:
+    """Train a small language model on text, with the forces of every tensor on record."""
+    with _told():
+        config = TrainConfig(
+            model=model,
+            corpus=tuple(corpus or ()),
+            steps=steps,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            lr=lr,
+            schedule=schedule,  # type: ignore[arg-type]  # checked by TrainConfig
+            warmup=warmup,
+            floor=floor,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decayed=decayed,  # type: ignore[arg-type]
+            clip=clip or None,
+            seed=seed,
+            device=device,
+            log_every=log_every,
+            weibull_every=weibull_every,
+            eval_every=eval_every,
+            save_every=save_every,
+        )
+        typer.echo(train(config, out))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Updates.")] = DEMO.steps,
+    batch_size: Annotated[int, typer.Option(help="Sequences in an update.")] = DEMO.batch_size,
+    seq_len: Annotated[int, typer.Option(help="Bytes in a sequence.")] = DEMO.seq_len,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = DEMO.seed,
+) -> None:
+    """Train a small GPT-NeoX on Python's own source, log the three forces, fit, draw: a few minutes."""
+    with _told():
+        config = replace(
+            DEMO,
+            steps=steps,
+            warmup=min(DEMO.warmup, steps),
+            batch_size=batch_size,
+            seq_len=seq_len,
+            seed=seed,
+        )
+        run = train(config, out)
+        typer.echo(_report(run))
+        _draw(run, out / "figures")
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    by: Annotated[
+        str, typer.Option(help="A panel or line for each role, layer, component; or model.")
+    ] = "role",
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures. [default: RUN/figures]")] = None,
+) -> None:
+    """Draw the figures of a run: forces, their shares, the Weibull trajectory, the loss."""
+    with _told():
+        _draw(RunLog(run), out or run / "figures", cast(By, by))  # checked by aggregate
+
+
+def _draw(run: RunLog, folder: Path, by: By = "role") -> None:
+    """Draw every figure that the run has rows for, and say where they lie."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from weightdyn import plot
+
+    unit = "nats per byte" if "train" in run.info else None
+    forces, weibull, metrics = run.forces(), run.weibull(), run.metrics()
+    inside = weibull[
+        "layer"
+    ].notna()  # embeddings have scales of their own, that would flatten the blocks' lines
+    weibull = weibull[inside] if inside.any() else weibull
+    losses = metrics if any("loss" in name for name in metrics) else metrics.iloc[:0]
+    figures: dict[str, tuple[pd.DataFrame, Callable[[pd.DataFrame], Any]]] = {
+        "force_budget": (forces, lambda table: plot.force_budget(table, by=by)),
+        "force_shares": (forces, lambda table: plot.force_budget(table, kind="shares", by=by)),
+        "weibull_trajectory": (weibull, lambda table: plot.weibull_trajectory(table, by=by)),
+        "loss": (losses, lambda table: plot.loss(table, unit=unit)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (table, draw) in figures.items():
+        if table.empty:
+            continue
+        figure = np.ravel(draw(table))[0].get_figure()
+        figure.savefig(folder / f"{name}.png")
+        plt.close(figure)
+        typer.echo(folder / f"{name}.png")
+
+
+def _report(run: RunLog) -> str:
+    """Loss, and per role: alignment's share of the budget, the course of λ, the worst closure."""
+    losses = run.metrics()["eval_loss"].dropna()
+    table = summarize(run)
+    shown = pd.DataFrame(
+        {
+            "role": table["role"],
+            "alignment in the rise": table["rise_share"].map("{:.0%}".format),
+            "at the end": table["end_share"].map("{:.0%}".format),
+            "λ start": table["start"].map("{:.4f}".format),
+            "peak": table["peak"].map("{:.4f}".format),
+            "at update": table["peak_step"].map("{:,}".format),
+            "end": table["end"].map("{:.4f}".format),
+            "worst closure": table["closure"].map("{:.1e}".format),
+        }
+    )
+    config = TrainConfig.from_info(run.info)
+    tau = timescale(config.lr, config.weight_decay)
+    pooled = closure(run, by="model")
+    return (
+        f"\nτ = 1/(ηλ) = {tau:,.0f} updates at the peak of the learning rate; the run has {config.steps:,}\n"
+        f"held-out loss {losses.iloc[0]:.3f} -> {losses.iloc[-1]:.3f} nats per byte\n\n"
+        f"{shown.to_string(index=False)}\n\n"
+        f"pooled closure, the part of all changes of ‖w‖² that the forces leave unexplained: "
+        f"{pooled['closure'].item():.1e}\n"
+    )
+
+
+def summarize(run: RunLog) -> pd.DataFrame:
+    """One row per role: `phases` of its λ, alignment's share in the rise and at the end, worst closure.
+
+    The share is |ΣA|/(|ΣA| + |ΣI| + |ΣD|) of the forces summed over the role's tensors and over the updates of
+    the rise (up to `half_step` of `phases`; NaN if λ never rose), or over the last tenth of the run.
+    """
+    table = phases(pool_weibull(run.weibull(), by="role")).set_index("role")
+    table = table.reindex([role for role in ROLE_COLORS if role in table.index]).reset_index()
+    forces = run.forces(by="role")
+    last = int(forces["step"].max())
+
+    def share(role: str, start: float, stop: float) -> float:
+        rows = forces[(forces["role"] == role) & forces["step"].between(start, stop)]
+        totals = rows[list(FORCES)].sum().abs()
+        return totals["alignment"] / totals.sum() if len(rows) else float("nan")
+
+    worst = closure(run).groupby("role", observed=True)["closure"].max()
+    return table.assign(
+        rise_share=[
+            share(role, 1, half) for role, half in zip(table["role"], table["half_step"], strict=True)
+        ],
+        end_share=[share(role, 0.9 * last, last) for role in table["role"]],
+        closure=table["role"].map(worst).astype(float),
+    )
