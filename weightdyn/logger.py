@@ -264,7 +264,7 @@ class ForceLogger:
             self.flush()
             self._track()
         everything = range(len(self._tracked))
-        before = _Before([_count(optimizer, each.parameter) for each in self._tracked])
+        before = _Before(_counts(optimizer, self._tracked))
         if audit:
             before.waiting += self._measure_norms("norm_sq_audit", everything)
         narrow = [i for i in everything if self._tracked[i].parameter.dtype.itemsize < 4]
@@ -274,7 +274,7 @@ class ForceLogger:
             before.copies = {i: self._tracked[i].parameter.detach().clone() for i in wanted}
         else:
             before.ahead = [i for i in narrow if self._tracked[i].parameter.grad is not None]
-            before.waiting += self._measure_moments("before", before.ahead, ahead=True)
+            before.waiting += self._measure_moments("before", before.ahead, before.counts, ahead=True)
         self._before = before
 
     @torch.no_grad()
@@ -282,7 +282,7 @@ class ForceLogger:
         before, self._before = self._before, None
         found_inf = getattr(optimizer, "found_inf", None)  # a fused step under a GradScaler may move nothing
         if isinstance(found_inf, Tensor):
-            if found_inf.device.type != "cpu":
+            if _is_remote(found_inf):
                 self._skipped = found_inf.double() + (0 if self._skipped is None else self._skipped)
             elif found_inf.item():
                 return
@@ -364,26 +364,26 @@ class ForceLogger:
         waiting = list(before.waiting)
         moved = np.zeros(len(self._labels), dtype=bool)
         active = []
-        for i, each in enumerate(self._tracked):
-            count, earlier = _count(optimizer, each.parameter), before.counts[i]
-            rows = list(each.rows)
+        counts = _counts(optimizer, self._tracked)
+        for i, (each, count, earlier) in enumerate(zip(self._tracked, counts, before.counts, strict=True)):
             if self._source == "displacement":
                 if each.parameter.grad is None:
                     continue
             elif isinstance(count, Tensor):  # known on the device only: decided when the rows come over
+                rows = list(each.rows)
                 waiting.append(("moved", rows, (count - earlier).double().expand(len(rows))))
             elif count <= cast(float, earlier):
                 continue
             moved[each.rows] = True
             active.append(i)
-        if isinstance(found_inf, Tensor) and found_inf.device.type != "cpu":
+        if found_inf is not None and _is_remote(found_inf):
             rows = list(range(len(moved)))
             waiting.append(("moved", rows, (1 - found_inf.double()).expand(len(rows))))
 
         lrs, decays = [], []
         for index, group in enumerate(optimizer.param_groups):
             lr = group["lr"]
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            if _is_remote(lr):
                 rows = np.flatnonzero(self._row_group == index).tolist()
                 waiting.append(("lr", rows, lr.double().reshape(()).clone().expand(len(rows))))
                 lr = np.nan
@@ -395,8 +395,8 @@ class ForceLogger:
         if self._source == "displacement":
             waiting += self._measure_displacement(copied, before.copies)
         else:
-            waiting += self._measure_moments("after", inverted)
-            waiting += self._measure_moments("before", copied, before.copies)
+            waiting += self._measure_moments("after", inverted, counts)
+            waiting += self._measure_moments("before", copied, counts, copies=before.copies)
         waiting += self._measure_norms("norm_sq_after", [i for i in active if i not in inverted])
 
         lr, decay = np.array(lrs)[self._row_group], np.array(decays)[self._row_group]
@@ -425,6 +425,7 @@ class ForceLogger:
         self,
         what: str,
         indices: Iterable[int],
+        counts: Sequence[float | Tensor],
         copies: Mapping[int, Tensor] | None = None,
         ahead: bool = False,
     ) -> list[_Waiting]:
@@ -451,8 +452,8 @@ class ForceLogger:
             else:
                 second = _first_given(tops, second)
             adams = [
-                Adam(group["betas"][0], group["betas"][1], group["eps"], _on_host(state["step"]) + ahead)
-                for state, group in zip(states, groups, strict=True)
+                Adam(group["betas"][0], group["betas"][1], group["eps"], counts[i] + ahead)
+                for i, group in zip(chosen, groups, strict=True)
             ]
             weights = [
                 p.detach() if copies is None else copies[i] for i, p in zip(chosen, parameters, strict=True)
@@ -706,15 +707,17 @@ def _signature(optimizer: torch.optim.Optimizer) -> list[list[int]]:
     return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def _count(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float | Tensor:
-    """Updates that a parameter has had: a number, or a copy of the counter where it lives on a device."""
-    step = _on_host(optimizer.state.get(parameter, {}).get("step", 0))
-    return step.clone() if isinstance(step, Tensor) else step
+def _counts(optimizer: torch.optim.Optimizer, tracked: Sequence[_Tracked]) -> list[float | Tensor]:
+    """Updates that each parameter has had: a number, or a copy of the counter where it lives on a device."""
+    steps = [optimizer.state.get(each.parameter, {}).get("step", 0.0) for each in tracked]
+    if all(isinstance(step, Tensor) and step.device.type == "cpu" for step in steps):
+        return torch.stack(steps).tolist()
+    return [step.clone() if _is_remote(step) else float(step) for step in steps]
 
 
-def _on_host(number: float | Tensor) -> float | Tensor:
-    """A float, unless the number is on a device that would have to be waited for."""
-    return number if isinstance(number, Tensor) and number.device.type != "cpu" else float(number)
+def _is_remote(number: float | Tensor) -> bool:
+    """Whether a number is on a device that would have to be waited for."""
+    return isinstance(number, Tensor) and number.device.type != "cpu"
 
 
 def _updates_made(optimizer: torch.optim.Optimizer, default: int = 0) -> int:

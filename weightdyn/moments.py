@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +26,7 @@ PRODUCTS = ("dot_wu", "u_sq", "w_sq", "m_rms", "v_mean", "u_max")
 _BLOCK = 128  # so many products at most are summed in the weights' own precision
 _CHUNK = {"cpu": 1 << 18}  # weights in a piece: the caches of a CPU, ...
 _DEVICE_CHUNK = 1 << 21  # ... or enough to be worth a kernel's launch; both bound the temporary memory
+_KEPT = 1 << 16  # blocks whose sums may wait to be added up together
 _SMALL = 1 << 16  # tensors up to this size are packed ...
 _TINY = (
     1 << 12
@@ -70,11 +72,11 @@ class _Piece(NamedTuple):
 
     flats: tuple[Tensor, ...]  # (blocks, block size), one for each input of the tensors
     owner: int | Tensor  # index of the tensor: of all, or of each block (blocks,)
-    row: int | Tensor  # row of the result: of all, or of each block (blocks,)
+    row: Tensor  # row of the result of each block (blocks,)
 
     def pick(self, column: Tensor) -> Tensor:
-        """The tensors' own values of a column, to combine with the flats."""
-        values = column[self.owner].to(self.flats[0].dtype)
+        """The tensors' own values of a column, or the one value of all, to combine with the flats."""
+        values = (column[self.owner] if column.ndim else column).to(self.flats[0].dtype)
         return values.unsqueeze(-1) if values.ndim else values
 
 
@@ -114,11 +116,7 @@ class Plan:
             for dtype, group in ((torch.float32, sorted({*small} - {*tiny})), (torch.float64, tiny))
             for pack in self._pack(group)
         ]
-        self._patterns = {
-            i: torch.tensor(self._tensors[i].rows, device=device)
-            for i in self._large
-            if len(self._tensors[i].rows) > 1
-        }
+        self._patterns = {i: torch.tensor(self._tensors[i].rows, device=device) for i in self._large}
 
     def moments(
         self,
@@ -152,7 +150,7 @@ class Plan:
         root2 = (1 - beta2**step).sqrt()
         # u = (m/c₁)/(√v/r₂ + ε) = (r₂/c₁)·m/(√v + ε·r₂): a factor behind the sums instead of two passes.
         eps = epsilon * root2
-        scale = (root2 / correction1)[self.owner]
+        scale = self._by_row(root2 / correction1)
 
         inputs = [weights, exp_avgs, exp_avg_sqs]
         inputs += [] if grads is None else [grads]
@@ -169,13 +167,13 @@ class Plan:
                 v = _rounded(v * piece.pick(beta2), kind)
                 v = _rounded(v.addcmul(grad * grad, 1 - piece.pick(beta2)), kind)
                 v = torch.maximum(v, top[0]) if top else v
-            u = v.sqrt()
+            u = torch.sqrt(v, out=_like("u", v))
             u.add_(piece.pick(eps))
             torch.div(m, u, out=u)
-            sums.add(piece, dots=[(w, u)], squares=[u, w, m], sums=[v], peak=u)
-        dot_wu, u_sq, w_sq, m_sq, v_sum, u_max = sums.totals()
-        m_rms = (m_sq / self.numel).sqrt() / correction1[self.owner]
-        v_mean = v_sum / self.numel / root2[self.owner] ** 2
+            sums.add(piece, norms=[u, w, m], dots=[(w, u)], sums=[v], peak=u)
+        u_sq, w_sq, m_sq, dot_wu, v_sum, u_max = sums.totals()
+        m_rms = (m_sq / self.numel).sqrt() / self._by_row(correction1)
+        v_mean = v_sum / self.numel / self._by_row(root2) ** 2
         columns = (dot_wu * scale, u_sq * scale**2, w_sq, m_rms, v_mean, u_max * scale)
         return torch.stack(columns, dim=1)
 
@@ -208,8 +206,8 @@ class Plan:
             piece = piece._replace(flats=tuple(flat.double() for flat in piece.flats))
             w, moved = piece.flats
             u = (w * piece.pick(shrink) - moved) * piece.pick(inverse)
-            sums.add(piece, dots=[(w, u)], squares=[u, w], peak=u)
-        dot_wu, u_sq, w_sq, u_max = sums.totals()
+            sums.add(piece, norms=[u, w], dots=[(w, u)], peak=u)
+        u_sq, w_sq, dot_wu, u_max = sums.totals()
         missing = torch.full_like(u_sq, math.nan)
         return torch.stack((dot_wu, u_sq, w_sq, missing, missing, u_max), dim=1)
 
@@ -217,13 +215,17 @@ class Plan:
         """‖w‖² of every row: float64 (R,)."""
         sums = _Sums(1, self)
         for piece in self._pieces([weights]):
-            sums.add(piece, squares=piece.flats)
+            sums.add(piece, norms=piece.flats)
         return sums.totals()[0]
 
     def _columns(self, values: Sequence[tuple[float | Tensor, ...]]) -> Tensor:
-        """Float64 (columns, tensors) on the device. Values from the host travel without waiting for it."""
+        """Float64 (columns, tensors) on the device, or (columns,) where all tensors have the same values.
+
+        Values from the host travel without waiting for the device.
+        """
         if not any(isinstance(value, Tensor) for each in values for value in each):
-            return torch.tensor(values, dtype=torch.float64).T.to(self.device, non_blocking=True)
+            columns = values[0] if len(set(values)) == 1 else list(zip(*values, strict=True))
+            return torch.tensor(columns, dtype=torch.float64).to(self.device, non_blocking=True)
         wide = {"dtype": torch.float64, "device": self.device}
         cells = [
             value.reshape(()).to(**wide, non_blocking=True)
@@ -233,6 +235,10 @@ class Plan:
             for value in each
         ]
         return torch.stack(cells).view(len(values), -1).T
+
+    def _by_row(self, column: Tensor) -> Tensor:
+        """Values of the tensors as values of their rows."""
+        return column[self.owner] if column.ndim else column
 
     def _pack(self, small: Sequence[int]) -> Iterator[list[int]]:
         """Small tensors in groups of at most a chunk."""
@@ -264,15 +270,12 @@ class Plan:
             each = self._tensors[i]
             for offset, flats in _chunks(tuple(column[i] for column in inputs), self._chunk, each.block):
                 length = flats[0].numel()
-                if i not in self._patterns:
-                    yield _Piece(_blocks(flats, math.gcd(length, _BLOCK)), i, each.rows[0])
-                    continue
                 block = math.gcd(offset, length, each.block)
                 start = torch.arange(offset, offset + length, block, device=self.device)
                 run = start.div_(each.unit, rounding_mode="floor").remainder_(len(each.rows))
                 yield _Piece(_blocks(flats, block), i, self._patterns[i][run])
         for pack, dtype, block, owner, row in self._packs:
-            flats = tuple(torch.cat([column[i].reshape(-1) for i in pack]) for column in inputs)
+            flats = [_end_to_end([column[i] for i in pack], name) for name, column in enumerate(inputs)]
             yield _Piece(_blocks(flats, block, dtype), owner, row)
 
 
@@ -281,45 +284,45 @@ class _Sums:
 
     def __init__(self, columns: int, plan: Plan):
         rows = plan.numel.numel()
-        self._sums = torch.zeros(columns, rows, dtype=torch.float64, device=plan.device)
-        self._peak = torch.zeros(rows, dtype=torch.float64, device=plan.device)
-        self._rows: list[int] = []
-        self._scalars: list[Tensor] = []
-        self._peaks: list[Tensor] = []
+        self._totals = torch.zeros(columns + 1, rows, dtype=torch.float64, device=plan.device)
+        self._kept: list[tuple[Tensor, list[Tensor]]] = []  # rows and columns of blocks not yet in the totals
+        self._blocks = 0
 
     def add(
         self,
         piece: _Piece,
         dots: Sequence[tuple[Tensor, Tensor]] = (),
-        squares: Sequence[Tensor] = (),
+        norms: Sequence[Tensor] = (),
         sums: Sequence[Tensor] = (),
         peak: Tensor | None = None,
     ) -> None:
-        """Add Σab for each of `dots`, then Σa² and Σa for the others, and take in max|peak|."""
-        columns = [torch.linalg.vecdot(a, b).double() for a, b in dots]
-        columns += [torch.linalg.vector_norm(a, dim=-1).double().square() for a in squares]
-        columns += [a.sum(-1).double() for a in sums]
-        if isinstance(piece.row, int):
-            self._rows.append(piece.row)
-            self._scalars += [column.sum() for column in columns]
-            self._peaks += [] if peak is None else torch.aminmax(peak)
-            return
-        for total, column in zip(self._sums, columns, strict=True):
-            total.index_add_(0, piece.row, column)
-        if peak is not None:
-            self._peak.scatter_reduce_(0, piece.row, peak.abs().amax(-1).double(), "amax")
+        """Take in √Σa² of each of `norms`, then Σab of `dots`, Σa of `sums`, and max|peak|."""
+        columns = [torch.linalg.vector_norm(a, dim=-1) for a in norms]
+        columns += [torch.mul(a, b, out=_like("product", a)).sum(-1) for a, b in dots]
+        columns += [a.sum(-1) for a in sums]
+        columns += [] if peak is None else [torch.abs(peak, out=_like("product", peak)).amax(-1)]
+        self._kept.append((piece.row, columns))
+        self._squares = len(norms)
+        self._blocks += len(piece.row)
+        if self._blocks > _KEPT:
+            self._settle()
 
-    def totals(self) -> list[Tensor]:
-        """Sum of each column, then the peak: float64 (R,) each."""
-        if self._rows:
-            row = torch.tensor(self._rows).to(self._sums.device, non_blocking=True)
-            scalars = torch.stack(self._scalars).view(len(row), -1).T
-            for total, column in zip(self._sums, scalars, strict=True):
-                total.index_add_(0, row, column)
-            if self._peaks:
-                peaks = torch.stack(self._peaks).view(-1, 2).abs().amax(-1)
-                self._peak.scatter_reduce_(0, row, peaks.double(), "amax")
-        return [*self._sums, self._peak]
+    def totals(self) -> Tensor:
+        """Σa² of each norm, then the other sums, then the peak: float64 (columns + 1, R)."""
+        self._settle()
+        return self._totals
+
+    def _settle(self) -> None:
+        if not self._kept:
+            return
+        row = torch.cat([row for row, _ in self._kept])
+        for i, total in enumerate(self._totals[: len(self._kept[0][1])]):
+            blocks = torch.cat([columns[i].double() for _, columns in self._kept])
+            if i == len(self._totals) - 1:
+                total.scatter_reduce_(0, row, blocks, "amax")
+            else:
+                total.index_add_(0, row, blocks.square_() if i < self._squares else blocks)
+        self._kept, self._blocks = [], 0
 
 
 def _chunks(tensors: tuple[Tensor, ...], size: int, block: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
@@ -343,10 +346,32 @@ def _chunks(tensors: tuple[Tensor, ...], size: int, block: int) -> Iterator[tupl
         yield start * width, tuple(each[start : start + lines].reshape(-1) for each in tensors)
 
 
+def _end_to_end(tensors: Sequence[Tensor], name: object) -> Tensor:
+    """Tensors of one type in one dimension, in memory that the next of this name will take."""
+    size = sum(each.numel() for each in tensors)
+    return torch.cat([each.reshape(-1) for each in tensors], out=_scratch(name, size, tensors[0]))
+
+
 def _blocks(flats: Sequence[Tensor], block: int, least: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """Shape to (blocks, block size); raise narrower types to `least`."""
     dtype = functools.reduce(torch.promote_types, (flat.dtype for flat in flats), least)
     return tuple(flat.to(dtype).view(-1, block) for flat in flats)
+
+
+_BUFFERS = threading.local()
+
+
+def _scratch(name: object, size: int, like: Tensor) -> Tensor:
+    """Memory for `size` numbers of the type of `like`: a fresh megabyte costs more than what is done in it."""
+    buffers = _BUFFERS.__dict__
+    key = f"{name} {like.dtype} {like.device}"
+    if key not in buffers or buffers[key].numel() < size:
+        buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+    return buffers[key][:size]
+
+
+def _like(name: object, piece: Tensor) -> Tensor:
+    return _scratch(name, piece.numel(), piece).view(piece.shape)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
