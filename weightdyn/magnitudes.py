@@ -100,25 +100,29 @@ def _bits(x: Tensor | np.ndarray) -> np.ndarray:
 
 
 def _count_on_cpu(x: Tensor | np.ndarray, form: _Format, sums: bool) -> tuple[np.ndarray, Sums | None]:
-    counts = np.zeros(form.keys, dtype=np.int64)
-    zeros = 0
+    signed = np.zeros(2 * form.keys, dtype=np.int64)  # the sign is the key's first bit
+    counts = signed.reshape(2, -1)
+    subnormal = 0
     total = np.zeros(3)
     bits = _bits(x)
-    drop_sign = bits.dtype.type(np.iinfo(bits.dtype).max)
+    unsigned = np.dtype(f"u{bits.itemsize}")
+    drop_sign = unsigned.type(np.iinfo(bits.dtype).max)
     for piece in _pieces(bits, PIECE):
-        magnitude = piece & drop_sign
+        piece = piece.view(unsigned)
+        before = counts[0, 0] + counts[1, 0]
+        keys = piece >> form.shift if form.shift else piece
         # add.at runs on one thread at the speed of the cache. torch.bincount is faster on idle cores,
         # and a hundred times slower where its threads have to wait for each other.
-        np.add.at(counts, (magnitude >> form.shift).astype(np.intp), 1)
-        if form.shift:
-            zeros += len(magnitude) - int(np.count_nonzero(magnitude))
+        np.add.at(signed, keys.astype(np.intp), 1)
+        if form.shift and counts[0, 0] + counts[1, 0] > before:
+            # Key 0 also caught the magnitudes that are too small for key 1. They are subnormal, but no zeros.
+            magnitude = piece & drop_sign
+            subnormal += np.count_nonzero(magnitude) - np.count_nonzero(magnitude >> form.shift)
         if sums:
-            total += _sums_of_array(magnitude.view(f"f{magnitude.dtype.itemsize}"))
-    if form.shift:
-        # Key 0 also caught the magnitudes that are too small for key 1. They are subnormal, but no zeros.
-        counts[1] += counts[0] - zeros
-        counts[0] = zeros
-    return counts, Sums(*total.tolist()) if sums else None
+            total += _sums_of_array((piece & drop_sign).view(f"f{piece.itemsize}"))
+    unsigned_counts = counts.sum(0)
+    unsigned_counts[:2] += (-subnormal, subnormal)
+    return unsigned_counts, Sums(*total.tolist()) if sums else None
 
 
 def _sums_of_array(magnitude: np.ndarray) -> tuple[float, float, float]:
