@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import math
 import resource
 import statistics
 import subprocess
@@ -109,7 +110,7 @@ def wandb_watch(model: nn.Module, optimizer: torch.optim.AdamW):
 
 
 def against_the_training_step(rounds: int, times: int) -> None:
-    """The demo's whole update: batch, forward, backward, step."""
+    """The demo's whole update: batch, forward, backward, clipping, step."""
     sides = {"ForceLogger, every=1": force_logger}
     if importlib.util.find_spec("tensorboard"):
         sides["TensorBoard histograms"] = tensorboard
@@ -123,6 +124,7 @@ def against_the_training_step(rounds: int, times: int) -> None:
             nonlocal t
             t += 1
             gradients(model, t)  # noqa: B023
+            nn.utils.clip_grad_norm_(model.parameters(), DEMO.clip or math.inf)  # noqa: B023
             optimizer.step()  # noqa: B023
             after(t)
 

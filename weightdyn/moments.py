@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ from weightdyn.naming import View
 PRODUCTS = ("dot_wu", "u_sq", "w_sq", "m_rms", "v_mean", "u_max")
 """Columns of a measurement: ⟨w,u⟩, ‖u‖², ‖w‖², rms of m̂, mean of v̂, max|u|."""
 
-_BLOCK = 128  # so many products at most are summed in the weights' own precision
+_BLOCK = 256  # so many products at most are summed in the weights' own precision
 _CHUNK = {"cpu": 1 << 18}  # weights in a piece: the caches of a CPU, ...
 _DEVICE_CHUNK = 1 << 21  # ... or enough to be worth a kernel's launch; both bound the temporary memory
 _KEPT = 1 << 16  # blocks whose sums may wait to be added up together
-_SMALL = 1 << 16  # tensors up to this size are packed ...
+_SMALL = (
+    1 << 16
+)  # tensors up to this size are packed, those that are cut in short blocks apart and in float64
+_SHORT = 32
 _TINY = (
     1 << 12
 )  # ... and up to this size, or with odd shapes, read in float64: they have few blocks to average
@@ -74,9 +77,11 @@ class _Piece(NamedTuple):
     owner: int | Tensor  # index of the tensor: of all, or of each block (blocks,)
     row: Tensor  # row of the result of each block (blocks,)
 
-    def pick(self, column: Tensor) -> Tensor:
+    def pick(self, column: Any) -> Any:
         """The tensors' own values of a column, or the one value of all, to combine with the flats."""
-        values = (column[self.owner] if column.ndim else column).to(self.flats[0].dtype)
+        if isinstance(column, float):
+            return column
+        values = column[self.owner].to(self.flats[0].dtype)
         return values.unsqueeze(-1) if values.ndim else values
 
 
@@ -110,10 +115,10 @@ class Plan:
         self.owner = torch.tensor(owner, device=device)
         self._large = [i for i, each in enumerate(self._tensors) if each.numel > _SMALL]
         small = [i for i, each in enumerate(self._tensors) if each.numel <= _SMALL]
-        tiny = [i for i in small if self._tensors[i].numel <= _TINY or self._tensors[i].block % 32]
+        short = [i for i in small if self._tensors[i].block < _SHORT]
         self._packs = [
             (pack, dtype, *self._pack_index(pack))
-            for dtype, group in ((torch.float32, sorted({*small} - {*tiny})), (torch.float64, tiny))
+            for dtype, group in ((torch.float32, sorted({*small} - {*short})), (torch.float64, short))
             for pack in self._pack(group)
         ]
         self._patterns = {i: torch.tensor(self._tensors[i].rows, device=device) for i in self._large}
@@ -147,7 +152,7 @@ class Plan:
         """
         beta1, beta2, epsilon, step = self._columns(adams)
         correction1 = 1 - beta1**step
-        root2 = (1 - beta2**step).sqrt()
+        root2 = (1 - beta2**step) ** 0.5
         # u = (m/c₁)/(√v/r₂ + ε) = (r₂/c₁)·m/(√v + ε·r₂): a factor behind the sums instead of two passes.
         eps = epsilon * root2
         scale = self._by_row(root2 / correction1)
@@ -165,7 +170,7 @@ class Plan:
                 grad = grad if factor is None else grad * piece.pick(factor)
                 m = _rounded(torch.lerp(grad, m, piece.pick(beta1)), kind)
                 v = _rounded(v * piece.pick(beta2), kind)
-                v = _rounded(v.addcmul(grad * grad, 1 - piece.pick(beta2)), kind)
+                v = _rounded(v + grad * grad * (1 - piece.pick(beta2)), kind)
                 v = torch.maximum(v, top[0]) if top else v
             u = torch.sqrt(v, out=_like("u", v))
             u.add_(piece.pick(eps))
@@ -200,7 +205,8 @@ class Plan:
         """
         eta, decay = self._columns(list(zip(lr, weight_decay, strict=True)))
         shrink = 1 - eta * decay
-        inverse = torch.where(eta == 0, 0.0, 1 / eta)
+        still = eta == 0
+        inverse = (1.0 - still * 1.0) / (eta + still)  # 0 where η = 0
         sums = _Sums(3, self)
         for piece in self._pieces([before, after]):
             piece = piece._replace(flats=tuple(flat.double() for flat in piece.flats))
@@ -218,27 +224,30 @@ class Plan:
             sums.add(piece, norms=piece.flats)
         return sums.totals()[0]
 
-    def _columns(self, values: Sequence[tuple[float | Tensor, ...]]) -> Tensor:
-        """Float64 (columns, tensors) on the device, or (columns,) where all tensors have the same values.
+    def _columns(self, values: Sequence[tuple[float | Tensor, ...]]) -> Any:
+        """Columns of the tensors' values: a float where all tensors share it, else float64 (tensors,).
 
         Values from the host travel without waiting for the device.
         """
-        if not any(isinstance(value, Tensor) for each in values for value in each):
-            columns = values[0] if len(set(values)) == 1 else list(zip(*values, strict=True))
-            return torch.tensor(columns, dtype=torch.float64).to(self.device, non_blocking=True)
         wide = {"dtype": torch.float64, "device": self.device}
+        if not any(isinstance(value, Tensor) for each in values for value in each):
+            if len(set(values)) == 1:
+                return [float(value) for value in values[0]]
+            return torch.tensor(list(zip(*values, strict=True)), dtype=torch.float64).to(
+                **wide, non_blocking=True
+            )
         cells = [
             value.reshape(()).to(**wide, non_blocking=True)
             if isinstance(value, Tensor)
             else torch.full((), value, **wide)
-            for each in values
-            for value in each
+            for column in zip(*values, strict=True)
+            for value in column
         ]
-        return torch.stack(cells).view(len(values), -1).T
+        return torch.stack(cells).view(-1, len(values))
 
-    def _by_row(self, column: Tensor) -> Tensor:
+    def _by_row(self, column: Any) -> Any:
         """Values of the tensors as values of their rows."""
-        return column[self.owner] if column.ndim else column
+        return column if isinstance(column, float) else column[self.owner]
 
     def _pack(self, small: Sequence[int]) -> Iterator[list[int]]:
         """Small tensors in groups of at most a chunk."""

@@ -192,7 +192,7 @@ class TrainConfig:
         return cls(**{f.name: info["train"][f.name] for f in fields(cls) if f.name in info["train"]})
 
 
-DEMO = TrainConfig(steps=1500, lr=8e-3, weight_decay=0.5, weibull_every=10)
+DEMO = TrainConfig(steps=1500, batch_size=16, lr=8e-3, weight_decay=0.5, weibull_every=10)
 """What `weightdyn demo` trains. τ = 1/(lr·weight_decay) = 250 updates, a sixth of the run: the weights have
 time to grow, to overshoot and to relax, while the model learns."""
 
