@@ -375,19 +375,20 @@ class Recipe:
 
         Source: github.com/huggingface/transformers, pull request 36973.
         """
-        where = "state"
-        if not isinstance(state, Mapping):
+        if isinstance(state, Mapping):
+            where, content = "state", state
+        else:
             path = Path(state)
             path = path / "trainer_state.json" if path.is_dir() else path
-            where, state = str(path), json.loads(path.read_text(encoding="utf-8"))
-        logged = [entry for entry in state.get("log_history", []) if "learning_rate" in entry]
+            where, content = str(path), json.loads(path.read_text(encoding="utf-8"))
+        logged = [entry for entry in content.get("log_history", []) if "learning_rate" in entry]
         if not logged:
             raise ValueError(
                 f"{where}: log_history has no entry with a learning_rate; give the schedule instead, "
                 "Recipe(lr=linear(…))"
             )
         known = {int(entry["step"]) + ahead: float(entry["learning_rate"]) for entry in logged}
-        steps = int(state.get("max_steps") or 0) or max(known)
+        steps = int(content.get("max_steps") or 0) or max(known)
         lr = np.interp(np.arange(1, steps + 1), sorted(known), [known[step] for step in sorted(known)])
         return cls(lr=lr, steps=steps, **fields)
 
@@ -445,6 +446,6 @@ checkpoints go on behind the end of that file's schedule, where this recipe stay
 2,000 and 5,000 updates starts at a tenth of the peak; betas (0.9, 0.95), eps 1e-5 and decay 0.1 on the matrices of
 the blocks (there are no norm gains or biases). OLMo-2, first stage: `configs/official-0425/OLMo2-1B-stage1.yaml`
 and `configs/official-1124/OLMo2-7B-stage1.yaml` there. Peaks 4e-4 and 3e-4, cosine to a tenth over 5e12 tokens in
-batches of 512 and 1024 x 4096, though both stop before its end; warm-up over 8,388,608,000 tokens; betas (0.9,
+batches of 512 and 1024 x 4096, though both stop before its end (7B at update 928,646, its last checkpoint); warm-up over 8,388,608,000 tokens; betas (0.9,
 0.95), eps 1e-8, decay 0.1 on everything, norms too, but the embedding.
 """
