@@ -103,8 +103,8 @@ def agree(got, want, matrices=1e-4, others=1e-3):
     limit = np.where(both["ndim"] >= 2, matrices, others) * budget
     for name in FORCES:
         assert ((both[name] - both[f"{name}_want"]).abs() <= limit).all(), name
-    for name in ("norm_sq", "norm_sq_after"):
-        np.testing.assert_allclose(both[name], both[f"{name}_want"], rtol=1e-6, atol=1e-12)
+    for name in ("norm_sq", "norm_sq_after"):  # a bias that starts at 0 is found from what it became
+        assert ((both[name] - both[f"{name}_want"]).abs() <= 1e-6 * both["norm_sq_after_want"]).all(), name
 
 
 @pytest.mark.parametrize("kind", [{"foreach": False}, {"foreach": True}, {"fused": True}])
