@@ -414,12 +414,43 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 
 
 class _Law(NamedTuple):
-    """A law fitted to magnitudes of rms 1: its parameters, log-likelihood and distribution function."""
+    """A law fitted to magnitudes of rms 1, and its log-likelihood per magnitude."""
 
     shape: float
     scale: float
     log_likelihood: float
-    cdf: Callable[[np.ndarray], np.ndarray]
+
+
+_CDF: dict[str, Callable[[Any, float], Any]] = {
+    "weibull": lambda x, k: -np.expm1(-(x**k)),
+    "half-normal": lambda x, _: erf(x / math.sqrt(2)),
+    "log-normal": lambda x, s: ndtr(np.log(x) / s),
+    "gamma": lambda x, a: gammainc(a, x),
+    "exponential": lambda x, _: -np.expm1(-x),
+    "generalised normal": lambda x, beta: gammainc(1 / beta, x**beta),
+}
+"""Distribution function of each law with scale 1, of magnitudes above zero and the shape."""
+
+
+def law_cdf(law: str, shape: float, scale: float, x: Any) -> Any:
+    """P(|w| ≤ x) under one of the laws that `rank_laws` fits, from its row there.
+
+    Args:
+        law: name of the law, as in the index of `rank_laws`.
+        shape, scale: its parameters, as in the columns of that name; the shape of a law without one is ignored.
+        x: magnitudes, a number or an array; all that is not positive has 0.
+
+    Raises:
+        ValueError: there is no such law.
+
+    >>> law_cdf("exponential", math.nan, 2.0, np.array([-1.0, 2.0])).round(4).tolist()
+    [0.0, 0.6321]
+    """
+    if law not in _CDF:
+        raise ValueError(f"law must be one of {tuple(_CDF)}, got {law!r}")
+    with np.errstate(over="ignore", under="ignore"):
+        scaled = np.asarray(x, dtype=np.float64) / scale
+        return _CDF[law](np.maximum(scaled, np.finfo(np.float64).tiny), shape)
 
 
 TIE = 6.0
@@ -465,10 +496,7 @@ def rank_laws(x: Tensor | np.ndarray | MagnitudeHistogram) -> pd.DataFrame:
     top = float(value[-1])
     rms = top * math.sqrt(np.sum(weight * (value / top) ** 2))
 
-    def scaled(value: np.ndarray) -> np.ndarray:
-        return np.maximum(value / rms, np.finfo(np.float64).tiny)
-
-    x = scaled(value)
+    x = np.maximum(value / rms, np.finfo(np.float64).tiny)
     found = _fit_likelihood(sample)
     laws = {
         "weibull": _weibull_law(x, weight, found.k, found.lam / rms),
@@ -486,7 +514,7 @@ def rank_laws(x: Tensor | np.ndarray | MagnitudeHistogram) -> pd.DataFrame:
                 "parameters": parameters,
                 "log_likelihood": log_likelihood,
                 "aic": 2 * parameters - 2 * log_likelihood,
-                "ks": _ks(sample, lambda edge, cdf=law.cdf: cdf(scaled(edge))),
+                "ks": _ks(sample, lambda edge, on=(name, law.shape, law.scale): law_cdf(*on, edge / rms)),
             }
         )
     table = pd.DataFrame(rows).set_index("law")
@@ -498,20 +526,20 @@ def rank_laws(x: Tensor | np.ndarray | MagnitudeHistogram) -> pd.DataFrame:
 
 def _weibull_law(x: np.ndarray, weight: np.ndarray, k: float, lam: float) -> _Law:
     log = math.log(k / lam) + (k - 1) * np.sum(weight * np.log(x / lam)) - 1
-    return _Law(k, lam, float(log), lambda x: -np.expm1(-((x / lam) ** k)))
+    return _Law(k, lam, float(log))
 
 
 def _half_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
     sigma = math.sqrt(np.sum(weight * x**2))
     log = math.log(2 / math.pi) / 2 - math.log(sigma) - 0.5
-    return _Law(math.nan, sigma, log, lambda x: erf(x / (sigma * math.sqrt(2))))
+    return _Law(math.nan, sigma, log)
 
 
 def _log_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
     mu = float(np.sum(weight * np.log(x)))
     s = math.sqrt(np.sum(weight * (np.log(x) - mu) ** 2))
     log = -mu - math.log(s) - math.log(2 * math.pi) / 2 - 0.5
-    return _Law(s, math.exp(mu), log, lambda x: ndtr((np.log(x) - mu) / s))
+    return _Law(s, math.exp(mu), log)
 
 
 def _gamma_law(x: np.ndarray, weight: np.ndarray) -> _Law:
@@ -520,12 +548,12 @@ def _gamma_law(x: np.ndarray, weight: np.ndarray) -> _Law:
     a = math.exp(_root(lambda t: gap - (t - digamma(math.exp(t))), -10.0, 15.0))
     theta = mean / a
     log = (a - 1) * log_mean - a - a * math.log(theta) - gammaln(a)
-    return _Law(a, theta, float(log), lambda x: gammainc(a, x / theta))
+    return _Law(a, theta, float(log))
 
 
 def _exponential_law(x: np.ndarray, weight: np.ndarray) -> _Law:
     theta = float(np.sum(weight * x))
-    return _Law(math.nan, theta, -math.log(theta) - 1, lambda x: -np.expm1(-x / theta))
+    return _Law(math.nan, theta, -math.log(theta) - 1)
 
 
 def _generalised_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
@@ -541,7 +569,7 @@ def _generalised_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
         beta = math.exp(_root(score, math.log(0.05), math.log(50.0)))
         alpha = (beta * np.sum(weight * np.exp(beta * z))) ** (1 / beta)
     log = math.log(beta / alpha) - gammaln(1 / beta) - 1 / beta
-    return _Law(beta, float(alpha), float(log), lambda x: gammainc(1 / beta, (x / alpha) ** beta))
+    return _Law(beta, float(alpha), float(log))
 
 
 _RIVALS: dict[str, Callable[[np.ndarray, np.ndarray], _Law]] = {
