@@ -446,6 +446,7 @@ checkpoints go on behind the end of that file's schedule, where this recipe stay
 2,000 and 5,000 updates starts at a tenth of the peak; betas (0.9, 0.95), eps 1e-5 and decay 0.1 on the matrices of
 the blocks (there are no norm gains or biases). OLMo-2, first stage: `configs/official-0425/OLMo2-1B-stage1.yaml`
 and `configs/official-1124/OLMo2-7B-stage1.yaml` there. Peaks 4e-4 and 3e-4, cosine to a tenth over 5e12 tokens in
-batches of 512 and 1024 x 4096, though both stop before its end (7B at update 928,646, its last checkpoint); warm-up over 8,388,608,000 tokens; betas (0.9,
+batches of 512 and 1024 x 4096, though both stop before its end (7B at update 928,646, its last checkpoint);
+warm-up over 8,388,608,000 tokens; betas (0.9,
 0.95), eps 1e-8, decay 0.1 on everything, norms too, but the embedding.
 """
