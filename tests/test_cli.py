@@ -13,7 +13,7 @@ from weightdyn.cli import app, summarize
 from weightdyn.runlog import RunLog, RunWriter
 from weightdyn.selftrain import DEMO, TrainConfig
 
-FIGURES = ["force_budget.png", "force_shares.png", "loss.png", "weibull_trajectory.png"]
+FIGURES = ["force_budget.png", "force_shares.png", "loss.png", "overview.png", "weibull_trajectory.png"]
 PNG = b"\x89PNG\r\n"
 
 

@@ -394,3 +394,18 @@ def test_forces_and_roles_share_no_color():
 def test_importing_the_module_does_not_import_pyplot():
     code = "import sys, weightdyn.plot; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_overview_stands_lambda_over_the_forces_of_its_role():
+    run = SimpleNamespace(forces=force_table, weibull=lambda: weibull_table(layers=1))
+    lam, forces = plot.overview(run, role="value")
+    only = weibull_table(layers=1).query("role == 'value'").set_index("step")["lam"]
+    np.testing.assert_allclose(lam.lines[0].get_ydata(), only)
+    table = force_table().query("role == 'value'").groupby("step")[list(FORCES)].sum()
+    by_label = {line.get_label(): line for line in forces.lines}
+    for force in FORCES:
+        np.testing.assert_allclose(by_label[force].get_ydata(), table[force])
+    peak = only.idxmax()
+    assert any(set(line.get_xdata()) == {peak} for line in forces.lines)  # marked in both panels
+    with pytest.raises(ValueError, match=r"role must be one that the run has.*got 'gate'"):
+        plot.overview(run, role="gate")

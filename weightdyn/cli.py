@@ -149,8 +149,10 @@ def _draw(run: RunLog, folder: Path, by: By = "role") -> None:
         "layer"
     ].notna()  # embeddings have scales of their own, that would flatten the blocks' lines
     weibull = weibull[inside] if inside.any() else weibull
+    both = weibull[weibull["role"].isin(set(forces["role"])) & weibull["role"].eq("transmission")]
     losses = metrics if any("loss" in name for name in metrics) else metrics.iloc[:0]
     figures: dict[str, tuple[pd.DataFrame, Callable[[pd.DataFrame], Any]]] = {
+        "overview": (both, lambda _: plot.overview(run)),
         "force_budget": (forces, lambda table: plot.force_budget(table, by=by)),
         "force_shares": (forces, lambda table: plot.force_budget(table, kind="shares", by=by)),
         "weibull_trajectory": (weibull, lambda table: plot.weibull_trajectory(table, by=by)),
