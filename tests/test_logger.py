@@ -606,6 +606,31 @@ def test_closing_takes_the_hooks_off():
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_counts_rates_and_skips_that_only_the_device_knows_give_the_same_rows(monkeypatch):
+    # The path of a GPU on the CPU: every tensor is taken for one that must not be waited for.
+    def run():
+        model = mlp()
+        matrices = {"params": [model[0].weight, model[3].weight], "lr": torch.tensor(1e-2)}
+        rest = {"params": [model[0].bias, model[2].weight], "lr": torch.tensor(2e-2), "weight_decay": 0.0}
+        optimizer = torch.optim.AdamW([matrices, rest], fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        with wd.ForceLogger(optimizer, model) as logger:
+            for t in range(1, 9):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, t) * (math.inf if t in (1, 4) else 1)).backward()
+                if t == 6:
+                    model[3].weight.grad = None
+                scaler.step(optimizer)
+                scaler.update()
+        assert logger.step == 6
+        return logger.run.forces()
+
+    expected = run()
+    monkeypatch.setattr("weightdyn.logger._is_remote", lambda number: isinstance(number, torch.Tensor))
+    pd.testing.assert_frame_equal(run(), expected, rtol=1e-9)
+    assert expected.groupby("step").size().tolist() == [4, 4, 4, 3, 4, 4]
+
+
 def test_nothing_waits_for_the_device_between_flushes():
     # On the meta device there are no values: a copy to the host would raise.
     with torch.device("meta"):

@@ -710,7 +710,7 @@ def _signature(optimizer: torch.optim.Optimizer) -> list[list[int]]:
 def _counts(optimizer: torch.optim.Optimizer, tracked: Sequence[_Tracked]) -> list[float | Tensor]:
     """Updates that each parameter has had: a number, or a copy of the counter where it lives on a device."""
     steps = [optimizer.state.get(each.parameter, {}).get("step", 0.0) for each in tracked]
-    if all(isinstance(step, Tensor) and step.device.type == "cpu" for step in steps):
+    if all(isinstance(step, Tensor) and not _is_remote(step) for step in steps):
         return torch.stack(steps).tolist()
     return [step.clone() if _is_remote(step) else float(step) for step in steps]
 
