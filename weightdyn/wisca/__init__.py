@@ -1,0 +1,17 @@
+"""WISCA: rescale the paired weights of a model, prove that nothing changed, and measure what it shifts.
+
+`find_pairs` knows which tensors stand in a product of which the network sees only the product; `rescale_` balances
+their norms in place.
+"""
+
+from weightdyn.wisca.pairs import FAMILIES as FAMILIES
+from weightdyn.wisca.pairs import KINDS as KINDS
+from weightdyn.wisca.pairs import Part as Part
+from weightdyn.wisca.pairs import ScalingPair as ScalingPair
+from weightdyn.wisca.pairs import find_pairs as find_pairs
+from weightdyn.wisca.rescale import RESCALE_TABLE as RESCALE_TABLE
+from weightdyn.wisca.rescale import apply_ as apply_
+from weightdyn.wisca.rescale import plan_rescale as plan_rescale
+from weightdyn.wisca.rescale import rescale_ as rescale_
+from weightdyn.wisca.rescale import scale_factors as scale_factors
+from weightdyn.wisca.rescale import undo_ as undo_
