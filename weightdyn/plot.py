@@ -545,6 +545,9 @@ def weibull(
     margin = 0.04 * (ends[1] - ends[0])
     panel.set_ylim(ends[0] - margin, ends[1] + margin)
     panel.set_xlim(*np.exp(_widened(np.log([value[0], value[-1]]))))
+    panel.tick_params(
+        axis="x", which="minor", labelsize=_small(panel)
+    )  # named where |w| spans under a decade
     ticks = [tick for tick in _TICKS if ends[0] - 0.01 <= _spaced(tick) <= ends[1]]
     panel.set_yticks(_spaced(np.array(ticks)), [f"{100 * tick:.8g}" for tick in ticks])
     panel.set_ylabel("weights up to |w| (%)")
@@ -564,7 +567,7 @@ def _fraction(spaced: Any) -> Any:
 
 
 def _widened(ends: np.ndarray) -> np.ndarray:
-    reach = max(0.03 * (ends[1] - ends[0]), 0.05)
+    reach = 0.03 * (ends[1] - ends[0]) or 0.7
     return np.array([ends[0] - reach, ends[1] + reach])
 
 

@@ -90,7 +90,7 @@ class WeibullFit:
 
     def log_likelihood(self, x: Tensor | np.ndarray | MagnitudeHistogram) -> float:
         """Log-likelihood of a sample, n ln(k/λ) + (k − 1)Σ ln(x/λ) − Σ (x/λ)^k, zeros left out."""
-        value, weight = _sample(x).points()
+        value, weight = as_histogram(x).points()
         log = np.log(value) - math.log(self.lam)
         with np.errstate(over="ignore", under="ignore"):
             terms = weight * (math.log(self.k / self.lam) + (self.k - 1) * log - np.exp(self.k * log))
@@ -135,7 +135,7 @@ def fit_weibull(
     if method not in ("plot", "mle", "moments"):
         raise ValueError(f"method must be 'plot', 'mle' or 'moments', got {method!r}")
     low, high = _check_trim(trim)
-    sample = _sample(x)
+    sample = as_histogram(x)
     line = _fit_plot(sample, (low, high))
     if method == "plot":
         found = _Found(line.k, line.lam)
@@ -183,11 +183,12 @@ def _check_trim(trim: Any) -> tuple[float, float]:
     return low, high
 
 
-def _sample(x: Tensor | np.ndarray | MagnitudeHistogram, *, sums: bool = False) -> MagnitudeHistogram:
+def as_histogram(x: Tensor | np.ndarray | MagnitudeHistogram) -> MagnitudeHistogram:
+    """The histogram that fits take of x: exact up to `SORTED` weights, itself where it is one already."""
     if isinstance(x, MagnitudeHistogram):
         return x
     size = x.numel() if isinstance(x, Tensor) else np.size(x)
-    return MagnitudeHistogram.from_tensor(x, sums=sums, exact=size <= SORTED)
+    return MagnitudeHistogram.from_tensor(x, sums=False, exact=size <= SORTED)
 
 
 def _note(sample: MagnitudeHistogram, k: float) -> str:
@@ -488,7 +489,7 @@ def rank_laws(x: Tensor | np.ndarray | MagnitudeHistogram) -> pd.DataFrame:
     >>> rank_laws(x).index[0]
     'gamma'
     """
-    sample = _sample(x)
+    sample = as_histogram(x)
     if len(sample.keys) < 2:
         raise ValueError(f"x must have at least two distinct non-zero magnitudes, got {len(sample.keys)}")
     value, weight = sample.points()
@@ -565,11 +566,16 @@ def _generalised_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
         total = np.sum(power)
         return float(beta * (1 - np.sum(power * z) / total) + math.log(beta * total) + digamma(1 / beta))
 
-    with np.errstate(under="ignore"):
-        beta = math.exp(_root(score, math.log(0.05), math.log(50.0)))
+    def law(beta: float) -> _Law:
         alpha = (beta * np.sum(weight * np.exp(beta * z))) ** (1 / beta)
-    log = math.log(beta / alpha) - gammaln(1 / beta) - 1 / beta
-    return _Law(beta, float(alpha), float(log))
+        log = math.log(beta / alpha) - gammaln(1 / beta) - 1 / beta
+        return _Law(beta, float(alpha), float(log))
+
+    low, high = 0.05, 50.0
+    with np.errstate(under="ignore"):
+        # The score fades towards β = 0, so its nearer end says nothing where it has no root.
+        root = math.exp(_root(score, math.log(low), math.log(high)))
+        return max(map(law, (root, low, high)), key=lambda law: law.log_likelihood)
 
 
 _RIVALS: dict[str, Callable[[np.ndarray, np.ndarray], _Law]] = {
@@ -622,7 +628,7 @@ def tails(x: Tensor | np.ndarray | MagnitudeHistogram) -> Tails:
     >>> tails(np.full(1000, 0.5)).gini
     0.0
     """
-    sample = _sample(x)
+    sample = as_histogram(x)
     n = sample.n
     if n == 0:
         return Tails(*[math.nan] * len(Tails._fields))
