@@ -272,7 +272,7 @@ def test_errors_name_what_was_given():
 
 def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match=r"list.pt holds a list, not a state dict"):
+    with pytest.raises(ValueError, match=r"list.pt must be a whole safetensors file, or .* it holds a list"):
         fit_weights(tmp_path / "list.pt")
 
 

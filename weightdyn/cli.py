@@ -220,3 +220,60 @@ def summarize(run: RunLog) -> pd.DataFrame:
         end_share=[share(role, 0.9 * last, last) for role in table["role"]],
         closure=table["role"].map(worst).astype(float),
     )
+
+
+@app.command()
+def fit(
+    path: Annotated[Path, typer.Argument(help="Model folder, checkpoint file, or run directory.")],
+    per_head: Annotated[bool, typer.Option("--per-head", help="A row for each head of q, k and v.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the table there: .parquet or .csv.")
+    ] = None,
+) -> None:
+    """Fit a Weibull law to every weight matrix of a checkpoint: k, λ, goodness of fit, tails."""
+    from weightdyn.fits import fit_weights
+
+    with _told():
+        if out is not None and out.suffix not in (".parquet", ".csv"):
+            raise ValueError(f"--out must end in .parquet or .csv, got {out}")
+        if out is not None and not out.parent.is_dir():
+            raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+        table = fit_weights(path, per_head=per_head)
+        if out is None:
+            forms = {
+                "numel": "{:,}",
+                "k": "{:.4f}",
+                "lam": "{:.3g}",
+                "r_squared": "{:.4f}",
+                "ks": "{:.4f}",
+                "lam_over_rms": "{:.4f}",
+                "top_share": "{:.2%}",
+                "note": "{}",
+            }
+            if (table["note"] == "").all():
+                del forms["note"]
+            shown = pd.DataFrame({name: table[name].map(form.format) for name, form in forms.items()})
+            names = table["tensor"].astype(str)
+            shown.index = pd.Index(names.str.ljust(names.str.len().max())).rename(None)
+            typer.echo(shown.to_string())
+        elif out.suffix == ".csv":
+            table.to_csv(out, index=False)
+        else:
+            table.to_parquet(out)
+        if out is not None:
+            typer.echo(f"{out}: {len(table)} rows")
+
+
+@app.command(name="diagnose")
+def diagnose_command(
+    path: Annotated[Path, typer.Argument(help="Model folder, checkpoint file, or run directory.")],
+    per_head: Annotated[bool, typer.Option("--per-head", help="Look at each head of q, k and v.")] = False,
+    database: Annotated[
+        Path | None, typer.Option(help="CSV of published fits, to find the nearest model in.")
+    ] = None,
+) -> None:
+    """Say what stands out in a checkpoint: matrices with the reason, kind of attention, nearest published model."""
+    from weightdyn.diagnose import diagnose
+
+    with _told():
+        typer.echo(diagnose(path, per_head=per_head, database=database))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from weightdyn.fits import Matrix, Weights, fit_weights, read_matrices
+from weightdyn.fits import Matrix, Weights, fit_weights, newest_checkpoint, read_matrices
 from weightdyn.naming import COMPONENTS, describe
 from weightdyn.weibull import GOOD_PLOT, K0, TRANSMISSION, classify
 
@@ -214,7 +214,8 @@ def _reasons(row: Mapping[str, Any]) -> list[str]:
 
 def _name(source: Weights) -> str:
     if isinstance(source, str | PathLike):
-        return Path(source).resolve().name
+        given, file = Path(source), newest_checkpoint(source)
+        return given.resolve().name + (f", {file.stem}" if file != given else "")
     return "state dict" if isinstance(source, Mapping) else type(source).__name__
 
 
@@ -250,7 +251,14 @@ _WITHOUT_GATE = {"up": "ffn_in", "down": "ffn_out"}
 
 
 def _read_database(database: str | PathLike[str] | pd.DataFrame) -> pd.DataFrame:
-    table: Any = database if isinstance(database, pd.DataFrame) else pd.read_csv(database)
+    try:
+        table: Any = database if isinstance(database, pd.DataFrame) else pd.read_csv(database)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"database: there is no file {database}") from None
+    except (OSError, ValueError) as error:  # a folder; what is no text, or no table
+        raise ValueError(
+            f"database must be a CSV file, and {database} cannot be read as one: {error}"
+        ) from error
     if not any(str(column).startswith("k_median_") for column in table):
         raise ValueError(
             "database must have a row per model, its name in the first column, and columns k_median_<component>; "

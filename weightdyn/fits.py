@@ -90,10 +90,11 @@ def fit_weights(
     """Fit a Weibull law to every weight matrix of a model.
 
     Args:
-        source: a model, a state dict, a checkpoint file (safetensors, or what torch.save wrote), or a folder
-            with one checkpoint, sharded or not. Norms, biases and everything that is not float are left out.
+        source: a model, a state dict, a checkpoint file (safetensors, or what torch.save wrote), a folder with
+            one checkpoint, sharded or not, or a run directory, of which the last checkpoint is taken. Norms,
+            biases and everything that is not float are left out.
         config: the model's config (of transformers, or a dict), which says how fused matrices are split. None:
-            that of the model, or the config.json beside the checkpoint.
+            that of the model, the config.json beside the checkpoint, or the record of the run it belongs to.
         rules: {regular expression: component} for names that are not known, as in `naming.describe`.
         per_head: one row for each head of q, k and v.
         views: split fused matrices; False fits them whole.
@@ -255,18 +256,12 @@ def read_matrices(source: Weights, config: Any = None) -> tuple[list[Matrix], An
     elif isinstance(source, Mapping):
         found = _of_mapping(source)
     elif isinstance(source, str | PathLike):
-        path = Path(source)
+        path = newest_checkpoint(source)
         files = _files(path)
-        beside = (path if path.is_dir() else path.parent) / "config.json"
-        if config is None and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
-        found = [matrix for file in files for matrix in _of_file(file)]
+        config = _config_beside(path) if config is None else config
+        found = [matrix for file in files for matrix in _read(file)]
         if files[0].suffix == ".safetensors":  # which sorts its tensors by their names' letters
-            found.sort(
-                key=lambda matrix: [
-                    int(part) if part.isdigit() else part for part in _DIGITS.split(matrix.name)
-                ]
-            )
+            found.sort(key=lambda matrix: _natural(matrix.name))
     else:
         raise TypeError(
             "source must be a torch.nn.Module, a state dict, or the path of a checkpoint file or folder; "
@@ -278,7 +273,42 @@ def read_matrices(source: Weights, config: Any = None) -> tuple[list[Matrix], An
     return found, config
 
 
-_DIGITS = re.compile(r"([0-9]+)")
+def newest_checkpoint(path: str | PathLike[str]) -> Path:
+    """The checkpoint with the highest step in a run directory; any other path as it is.
+
+    Raises:
+        FileNotFoundError: the run holds no checkpoints.
+    """
+    path = Path(path)
+    if not (path / "run.json").is_file():
+        return path
+    saved = sorted((path / "checkpoints").glob("step-*.safetensors"), key=lambda file: _natural(file.name))
+    if not saved:
+        raise FileNotFoundError(
+            f"source: the run {path} holds no checkpoints/step-*.safetensors to fit; give the model, or a file "
+            "with its weights. The fits that were logged are RunLog(path).weibull()"
+        )
+    return saved[-1]
+
+
+def _config_beside(path: Path) -> Any:
+    """What config.json beside a checkpoint holds, or the run that it belongs to; None if there is neither."""
+    folder = path if path.is_dir() else path.parent
+    for file in (folder / "config.json", folder / "run.json", folder.parent / "run.json"):
+        if file.is_file():
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file} is no JSON ({error}): mend it, or pass config=") from error
+            return found if file.name == "config.json" else found.get("train", {}).get("architecture")
+    return None
+
+
+def _natural(name: str) -> list[Any]:
+    """Key under which names with numbers sort by the numbers' values."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -300,6 +330,19 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _read(path: Path) -> list[Matrix]:
+    try:
+        return _of_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises whatever a foreign file makes the unpickler do
+        reason = str(error).split(". ")[0].split("\n")[0]  # what follows is torch's advice to trust the file
+        raise ValueError(
+            f"source: {path} must be a whole safetensors file, or a state dict of tensors that torch.save wrote; "
+            f"reading it gives {type(error).__name__}: {reason}"
+        ) from error
+
+
 def _of_file(path: Path) -> list[Matrix]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
@@ -316,7 +359,7 @@ def _of_file(path: Path) -> list[Matrix]:
         if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
             stored = stored[key]
     if not isinstance(stored, Mapping):
-        raise ValueError(f"{path} holds a {type(stored).__name__}, not a state dict")
+        raise TypeError(f"it holds a {type(stored).__name__}")
     return _of_mapping(stored)
 
 
