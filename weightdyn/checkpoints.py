@@ -11,13 +11,16 @@ the stored copy adds to it, its Weibull fit, and on request its inner products w
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import threading
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import filelock
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -405,7 +409,8 @@ def _inner(
 class _Folder:
     """Checkpoints on a disk."""
 
-    local = True
+    local = keep = True
+    hold: frozenset[int] | set[int] = frozenset()
 
     def __init__(self, places: dict[int, Path], name: str, cache: Path | None, config: Any) -> None:
         self.places, self.name, self.cache, self._config = places, name, cache, config
@@ -446,6 +451,200 @@ class _Folder:
         """Nothing: the files are the user's."""
 
 
+class _Hub:
+    """Checkpoints in the branches and tags of a repository on the hub, fetched one at a time."""
+
+    local = False
+
+    def __init__(self, repo: str, keep: bool, endpoint: str | None) -> None:
+        try:
+            import huggingface_hub
+        except ImportError as error:
+            raise ImportError('hf:// needs huggingface_hub: pip install "weightdyn[hf]"') from error
+        self._api = huggingface_hub.HfApi(endpoint=endpoint)
+        self._hub: Any = huggingface_hub
+        self._endpoint, self.repo, self.keep = endpoint, repo, keep
+        self.name = f"hf://{repo}"
+        self.cache = _user_cache() / repo.replace("/", "--")
+        self.folder = self.cache / "download"
+        self.places: dict[int, _Revision] = {}
+        self.twice: list[tuple[int, str, str]] = []
+        self.hold: set[int] = set()
+        self._listed: dict[int, dict[str, _Remote]] = {}
+        self._here: dict[int, list[Path]] = {}
+        self._lock: filelock.BaseFileLock | None = None
+        refs = self._again(lambda: self._api.list_repo_refs(repo), f"the branches of {self.name}")
+        for ref in (*refs.branches, *refs.tags):
+            match = _REVISION.fullmatch(ref.name)
+            if match is None:
+                continue
+            step = int(match[1])
+            if step in self.places:
+                self.twice.append((step, self.places[step].name, ref.name))
+            else:
+                self.places[step] = _Revision(ref.name, ref.target_commit)
+        if not self.places:
+            names = ", ".join(ref.name for ref in refs.branches[:5])
+            raise FileNotFoundError(
+                f"source: {self.name} has no branch named like a checkpoint (step1000, stage1-step1000-tokens5B); "
+                f"it has {names}"
+            )
+
+    def where(self, step: int) -> str:
+        return f"{self.name}@{self.places[step].name}"
+
+    def config(self) -> Any:
+        """The config.json of the first checkpoint."""
+        if not hasattr(self, "_config"):
+            step = min(self.places)
+            self._config = None
+            if "config.json" in self._tree(step):
+                self._config = json.loads(self._read(step, "config.json"))
+        return self._config
+
+    def _tree(self, step: int) -> dict[str, _Remote]:
+        if step not in self._listed:
+            commit = self.places[step].commit
+            listed = self._again(
+                lambda: list(self._api.list_repo_tree(self.repo, revision=commit)),
+                f"the files of {self.where(step)}",
+            )
+            self._listed[step] = {
+                entry.path: _Remote(entry.size, entry.lfs.sha256 if entry.lfs else None)
+                for entry in listed
+                if getattr(entry, "size", None) is not None  # a file, no folder
+            }
+        return self._listed[step]
+
+    def _read(self, step: int, name: str) -> str:
+        return self._download(step, name, self.folder / "small").read_text(encoding="utf-8")
+
+    def files(self, step: int) -> dict[str, int]:
+        """The checkpoint's weight files by name, with their sizes in bytes."""
+        tree = self._tree(step)
+        names = _choose(tree, self.where(step), lambda name: self._read(step, name))
+        return {name: tree[name].size for name in names}
+
+    def fetch(self, step: int) -> list[Path]:
+        """The checkpoint's files on the disk; all others that were fetched are deleted, but those on `hold`."""
+        if step not in self._here:
+            self.release(self.hold)
+            self._acquire()
+            target = None if self.keep else self.folder / f"step-{step}"
+            self._here[step] = [self._download(step, name, target) for name in self.files(step)]
+        return self._here[step]
+
+    def fingerprint(self, step: int) -> str:
+        return self.places[step].commit
+
+    def release(self, steps: Iterable[int] = ()) -> None:
+        """Delete what was fetched, but the given steps, and what a killed process left."""
+        kept = set(steps)
+        self._here = {step: paths for step, paths in self._here.items() if step in kept}
+        _unpickled.cache_clear()
+        if self.folder.is_dir():
+            self._acquire()
+            for path in self.folder.iterdir():
+                if path.is_dir() and path.name not in {f"step-{step}" for step in self._here}:
+                    shutil.rmtree(path, ignore_errors=True)
+        if not self._here and self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _acquire(self) -> None:
+        if self._lock is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder / ".lock", timeout=0, thread_local=False)
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise RuntimeError(
+                    f"another process is downloading to {self.folder}: wait for it, or give another cache"
+                ) from None
+            self._lock = lock
+
+    def _download(self, step: int, name: str, folder: Path | None) -> Path:
+        """Download a file, whole and sound; a file that is neither is fetched again, a few times."""
+        remote = self._tree(step)[name]
+        place = {"local_dir": folder} if folder else {}
+        fresh = False
+
+        def attempt() -> Path:
+            nonlocal fresh
+            path = Path(
+                self._hub.hf_hub_download(
+                    self.repo,
+                    name,
+                    revision=self.places[step].commit,
+                    endpoint=self._endpoint,
+                    force_download=fresh,
+                    **place,
+                )
+            )
+            fresh = True
+            if path.stat().st_size != remote.size:
+                raise OSError(f"it has {path.stat().st_size} bytes of {remote.size}")
+            if remote.sha256 is not None and _sha256(path) != remote.sha256:
+                path.unlink()
+                raise OSError("its content does not have the digest that the hub says it has")
+            return path
+
+        return self._again(attempt, f"{self.where(step)}/{name}")
+
+    def _again(self, call: Callable[[], Any], what: str) -> Any:
+        """Call, a bounded number of times, until no passing fault of the network comes."""
+        attempt = 1
+        while True:
+            try:
+                return call()
+            except Exception as error:
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                if isinstance(error, self._hub.errors.RepositoryNotFoundError):
+                    raise FileNotFoundError(
+                        f"source: there is no repository {self.name}, or it is private (hf auth login): {error}"
+                    ) from error
+                final = status is not None and 400 <= status < 500 and status not in (408, 429)
+                if final or isinstance(error, ValueError) or getattr(error, "errno", None) == errno.ENOSPC:
+                    raise
+                if attempt == ATTEMPTS:
+                    raise CheckpointError(
+                        f"{what} could not be fetched in {ATTEMPTS} attempts ({type(error).__name__}: {error}); "
+                        "what was measured before is stored, and a later call goes on from there"
+                    ) from error
+            time.sleep(_WAIT * 2 ** (attempt - 1))
+            attempt += 1
+
+
+ATTEMPTS = 5
+"""How often a request to the hub is made before it counts as failed."""
+
+_WAIT = 1.0  # seconds before the second attempt; doubled each time
+_REVISION = re.compile(r"(?:stage1-)?(?:global_?)?(?:step|checkpoint)[-_]?(\d+)(?:-tokens\d+[MB])?")
+
+
+class _Revision(NamedTuple):
+    name: str
+    commit: str
+
+
+class _Remote(NamedTuple):
+    size: int
+    sha256: str | None
+
+
+def _user_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "weightdyn"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _step_of(name: str) -> int | None:
     found = _STEP.findall(name)
     return int(found[-1]) if found else None
@@ -471,7 +670,8 @@ class Checkpoints:
 
     Args:
         source: a run directory or `RunLog`; a folder with files or folders named step1000, step-001000,
-            checkpoint-500, global_step1000, …; or {step: file or folder}. A checkpoint is a safetensors file,
+            checkpoint-500, global_step1000, …; {step: file or folder}; or hf://owner/name, a repository on the
+            hub with branches step1000, … (of OLMo's stages the first). A checkpoint is a safetensors file,
             shards with their index, pytorch_model.bin or its shards, or what torch.save wrote. Pickles are opened
             with weights_only=True alone.
         steps: the steps to take; None for all.
@@ -480,6 +680,9 @@ class Checkpoints:
         rules: {regular expression: component} for names that are not known, as in `naming.describe`.
         errors: what to do with a checkpoint that is damaged, of other names or shapes than the first, or there
             twice: "raise" a CheckpointError that names its file, or "skip" it with a warning.
+        keep: leave what is downloaded in the hub's own cache. False: at most one checkpoint is on the disk at a
+            time (two for gram="band"), and none afterwards.
+        endpoint: address of the hub; None for HF_ENDPOINT or the public one.
 
     Attributes:
         steps: the steps, ascending; those that were found to be damaged under errors="skip" drop out.
@@ -509,6 +712,8 @@ class Checkpoints:
         config: Any = None,
         rules: Mapping[str, str] | None = None,
         errors: Errors = "raise",
+        keep: bool = False,
+        endpoint: str | None = None,
     ) -> None:
         if errors not in ("raise", "skip"):
             raise ValueError(f"errors must be 'raise' or 'skip', got {errors!r}")
@@ -516,7 +721,7 @@ class Checkpoints:
         self.rules = rules
         self.skipped: dict[int, str] = {}
         self._given_config = config
-        self._store = self._open(source)
+        self._store: _Folder | _Hub = self._open(source, keep, endpoint)
         self.steps: list[int] = sorted(self._store.places)
         if steps is not None:
             wanted = sorted({int(step) for step in steps})
@@ -528,7 +733,17 @@ class Checkpoints:
                 )
             self.steps = wanted
 
-    def _open(self, source: Any) -> Any:
+    def _open(self, source: Any, keep: bool, endpoint: str | None) -> _Folder | _Hub:
+        if isinstance(source, str) and source.startswith("hf://"):
+            repo = source.removeprefix("hf://").strip("/")
+            if repo.count("/") != 1:
+                raise ValueError(f"source must be hf://owner/name, got {source!r}")
+            hub = _Hub(repo, keep, endpoint)
+            for step, one, other in hub.twice:
+                self._fail(
+                    step, CheckpointError(f"step {step} is there twice, as {one} and {other}"), gone=False
+                )
+            return hub
         if isinstance(source, Mapping):
             places = {int(step): Path(path) for step, path in source.items()}
             if not places:
@@ -653,29 +868,69 @@ class Checkpoints:
         """
         if gram not in ("none", "band", "full"):
             raise ValueError(f"gram must be 'none', 'band' or 'full', got {gram!r}")
+        if gram == "full" and not self._store.keep:
+            raise ValueError(
+                "gram='full' needs all checkpoints on the disk at once: give Checkpoints(…, keep=True)"
+            )
         folder = self._cache_folder(cache, per_head)
         parts = {step: part for step in self.steps if (part := self._stored(folder, step, weibull))}
         todo = [step for step in self.steps if step not in parts]
-        sizes = {step: self._size(step) for step in todo}
+        sizes = self._sizes(todo)
         bar = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=not progress, desc="measure")
-        with bar, Parallel(n_jobs=n_jobs, prefer="threads") as work:
-            for batch in self._batches(todo, sizes):
-                for step, part in self._measured(work, batch, parts, weibull, per_head):
-                    parts[step] = part
-                    part.write(folder)
-                bar.update(sum(sizes[step] for step in batch))
-            if gram != "none":
-                self._add_dots(work, parts, gram, per_head, folder, progress)
-        self._store.release()
+        try:
+            with bar, Parallel(n_jobs=n_jobs, prefer="threads") as work:
+                for batch in self._batches(todo, sizes):
+                    if gram == "band":
+                        self._store.hold = set([step for step in self.steps if step < batch[0]][-1:])
+                    for step, part in self._measured(work, batch, parts, weibull, per_head):
+                        parts[step] = part
+                        part.write(folder)
+                    if gram == "band" and not self._store.keep:
+                        self._add_dots(work, parts, gram, per_head, folder, batch, progress=False)
+                    bar.update(sum(sizes[step] for step in batch))
+                if gram != "none":
+                    for steps in [self.steps] if self._store.keep else [[step] for step in self.steps]:
+                        self._add_dots(work, parts, gram, per_head, folder, steps, progress)
+        finally:
+            self._store.hold = set()
+            self._store.release()
         table = _table([parts[step] for step in self.steps], gram, weibull)
         if same := identical_steps(table):
             listed = ", ".join(" = ".join(map(str, steps)) for steps in same[:5])
             warnings.warn(f"{self._store.name}: some steps hold identical weights: {listed}", stacklevel=2)
         return table
 
+    def plan(
+        self,
+        weibull: bool = True,
+        per_head: bool = False,
+        *,
+        cache: str | os.PathLike[str] | bool = True,
+        progress: bool = True,
+    ) -> pd.DataFrame:
+        """What `measure` with these arguments would read, or download, before it does.
+
+        Returns:
+            One row per step: `step`, `place` (path or revision), `files` (number of weight files), `bytes`, and
+            `measured`: whether it is stored already, so that nothing of it would be read. A checkpoint without
+            weights has no files.
+        """
+        folder = self._cache_folder(cache, per_head)
+        rows = []
+        for step in tqdm(self.steps, unit="checkpoint", disable=not progress, desc="plan"):
+            try:
+                files = self._store.files(step)
+            except (CheckpointError, FileNotFoundError):
+                files = {}
+            measured = self._stored(folder, step, weibull) is not None
+            rows.append((step, self._store.where(step), len(files), sum(files.values()), measured))
+        return pd.DataFrame(rows, columns=["step", "place", "files", "bytes", "measured"])
+
     def _cache_folder(self, cache: str | os.PathLike[str] | bool, per_head: bool) -> Path | None:
         """Where the measurements of these views lie; None for nowhere."""
         folder = self._store.cache if cache is True else None if cache is False else Path(cache)
+        if folder is not None and isinstance(self._store, _Hub):
+            self._store.folder = folder / "download"
         if folder is None:
             return None
         config = self.config
@@ -694,6 +949,12 @@ class Checkpoints:
             return part if part.fingerprint == self._store.fingerprint(step) else None
         except (CheckpointError, FileNotFoundError):
             return None  # measuring it will say what is wrong
+
+    def _sizes(self, steps: Sequence[int]) -> dict[int, int]:
+        """Bytes of each step; from the hub, to save requests, the first step's for all."""
+        if not self._store.local and steps:
+            return dict.fromkeys(steps, self._size(steps[0]))
+        return {step: self._size(step) for step in steps}
 
     def _size(self, step: int) -> int:
         try:
@@ -793,9 +1054,10 @@ class Checkpoints:
         gram: Gram,
         per_head: bool,
         folder: Path | None,
+        asked: Sequence[int],
         progress: bool,
     ) -> None:
-        """Measure the inner products that are asked for and not stored yet."""
+        """Measure the inner products of the steps asked for that are wanted and not stored yet."""
         steps = self.steps
         wanted = {
             step: steps[max(0, i - 1) : i] if gram == "band" else steps[:i] for i, step in enumerate(steps)
@@ -803,12 +1065,14 @@ class Checkpoints:
         missing = {
             step: [other for other in others if not parts[step].knows(parts[other])]
             for step, others in wanted.items()
+            if step in asked and step in parts
         }
-        new = [step for step in steps if missing[step]]
+        new = [step for step in steps if missing.get(step)]
         if not new:
             return
         needed = sorted({*new, *(other for others in missing.values() for other in others)})
         place = {step: i for i, step in enumerate(needed)}
+        self._store.hold = set(needed)
         found = {step: _contents(self._store.fetch(step)) for step in needed}
         layout = _layout(found[needed[0]])
         rows = self._parts(layout, per_head)
