@@ -1,7 +1,8 @@
 """WISCA: rescale the paired weights of a model, prove that nothing changed, and measure what it shifts.
 
 `find_pairs` knows which tensors stand in a product of which the network sees only the product; `rescale_` balances
-their norms in place.
+their norms in place, `check_equivalence` proves that outputs stay, and `predict_shift` says what becomes of the
+forces.
 """
 
 from weightdyn.wisca.pairs import FAMILIES as FAMILIES
@@ -11,7 +12,10 @@ from weightdyn.wisca.pairs import ScalingPair as ScalingPair
 from weightdyn.wisca.pairs import find_pairs as find_pairs
 from weightdyn.wisca.rescale import RESCALE_TABLE as RESCALE_TABLE
 from weightdyn.wisca.rescale import apply_ as apply_
+from weightdyn.wisca.rescale import check_equivalence as check_equivalence
 from weightdyn.wisca.rescale import plan_rescale as plan_rescale
 from weightdyn.wisca.rescale import rescale_ as rescale_
 from weightdyn.wisca.rescale import scale_factors as scale_factors
 from weightdyn.wisca.rescale import undo_ as undo_
+from weightdyn.wisca.schedule import RescaleSchedule as RescaleSchedule
+from weightdyn.wisca.shift import predict_shift as predict_shift
