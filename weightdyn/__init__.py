@@ -5,6 +5,9 @@ alignment, injection and decay, and fits a Weibull law to the weight magnitudes 
 """
 
 from weightdyn import plot as plot
+from weightdyn.diagnose import diagnose as diagnose
+from weightdyn.fits import drift as drift
+from weightdyn.fits import fit_weights as fit_weights
 from weightdyn.forces import FORCES as FORCES
 from weightdyn.forces import aggregate as aggregate
 from weightdyn.forces import angle as angle
@@ -14,6 +17,7 @@ from weightdyn.forces import forces_from_products as forces_from_products
 from weightdyn.forces import relative_update as relative_update
 from weightdyn.forces import timescale as timescale
 from weightdyn.logger import ForceLogger as ForceLogger
+from weightdyn.magnitudes import MagnitudeHistogram as MagnitudeHistogram
 from weightdyn.published import read_published_forces as read_published_forces
 from weightdyn.published import read_published_trajectory as read_published_trajectory
 from weightdyn.runlog import RunLog as RunLog
@@ -24,6 +28,9 @@ from weightdyn.trajectory import integrate as integrate
 from weightdyn.trajectory import phases as phases
 from weightdyn.trajectory import pool_weibull as pool_weibull
 from weightdyn.weibull import WeibullFit as WeibullFit
+from weightdyn.weibull import classify as classify
 from weightdyn.weibull import fit_weibull as fit_weibull
+from weightdyn.weibull import rank_laws as rank_laws
+from weightdyn.weibull import tails as tails
 
 __version__ = "0.1.0"
