@@ -2,8 +2,9 @@
 
 u = m̂/(√v̂+ε) is formed in pieces that stay in cache, used and dropped. Large tensors are read in place; small
 ones are packed, so that hundreds of norms and biases cost a handful of calls. Short blocks are reduced in the
-weights' own precision and the blocks are summed in float64: float32 weights give 1e-7 for a norm and 1e-9 for
-a large matrix, and temporary memory is a constant. Nothing here copies to the host or waits for the device: results stay where the weights are.
+weights' own precision and the blocks are summed in float64: float32 weights give 1e-7 for a norm's gain and 1e-9
+for a large matrix, and temporary memory is a constant. Nothing here copies to the host or waits for the device:
+results stay where the weights are.
 """
 
 from __future__ import annotations
