@@ -277,3 +277,42 @@ def diagnose_command(
 
     with _told():
         typer.echo(diagnose(path, per_head=per_head, database=database))
+
+
+@app.command()
+def measure(
+    source: Annotated[str, typer.Argument(help="Run directory, folder of checkpoints, or hf://owner/name.")],
+    steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
+    gram: Annotated[str, typer.Option(help="Inner products between steps: none, band or full.")] = "none",
+    weibull: Annotated[bool, typer.Option(help="Fit a Weibull law to each tensor.")] = True,
+    per_head: Annotated[bool, typer.Option(help="A row for each head of q, k and v.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for what was measured. [default: beside the checkpoints]")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Keep what is downloaded in the hub's cache.")] = False,
+    skip: Annotated[bool, typer.Option(help="Leave out damaged checkpoints instead of stopping.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="Address of the hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the table.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="List what would be read or downloaded; measure nothing.")
+    ] = False,
+) -> None:
+    """Measure a series of checkpoints, each once: norms, Weibull fits, rounding, inner products."""
+    from weightdyn.checkpoints import Checkpoints
+
+    with _told():
+        wanted = None if steps is None else [int(step) for step in steps.split(",")]
+        series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
+        place = cache or True
+        if dry_run:
+            plan = series.plan(weibull, per_head, cache=place)
+            typer.echo(plan.to_string(index=False))
+            left = plan[~plan["measured"]]
+            verb = "download" if source.startswith("hf://") else "read"
+            typer.echo(f"\nto {verb}: {len(left)} of {len(plan)} checkpoints, {left['bytes'].sum():,} bytes")
+            return
+        table = series.measure(cast(Any, gram), weibull, per_head, cache=place)  # gram is checked there
+        typer.echo(f"{len(table):,} rows: {len(series)} steps, {table['tensor'].nunique()} tensors")
+        if out is not None:
+            table.to_parquet(out)
+            typer.echo(out)
