@@ -30,9 +30,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import filelock
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -51,6 +50,9 @@ from weightdyn.forces import (
     forces_from_products,
     relative_update,
 )
+
+if TYPE_CHECKING:
+    import filelock
 
 KINDS = ("forces", "weibull", "metrics")
 """What a run holds, each in a folder of its own."""
@@ -262,6 +264,8 @@ def _sync(folder: Path) -> None:
 
 def _lock(folder: Path) -> filelock.BaseFileLock | None:
     """Hold `folder` for one writer; None where the file system knows no locks."""
+    import filelock  # here, for it takes a fifth of a second and readers do without
+
     lock = filelock.FileLock(folder / ".lock", timeout=0, thread_local=False)
     try:
         lock.acquire()
