@@ -380,7 +380,7 @@ def test_a_half_written_file_is_never_seen(tmp_path):
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
-        selftrain._write(path, dies)
+        selftrain.write_file(path, dies)
     assert path.read_bytes() == b"whole"
 
 

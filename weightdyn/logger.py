@@ -11,7 +11,6 @@ import atexit
 import dataclasses
 import functools
 import json
-import os
 import re
 import time
 import warnings
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from weightdyn.forces import before_step
 from weightdyn.moments import PRODUCTS, Adam, Plan
 from weightdyn.naming import TensorName, describe
-from weightdyn.runlog import RunLog, RunWriter, force_table
+from weightdyn.runlog import RunLog, RunWriter, force_table, write_file
 from weightdyn.weibull import fit_weibull
 
 Every = int | Callable[[int], bool]
@@ -596,12 +595,10 @@ class ForceLogger:
         folder = cast(Path, self._writer.path) / "snapshots"
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{self._step:06d}.safetensors"
-        temporary = path.with_suffix(".tmp")
+        metadata = {"step": str(self._step), "tensors": json.dumps(facts)}
         try:
-            save_file(tensors, temporary, metadata={"step": str(self._step), "tensors": json.dumps(facts)})
-            os.replace(temporary, path)
+            write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             self._warn_once("snapshot", f"the snapshot of update {self._step} could not be written: {error}")
 
 

@@ -25,7 +25,7 @@ import operator
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed
@@ -184,7 +184,8 @@ class _Folder:
         return info
 
     def write_info(self, info: dict[str, Any]) -> None:
-        _write_durably(self.info_path, (json.dumps(info, indent=1) + "\n").encode())
+        text = json.dumps(info, indent=1) + "\n"
+        write_file(self.info_path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def parts(self, kind: str) -> list[_Part]:
         try:
@@ -217,9 +218,7 @@ class _Folder:
         if not path.parent.is_dir():
             path.parent.mkdir()
             _sync(self.path)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        _write_durably(path, sink.getvalue())
+        write_file(path, lambda temporary: pq.write_table(table, temporary))
 
     def remove_leftovers(self) -> None:
         """Delete the temporary files of writers that were killed; only the holder of the lock may."""
@@ -235,13 +234,17 @@ def _no_run(path: Path) -> str:
     return f"{path / 'run.json'} does not exist, so {path} is no run: give the directory passed as `out`"
 
 
-def _write_durably(path: Path, data: Any) -> None:
-    """Put `data` under `path` whole or not at all, and on the disk, not only in its cache."""
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Put a file under `path` whole or not at all, and on the disk, not only in its cache.
+
+    Args:
+        path: where the file shall be.
+        write: called with a temporary path in the same folder, which it writes.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        write(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from weightdyn.forces import aggregate, budget
 from weightdyn.logger import ForceLogger
-from weightdyn.runlog import RunLog, RunWriter
+from weightdyn.runlog import RunLog, RunWriter, write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -414,22 +414,13 @@ def _is_save(config: TrainConfig, step: int) -> bool:
     return step & (step - 1) == 0 or step % config.save_every == 0 or step == config.steps
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
 def _save_checkpoint(out: Path, step: int, model: nn.Module) -> None:
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     # One entry of metadata: of several, safetensors writes the order at random.
     content = safetensors.torch.save(tensors, {"format": "pt"})
-    _write(folder / f"step-{step:06d}.safetensors", lambda path: path.write_bytes(content))
+    write_file(folder / f"step-{step:06d}.safetensors", lambda path: path.write_bytes(content))
 
 
 def _save_state(path: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
@@ -439,7 +430,7 @@ def _save_state(path: Path, step: int, model: PreTrainedModel, optimizer: torch.
         "optimizer": optimizer.state_dict(),
         "rng": _rng(model.device),
     }
-    _write(path, lambda temporary: torch.save(state, temporary))
+    write_file(path, lambda temporary: torch.save(state, temporary))
 
 
 def _rng(device: torch.device) -> dict[str, Tensor]:
