@@ -316,3 +316,44 @@ def measure(
         if out is not None:
             table.to_parquet(out)
             typer.echo(out)
+
+
+wisca = typer.Typer(
+    help="Rescale paired weights so that outputs stay and training changes.", no_args_is_help=True
+)
+app.add_typer(wisca, name="wisca")
+
+
+@wisca.command(name="rescale")
+def wisca_rescale(
+    model: Annotated[Path, typer.Argument(help="Folder of a transformers model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the rescaled model.")],
+    pairs: Annotated[str, typer.Option(help="Some of qk,vo,up_down,norm.")] = "qk,vo",
+    norm: Annotated[str, typer.Option(help="l1, l2 or rms.")] = "l1",
+    granularity: Annotated[str, typer.Option(help="One α for each tensor, head or channel.")] = "tensor",
+    power_of_two: Annotated[
+        bool, typer.Option("--power-of-two", help="Round α to powers of two: outputs stay to the last bit.")
+    ] = False,
+    max_alpha: Annotated[float | None, typer.Option(help="Keep α in [1/max_alpha, max_alpha].")] = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave out pairs that cannot be rescaled.")] = False,
+) -> None:
+    """Balance the norms of a model's paired weights; its outputs stay what they are."""
+    from weightdyn.wisca import rescale_folder
+
+    with _told():
+        table, difference, magnitude = rescale_folder(
+            model,
+            out,
+            pairs=tuple(pairs.split(",")),
+            norm=norm,
+            granularity=granularity,
+            power_of_two=power_of_two,
+            max_alpha=max_alpha,
+            errors="skip" if skip else "raise",
+        )
+        done = table[table["skipped"].isna()].groupby("pair", sort=False)["alpha"]
+        typer.echo(done.agg(["count", "min", "median", "max"]).reset_index().to_string(index=False))
+        for reason in table["skipped"].dropna().unique():
+            typer.echo(f"skipped: {reason}")
+        typer.echo(f"max |Δlogit| {difference:.1e}, of max |logit| {magnitude:.1f}, on random tokens")
+        typer.echo(out)

@@ -5,6 +5,7 @@ their norms in place, `check_equivalence` proves that outputs stay, and `predict
 forces.
 """
 
+from weightdyn.wisca.folder import rescale_folder as rescale_folder
 from weightdyn.wisca.pairs import FAMILIES as FAMILIES
 from weightdyn.wisca.pairs import KINDS as KINDS
 from weightdyn.wisca.pairs import Part as Part

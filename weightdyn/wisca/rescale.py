@@ -319,9 +319,9 @@ def check_equivalence(
 ) -> pd.DataFrame:
     """Prove on a batch that a rescaling changes nothing: outputs, loss and gradients, on a copy of the model.
 
-    In the model's own type and in float64, with dropout off; what a model computes in float32 of its own accord (the
-    loss of transformers' models) stays that. The gradient of a weight that was multiplied by f
-    must be g/f; the difference is that of f times the new gradient and the old one.
+    In the model's own type and in float64, with dropout off; what a model computes in float32 of its own accord
+    (the loss, in transformers) stays that. The gradient of a weight that was multiplied by f must be g/f; the
+    difference is that of f times the new gradient and the old one.
 
     Args:
         model: the model. It stays as it is, and so does its mode.
