@@ -9,6 +9,7 @@ so shards merge and layers pool. Everything in `weibull` is computed from it.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -127,12 +128,17 @@ def _count_on_cpu(x: Tensor | np.ndarray, form: _Format, sums: bool) -> tuple[np
 
 def _sums_of_array(magnitude: np.ndarray) -> tuple[float, float, float]:
     a = magnitude.astype(np.float64, copy=False)
-    if not np.isfinite(a.sum()):
-        a = a[np.isfinite(a)]
-    if not a.all():
-        a = a[a > 0]
-    with np.errstate(over="ignore", under="ignore"):  # the squares of float64 can leave its range
-        return float((a * a).sum()), float(a.sum()), float(np.log(a).sum())
+    with np.errstate(
+        over="ignore", under="ignore", divide="ignore"
+    ):  # the squares of float64 can leave its range
+        magnitudes = float(a.sum())
+        if not math.isfinite(magnitudes):
+            a = a[np.isfinite(a)]
+            magnitudes = float(a.sum())
+        logs = float(np.log(a).sum())
+        if logs == -math.inf:
+            logs = float(np.log(a[a > 0]).sum())
+        return float((a * a).sum()), magnitudes, logs
 
 
 def _count_on_device(x: Tensor, form: _Format) -> Tensor:

@@ -237,7 +237,7 @@ def _sums_of_y(ranks: np.ndarray, n: int) -> np.ndarray:
     has poles; there, and where n is small or most of the ranks are asked for, the sum is taken as it stands.
     """
     if n <= max(_ALL_SUMMED, 4 * len(ranks)):
-        return np.concatenate([[0.0], np.cumsum(_plotted(np.arange(n) + 0.5, n))])[ranks]
+        return (_all_sums_of_y if n <= SORTED else _all_sums_of_y.__wrapped__)(n)[ranks]
     inner = np.clip(ranks, _ENDS, n - _ENDS)
     t = -np.log1p(-inner / n)
     survival = 1 - inner / n
@@ -249,6 +249,11 @@ def _sums_of_y(ranks: np.ndarray, n: int) -> np.ndarray:
         tail = np.concatenate([[0.0], np.cumsum(_plotted(n - _ENDS + np.arange(_ENDS) + 0.5, n))])
         sums += tail[np.maximum(ranks - (n - _ENDS), 0)]
     return sums
+
+
+@lru_cache(maxsize=4)  # models have many matrices of a size
+def _all_sums_of_y(n: int) -> np.ndarray:
+    return np.concatenate([[0.0], np.cumsum(_plotted(np.arange(n) + 0.5, n))])
 
 
 @lru_cache(maxsize=1)
@@ -639,7 +644,7 @@ def tails(x: Tensor | np.ndarray | MagnitudeHistogram) -> Tails:
     with np.errstate(under="ignore", over="ignore"):
         ratios = [q90 / q10, q99 / q50, q999 / q50]
         square = counts * scaled**2
-        fourth = counts * scaled**4
+        fourth = square * scaled**2
     # Σ (2i − n − 1)x_i / nΣx over the ranks i
     gini = np.sum((2 * ends - counts - n) * (counts * scaled)) / (n * np.sum(counts * scaled))
     # The square that the largest weights hold, a part of the last bin that they reach into.
@@ -663,9 +668,11 @@ def _second_share(sample: MagnitudeHistogram) -> float:
     low, high = sample.edges
     if len(low) < 256:  # quantised: gaps between the levels are no valleys
         return 0.0
-    place = np.floor(4 * np.log2(low / 2 + high / 2)).astype(np.int64)
-    counts = np.zeros(place[-1] - place[0] + 3)
-    np.add.at(counts, place - place[0] + 1, sample.counts)
+    middle = low / 2 + high / 2
+    first, last = (math.floor(4 * math.log2(end)) for end in (middle[0], middle[-1]))
+    ends = np.searchsorted(middle, np.exp2(np.arange(first + 1, last + 1) / 4))
+    total = np.concatenate([[0], np.cumsum(sample.counts)])[np.concatenate([[0, 0], ends, [-1, -1]])]
+    counts = np.diff(total)
     density = counts[:-2] + counts[1:-1] + counts[2:]  # over three neighbours, against noise
     main = int(np.argmax(density))
     best = 0.0
