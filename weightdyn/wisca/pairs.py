@@ -239,7 +239,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _is_wrapper(model: nn.Module, name: str) -> bool:
-    return [child for child, _ in model.named_children()] == [name] and not hasattr(model, "config")
+    return [child for child, _ in model.named_children()] == [name] and "config" not in vars(model)
 
 
 def shared_parameters(model: nn.Module) -> dict[str, str]:

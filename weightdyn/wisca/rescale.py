@@ -344,7 +344,7 @@ def check_equivalence(
     >>> config = GPTNeoXConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
     ...                        num_attention_heads=2, bos_token_id=0, eos_token_id=0)
     >>> proof = check_equivalence(GPTNeoXForCausalLM(config), torch.arange(8)[None], power_of_two=True)
-    >>> proof["difference"].max()
+    >>> proof["difference"].max().item()
     0.0
     """
     model = unwrap(model)
