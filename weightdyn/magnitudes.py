@@ -310,6 +310,11 @@ class MagnitudeHistogram:
         return int(self.counts.sum())
 
     @cached_property
+    def ends(self) -> np.ndarray:
+        """How many magnitudes lie in each populated bin and those below it, int64."""
+        return np.cumsum(self.counts)
+
+    @cached_property
     def sums(self) -> Sums | None:
         """‖x‖², Σ|x|, Σ ln|x|: as accumulated, or from the counts where these are exact; else None."""
         if not self.exact:
@@ -395,11 +400,10 @@ class MagnitudeHistogram:
         if self.n == 0:
             out = np.full(q.shape, np.nan)
         else:
-            ends = np.cumsum(self.counts)
             rank = q * self.n
-            where = np.minimum(np.searchsorted(ends, rank), len(ends) - 1)
+            where = np.minimum(np.searchsorted(self.ends, rank), len(self.ends) - 1)
             low, high = self.edges
-            inside = (rank - ends[where]) / self.counts[where] + 1
+            inside = (rank - self.ends[where]) / self.counts[where] + 1
             out = low[where] + (high[where] - low[where]) * inside
         return float(out) if out.ndim == 0 else out
 
@@ -418,7 +422,7 @@ class MagnitudeHistogram:
             last = np.maximum(begun - 1, 0)
             width = 1.0 if self.exact else high[last] - low[last]
             inside = 1.0 if self.exact else np.clip((x - low[last]) / width, 0, 1)
-            below = np.cumsum(self.counts)[last] - self.counts[last] * (1 - inside)
+            below = self.ends[last] - self.counts[last] * (1 - inside)
             out = np.asarray(np.where(begun > 0, below / self.n, 0.0))
         return float(out) if out.ndim == 0 else out
 

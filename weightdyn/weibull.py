@@ -210,7 +210,7 @@ def _note(sample: MagnitudeHistogram, k: float) -> str:
 def _ks(sample: MagnitudeHistogram, cdf: Callable[[np.ndarray], np.ndarray]) -> float:
     """sup |F_n − F| over the edges of the bins, both sides of each step."""
     low, high = sample.edges
-    ends = np.cumsum(sample.counts) / sample.n
+    ends = sample.ends / sample.n
     starts = np.concatenate([[0.0], ends[:-1]])
     gap = 0.0
     for first in range(0, len(low), _BLOCK):
@@ -300,9 +300,8 @@ def _fit_plot(sample: MagnitudeHistogram, trim: tuple[float, float]) -> _Line:
     if n == 0:
         return _Line()
     first, last = _kept(n, trim)
-    ends = np.cumsum(sample.counts)
-    inside = slice(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1)
-    ends, counts = ends[inside], sample.counts[inside]
+    inside = slice(np.searchsorted(sample.ends, first, side="right"), np.searchsorted(sample.ends, last) + 1)
+    ends, counts = sample.ends[inside], sample.counts[inside]
     if last <= first or len(counts) < 2:
         return _Line()
     ranks = np.concatenate([[first], np.minimum(ends, last)])
@@ -649,8 +648,9 @@ def tails(x: Tensor | np.ndarray | MagnitudeHistogram) -> Tails:
         return Tails(*[math.nan] * len(Tails._fields))
     q10, q50, q90, q99, q999 = sample.quantile([0.1, 0.5, 0.9, 0.99, 0.999])
     low, high = sample.edges
-    counts, ends = sample.counts.astype(np.float64), np.cumsum(sample.counts, dtype=np.float64)
-    scaled = (low / 2 + high / 2) / high[-1]
+    counts = sample.counts.astype(np.float64)
+    ends = sample.ends.astype(np.float64)
+    scaled = (low if sample.exact else low / 2 + high / 2) / high[-1]
     first = np.einsum("i,i", counts, scaled)
     with np.errstate(under="ignore", over="ignore"):
         ratios = [q90 / q10, q99 / q50, q999 / q50]
@@ -681,11 +681,11 @@ def _second_share(sample: MagnitudeHistogram) -> float:
     low, high = sample.edges
     if len(low) < 256:  # quantised: gaps between the levels are no valleys
         return 0.0
-    middle = low / 2 + high / 2
+    middle = low if sample.exact else low / 2 + high / 2
     first, last = (math.floor(4 * math.log2(end)) for end in (middle[0], middle[-1]))
     ends = np.searchsorted(middle, np.exp2(np.arange(first + 1, last + 1) / 4))
-    total = np.concatenate([[0], np.cumsum(sample.counts)])[np.concatenate([[0, 0], ends, [-1, -1]])]
-    counts = np.diff(total)
+    below = np.where(ends > 0, sample.ends[ends - 1], 0)
+    counts = np.diff(np.concatenate([[0, 0], below, [sample.n, sample.n]]))
     density = counts[:-2] + counts[1:-1] + counts[2:]  # over three neighbours, against noise
     main = int(np.argmax(density))
     best = 0.0
