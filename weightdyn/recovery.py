@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.interpolate import CubicSpline, PchipInterpolator
 
 from weightdyn.forces import FORCE_TABLE, check_force_table, forces_from_products
 
@@ -148,6 +147,8 @@ def balance_forces(
 
 def _norm_between(norm_sq: np.ndarray, steps: np.ndarray, lr: np.ndarray) -> np.ndarray:
     """‖w‖² after 0, 1, 2, … updates from the first checkpoint on."""
+    from scipy.interpolate import PchipInterpolator  # here: it takes a tenth of a second to import
+
     clock = np.append(0.0, np.cumsum(lr))
     knots = clock[steps - steps[0]]
     moved = np.append(True, np.diff(knots) > 0)  # nothing happens while η is 0
@@ -179,6 +180,8 @@ def spline_forces(gram: np.ndarray, steps: np.ndarray, lr: np.ndarray, weight_de
     >>> course.alignment.round(9).tolist(), course.injection.round(9).tolist()
     ([2.0, 4.0], [1.0, 1.0])
     """
+    from scipy.interpolate import CubicSpline
+
     basis = CubicSpline(steps, np.eye(len(steps))).c[::-1]  # (4, gaps, K), ascending powers
     width = np.diff(steps).astype(float)
     basis = (
@@ -443,13 +446,10 @@ def compare_recovery(
     Raises:
         TypeError, ValueError: not force tables, or tables of different tensors or updates.
     """
-    if not isinstance(truth, pd.DataFrame) and hasattr(truth, "forces"):
-        truth = truth.forces()
-    truth = check_force_table(truth, argument="truth")
     tables = recovered if isinstance(recovered, Mapping) else {"recovered": recovered}
     found = []
     for name, table in tables.items():
-        both = check_force_table(table, argument="recovered").assign(true=_interval_means(truth, table))
+        both = table.assign(true=interval_means(truth, table))
         both = both[both["true"].notna()]
         if both.empty:
             raise ValueError(f"truth has no update of the tensors and spans of recovered ({name})")
@@ -472,16 +472,27 @@ def compare_recovery(
     return pd.DataFrame(found)
 
 
-def _interval_means(truth: pd.DataFrame, table: pd.DataFrame) -> pd.Series:
-    """Mean logged alignment over the updates of each row of `table`; NaN where none was logged."""
+def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame) -> pd.Series:
+    """Mean logged alignment over the updates of each row of a recovered table.
+
+    Args:
+        truth: the log of the same training, a `RunLog` or its force table.
+        table: a force table whose rows may span many updates.
+
+    Returns:
+        float64 with the index of `table`; NaN where no update of that tensor was logged. Of a log with gaps it
+        is the mean over what was logged.
+    """
+    log = check_force_table(getattr(truth, "forces", lambda: truth)(), argument="truth")
+    check_force_table(table, argument="recovered")
     out = pd.Series(np.nan, index=table.index)
-    logged = dict(list(truth.groupby("tensor", observed=True)))
+    logged = dict(list(log.groupby("tensor", observed=True)))
     for name, rows in table.groupby("tensor", observed=True):
         if name not in logged:
             continue
-        log = logged[name].sort_values("step")
-        steps, span = log["step"].to_numpy(), log["span"].to_numpy(float)
-        total = np.append(0.0, np.cumsum(span * log["alignment"].to_numpy(float)))
+        own = logged[name].sort_values("step")
+        steps, span = own["step"].to_numpy(), own["span"].to_numpy(float)
+        total = np.append(0.0, np.cumsum(span * own["alignment"].to_numpy(float)))
         count = np.append(0.0, np.cumsum(span))
         stop = np.searchsorted(steps, rows["step"].to_numpy(), side="right")
         start = np.searchsorted(steps, (rows["step"] - rows["span"]).to_numpy(), side="right")
