@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -137,7 +137,10 @@ def _shards(text: str, index: str, where: str, names: set[str]) -> list[str]:
 
 
 def _contents(files: Sequence[Path]) -> dict[str, Stored]:
-    """The float tensors of one checkpoint, in the order of the files; of tied ones the first."""
+    """The float tensors of one checkpoint, of tied ones the first.
+
+    They come in the order of their names, which is the same whatever the format: files have orders of their own.
+    """
     found: dict[str, Stored] = {}
     for file in files:
         for name, shape, dtype in _listed(file):
@@ -147,7 +150,12 @@ def _contents(files: Sequence[Path]) -> dict[str, Stored]:
                 found[name] = Stored(shape, dtype, file)
     if not found:
         raise CheckpointError(f"{files[0]} holds no tensor of a float type")
-    return found
+    return {name: found[name] for name in sorted(found, key=_natural)}
+
+
+def _natural(name: str) -> list[int | str]:
+    """A key by which layer 2 comes before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def _listed(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -447,7 +455,7 @@ class _Folder:
         stats = [(path.name, path.stat()) for path in self.fetch(step)]
         return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
 
-    def release(self, steps: Iterable[int] = ()) -> None:
+    def release(self, steps: Collection[int] = ()) -> None:
         """Nothing: the files are the user's."""
 
 
@@ -459,6 +467,7 @@ class _Hub:
     def __init__(self, repo: str, keep: bool, endpoint: str | None) -> None:
         try:
             import huggingface_hub
+            import huggingface_hub.errors
         except ImportError as error:
             raise ImportError('hf:// needs huggingface_hub: pip install "weightdyn[hf]"') from error
         self._api = huggingface_hub.HfApi(endpoint=endpoint)
@@ -471,6 +480,7 @@ class _Hub:
         self.twice: list[tuple[int, str, str]] = []
         self.hold: set[int] = set()
         self._listed: dict[int, dict[str, _Remote]] = {}
+        self._chosen: dict[int, dict[str, int]] = {}
         self._here: dict[int, list[Path]] = {}
         self._lock: filelock.BaseFileLock | None = None
         refs = self._again(lambda: self._api.list_repo_refs(repo), f"the branches of {self.name}")
@@ -521,9 +531,11 @@ class _Hub:
 
     def files(self, step: int) -> dict[str, int]:
         """The checkpoint's weight files by name, with their sizes in bytes."""
-        tree = self._tree(step)
-        names = _choose(tree, self.where(step), lambda name: self._read(step, name))
-        return {name: tree[name].size for name in names}
+        if step not in self._chosen:
+            tree = self._tree(step)
+            names = _choose(tree, self.where(step), lambda name: self._read(step, name))
+            self._chosen[step] = {name: tree[name].size for name in names}
+        return self._chosen[step]
 
     def fetch(self, step: int) -> list[Path]:
         """The checkpoint's files on the disk; all others that were fetched are deleted, but those on `hold`."""
@@ -537,9 +549,9 @@ class _Hub:
     def fingerprint(self, step: int) -> str:
         return self.places[step].commit
 
-    def release(self, steps: Iterable[int] = ()) -> None:
+    def release(self, steps: Collection[int] = ()) -> None:
         """Delete what was fetched, but the given steps, and what a killed process left."""
-        kept = set(steps)
+        kept = set(self._here) if self.keep else set(steps)
         self._here = {step: paths for step, paths in self._here.items() if step in kept}
         _unpickled.cache_clear()
         if self.folder.is_dir():
@@ -547,7 +559,7 @@ class _Hub:
             for path in self.folder.iterdir():
                 if path.is_dir() and path.name not in {f"step-{step}" for step in self._here}:
                     shutil.rmtree(path, ignore_errors=True)
-        if not self._here and self._lock is not None:
+        if not steps and self._lock is not None:
             self._lock.release()
             self._lock = None
 
@@ -804,7 +816,7 @@ class Checkpoints:
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name -> (shape, dtype) of the first checkpoint's float tensors, buffers left out, in its order."""
+        """Name -> (shape, dtype) of the first checkpoint's float tensors, by name; buffers are left out."""
         while self.steps:
             step = self.steps[0]
             try:
@@ -859,7 +871,7 @@ class Checkpoints:
 
         Returns:
             The columns of `CHECKPOINT_TABLE`: one row per step and tensor, or per part of a fused tensor, sorted by
-            step and then as the model has its tensors. `dots` holds None for gram="none"; else an array with an
+            step and then by name. `dots` holds None for gram="none"; else an array with an
             entry for each step of the series up to the row's own.
 
         Raises:
