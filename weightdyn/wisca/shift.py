@@ -138,8 +138,9 @@ def _row_factors(model: nn.Module, factors: dict[str, dict[int, Tensor]], labels
     config: Any = getattr(model, "config", None)
     names = {name for name, _ in model.named_parameters()}
     wanted = labels.astype(str)
-    if len(wanted) and not wanted.str.partition("[")[0].isin(names).any():
-        raise ValueError(f"before has none of the model's tensors; its first is {wanted.iloc[0]!r}")
+    unknown = wanted[~wanted.str.partition("[")[0].isin(names)]
+    if len(unknown):
+        raise ValueError(f"before has {unknown.iloc[0]!r}, which is none of the model's tensors")
     known: dict[str, float] = {}
     for name, axes in factors.items():
         shape = tuple(model.get_parameter(name).shape)
