@@ -1,5 +1,8 @@
 import itertools
+import json
+import os
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import CubicSpline
 
-from weightdyn.forces import FORCE_TABLE, FORCES
+from weightdyn import plot
+from weightdyn.forces import FORCE_TABLE, FORCES, budget
+from weightdyn.published import NUMEL, read_published_forces, read_published_recovery
 from weightdyn.recipe import Recipe, all_decay
 from weightdyn.recovery import (
     METHODS,
@@ -464,3 +469,122 @@ def test_balance_needs_no_more_than_numbers():
     assert [part.tolist() for part in course] == [[1.0], [1.1875], [0.25], [-0.4375]]
     course = two_point_forces(np.array([[1.0, 0.5], [0.5, 1.0]]), np.array([0, 1]), np.array([0.5]), 0.0)
     assert [part.tolist() for part in course] == [[1.0], [-1.0], [1.0], [-0.0]]
+
+
+# Figures and the command line
+
+
+@pytest.fixture
+def figures():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
+    yield
+    plt.close("all")
+
+
+@pytest.mark.usefixtures("figures")
+def test_a_figure_holds_recovered_against_logged_with_its_band_and_the_ratio_below(adam):
+    weights, truth, recipe = adam
+    steps = [0, 100, 200, 300, 400]
+    tables = {name: recover_forces(measured(weights, steps), recipe, name) for name in METHODS}
+    top, bottom = plot.recovery(truth, tables)
+    lines = {line.get_label(): line for line in top.get_lines()}
+    assert np.allclose(lines["logged"].get_ydata(), means(truth, steps)[:, 0])
+    assert lines["logged"].get_xdata().tolist() == [50.5, 150.5, 250.5, 350.5]
+    for name, table in tables.items():
+        assert np.allclose(lines[name.replace("_", " ")].get_ydata(), table["alignment"])
+    assert lines["balance"].get_color() == plot.FORCE_COLORS["alignment"]
+    ratio = bottom.get_lines()[0].get_ydata()
+    assert np.allclose(ratio, tables["balance"]["alignment"] / means(truth, steps)[:, 0])
+    assert len(top.collections) == len(bottom.collections) == 1
+    low, high = bottom.get_ylim()
+    assert 0 <= low < 1 < high <= 2
+    assert "Δ‖w‖² per update" in top.get_ylabel()
+    assert len(plot.recovery(truth, tables["balance"], ax=[top, bottom])) == 2
+    with pytest.raises(ValueError, match="truth has no update of the tensors"):
+        plot.recovery(truth.assign(tensor="x"), tables)
+
+
+@pytest.mark.usefixtures("figures")
+def test_a_recovered_table_has_a_force_budget_like_any_other(adam):
+    weights, _, recipe = adam
+    table = recover_forces(measured(weights, [0, 100, 200, 300, 400]), recipe)
+    assert np.allclose(budget(table).filter(like="_share").sum(axis=1), 1)
+    assert len(plot.force_budget(table).get_lines()) >= 4
+    assert len(plot.force_budget(table, kind="shares", by="role")) == 1
+
+
+def test_the_command_recovers_prints_draws_and_stores(run, tmp_path):
+    from typer.testing import CliRunner
+
+    from weightdyn.cli import app
+
+    def call(*arguments):
+        return CliRunner().invoke(app, ["recover", *map(str, arguments)])
+
+    out, figure = tmp_path / "forces.parquet", tmp_path / "forces.png"
+    done = call(run.path, "--steps", "0,40,80,120", "--out", out, "--figure", figure)
+    assert done.exit_code == 0, done.output
+    assert "alignment_share" in done.output
+    stored = pd.read_parquet(out)
+    assert sorted(stored["step"].unique()) == [40, 80, 120]
+    assert figure.stat().st_size > 1000
+    folder = run.path / "checkpoints"
+    done = call(folder, "--recipe", "pythia-70m", "--weight-decay", 0.01, "--method", "spline", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "τ = 1/(ηλ) = 100,000 updates" in done.output
+    assert pd.read_parquet(out)["weight_decay"].max() == 0.01
+    plan = call(run.path, "--dry-run")
+    assert plan.exit_code == 0
+    assert "of 14 checkpoints" in plan.output
+    for arguments, message in (
+        ((folder,), "--recipe is needed, such as pythia-70m"),
+        ((run.path, "--method", "cubic"), "--method must be one of balance, spline, two_point"),
+        ((run.path, "--recipe", "pythia-71m"), "name must be one of pythia-14m"),
+    ):
+        wrong = call(*arguments)
+        assert wrong.exit_code == 2
+        assert message in wrong.output
+
+
+# The paper's own recovery
+
+
+def test_a_published_recovery_is_read_with_the_sign_of_growth(tmp_path):
+    records = [
+        {"step": 100, "true": -2.0, "spline": -1.5, "ratio": 0.75, "local_gap": 64},
+        {"step": 50, "true": -1.0, "spline": -1.25, "ratio": 1.25, "local_gap": 32},
+    ]
+    (tmp_path / "spline.json").write_text(json.dumps(records))
+    table = read_published_recovery(tmp_path / "spline.json")
+    assert table.to_dict("list") == {
+        "step": [50, 100], "gap": [32, 64], "true": [1.0, 2.0], "spline": [1.25, 1.5], "ratio": [1.25, 0.75],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"step": 1}]', "3"])
+def test_a_foreign_recovery_is_named(tmp_path, text):
+    (tmp_path / "foreign.json").write_text(text)
+    with pytest.raises(ValueError, match=r"foreign\.json is not a published recovery"):
+        read_published_recovery(tmp_path / "foreign.json")
+
+
+@pytest.mark.skipif(
+    "WEIGHTDYN_REFERENCE" not in os.environ,
+    reason="WEIGHTDYN_REFERENCE is not set to a folder with the public data",
+)
+def test_the_published_ratio_is_below_one_for_the_alignment_after_the_step_and_the_missing_injection():
+    folder = Path(os.environ["WEIGHTDYN_REFERENCE"]) / "Weibull_WeightScale_dynamics" / "derived_data"
+    table = read_published_recovery(folder / "spline_from_ckpt_pythia2.json")
+    assert len(table) == 399
+    assert table["ratio"].median() == pytest.approx(0.935, abs=0.001)
+    # Injection from the force log of the same configuration, over all weights; the recovery took 200,000 of them.
+    log = read_published_forces(folder / "self_train" / "baseline_force.jsonl")
+    injection = np.interp(table["step"], log["step"], log["injection"]) * 200_000 / NUMEL
+    after = table["true"]  # A + 2I, as it was logged
+    smooth = after - injection  # A + I, what a path without noise can find
+    assert (smooth / after).median() == pytest.approx(0.954, abs=0.001)
+    assert (table["spline"] / smooth).median() == pytest.approx(0.980, abs=0.001)
+    assert (
+        table["spline"] / (after - 2 * injection)
+    ).median() > 1.02  # of the alignment before the step: too much

@@ -357,3 +357,81 @@ def wisca_rescale(
             typer.echo(f"skipped: {reason}")
         typer.echo(f"max |Δlogit| {difference:.1e}, of max |logit| {magnitude:.1f}, on random tokens")
         typer.echo(out)
+
+
+@app.command()
+def recover(
+    source: Annotated[str, typer.Argument(help="Run directory, folder of checkpoints, or hf://owner/name.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Published recipe, such as pythia-70m. [default: the run's own, from its run.json]"
+        ),
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decay in place of the recipe's.")] = None,
+    method: Annotated[str, typer.Option(help="balance, spline or two_point.")] = "balance",
+    every: Annotated[
+        int | None, typer.Option(help="Rows for every so many updates. [default: one for each gap]")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
+    per_head: Annotated[bool, typer.Option(help="A row for each head of q, k and v.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for what is measured. [default: beside the checkpoints]")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Keep what is downloaded in the hub's cache.")] = False,
+    skip: Annotated[bool, typer.Option(help="Leave out damaged checkpoints instead of stopping.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="Address of the hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the force table.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Image of the force budget.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="List what would be read or downloaded; read nothing.")
+    ] = False,
+) -> None:
+    """Recover the forces of a training that nobody logged, from its checkpoints and its recipe."""
+    from weightdyn.checkpoints import Checkpoints
+    from weightdyn.forces import aggregate, budget
+    from weightdyn.recipe import Recipe
+    from weightdyn.recovery import GRAM, METHODS, recover_forces
+
+    with _told():
+        if method not in METHODS:
+            raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+        if recipe is None and not (Path(source) / "run.json").is_file():
+            raise ValueError(f"--recipe is needed, such as pythia-70m: {source} is no run that knows its own")
+        hyperparameters = Recipe.from_run(source) if recipe is None else Recipe.preset(recipe)
+        if weight_decay is not None:
+            hyperparameters = replace(hyperparameters, weight_decay=weight_decay)
+        wanted = None if steps is None else [int(step) for step in steps.split(",")]
+        series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
+        if dry_run:
+            plan = series.plan(False, per_head, cache=cache or True)
+            left = plan[~plan["measured"]]
+            verb = "download" if source.startswith("hf://") else "read"
+            typer.echo(plan.to_string(index=False))
+            typer.echo(f"\nto {verb}: {len(left)} of {len(plan)} checkpoints, {left['bytes'].sum():,} bytes")
+            return
+        measured = series.measure(GRAM[method], False, per_head, cache=cache or True)
+        table = recover_forces(measured, hyperparameters, method, every)
+        if out is not None:
+            table.to_parquet(out)
+        if figure is not None:
+            import matplotlib
+
+            matplotlib.use("Agg")
+            from weightdyn import plot
+
+            cast(Any, plot.force_budget(table)).get_figure().savefig(figure)
+        shares = budget(aggregate(table, "model"))
+        picked = np.unique(np.linspace(0, len(shares) - 1, 10).round().astype(int))
+        columns = ["step", "norm_sq", *FORCES, *(f"{force}_share" for force in FORCES)]
+        typer.echo(shares.loc[picked, columns].to_string(index=False, float_format="{:.4g}".format))
+        typer.echo(
+            f"\n{method}: {len(table):,} rows of {table['tensor'].nunique()} tensors, τ = 1/(ηλ) = "
+            f"{hyperparameters.tau:,.0f} updates at the peak of the learning rate"
+        )
+        for flag, count in table["flag"].value_counts().items():
+            if flag:
+                typer.echo(f"flagged {flag}: {count:,} rows")
+        for file in (out, figure):
+            if file is not None:
+                typer.echo(file)
