@@ -262,6 +262,8 @@ def test_errors_name_what_was_given():
     model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"pool must be None or one of .*got 'head'"):
         fit_weights(model, pool="head")
+    with pytest.raises(ValueError, match=r"tensors='\(' is not a regular expression"):
+        fit_weights(model, tensors="(")
     with pytest.raises(TypeError, match=r"source must be a torch.nn.Module.*got list"):
         fit_weights([model])
     with pytest.raises(ValueError, match="no matrix of a float type"):

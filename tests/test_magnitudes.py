@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightdyn import magnitudes
 from weightdyn.magnitudes import MagnitudeHistogram, Sums, count_magnitudes, sum_magnitudes
@@ -109,6 +110,34 @@ def test_counting_and_summing_do_not_synchronise():
         count_magnitudes(x), sum_magnitudes(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of all operations that torch runs inside."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = {*getattr(self, "names", ()), func.overloadpacket.__name__}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_on_a_device_only_operations_run_that_need_no_answer(dtype, monkeypatch):
+    # What makes the host wait, on any device: sizes that depend on values, and values that come to the host.
+    monkeypatch.setattr(magnitudes, "DEVICE_PIECE", 1000)
+    form = magnitudes._FORMATS[str(dtype).removeprefix("torch.")]
+    with Dispatched() as dispatched:
+        magnitudes._count_on_device(sample(dtype), form)
+        sum_magnitudes(sample(dtype))
+    assert "scatter_add_" in dispatched.names
+    waits = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "equal"}
+    assert not waits & dispatched.names
+    assert "index" not in dispatched.names  # by a mask it is masked_select
+
+
+def test_views_of_complex_numbers_are_read_as_what_they_show():
+    x = torch.randn(300, dtype=torch.cfloat, generator=torch.Generator().manual_seed(0)).conj().imag
+    assert x.is_neg()
+    same(MagnitudeHistogram.from_tensor(x), MagnitudeHistogram.from_tensor(x.clone().contiguous()))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -270,6 +299,13 @@ def test_errors_name_what_was_given():
         MagnitudeHistogram.from_tensor(np.arange(3))
     with pytest.raises(TypeError, match=r"a torch.Tensor or a numpy.ndarray, got list"):
         MagnitudeHistogram.from_tensor([1.0])
+    with pytest.raises(TypeError, match=r"got MaskedArray"):
+        MagnitudeHistogram.from_tensor(np.ma.masked_array([1.0, 2.0], [0, 1]))
+    with pytest.raises(TypeError, match=r"dense tensor with data.*sparse_coo; x.to_dense\(\)"):
+        MagnitudeHistogram.from_tensor(torch.eye(3).to_sparse())
+    for function in (MagnitudeHistogram.from_tensor, count_magnitudes, sum_magnitudes):
+        with pytest.raises(TypeError, match=r"dense tensor with data, got a meta tensor"):
+            function(torch.empty(3, device="meta"))
     with pytest.raises(TypeError, match=r"must be a torch.Tensor, got ndarray"):
         count_magnitudes(np.ones(3))
     with pytest.raises(ValueError, match=r"shape \(65536,\) for float32.*got \(3,\)"):

@@ -10,7 +10,7 @@ from scipy import integrate, stats
 
 from weightdyn import weibull
 from weightdyn.magnitudes import MagnitudeHistogram, count_magnitudes
-from weightdyn.weibull import K0, LAM0, TIE, classify, fit_weibull, rank_laws, tails
+from weightdyn.weibull import K0, LAM0, TIE, classify, fit_weibull, law_cdf, rank_laws, tails
 
 
 def protocol(x, trim=(0.1, 0.9)):
@@ -52,6 +52,23 @@ def test_counted_float32_weights_give_the_sorted_fit(law, scale):
     assert abs(fit.lam / lam - 1) <= 1e-5
     assert abs(fit.r_squared - r_squared) <= 1e-5
     assert fit.n == x.numel()
+
+
+def test_samples_just_too_large_to_be_sorted_are_counted_to_the_same_fit():
+    for law in ("normal", "uniform", "0.5"):
+        for seed in range(4):
+            x = weights(weibull.SORTED + 1, law, seed=seed)
+            k, lam, _ = protocol(x)
+            fit = fit_weibull(x)
+            assert abs(fit.k - k) <= 1e-5
+            assert abs(fit.lam / lam - 1) <= 1e-5
+
+
+def test_float64_weights_are_counted_alike():
+    x = weights(600_000, dtype=torch.float64, scale=1e-150)
+    k, lam, _ = protocol(x)
+    assert abs(fit_weibull(x).k - k) <= 1e-5
+    assert abs(fit_weibull(x).lam / lam - 1) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -310,6 +327,17 @@ def test_non_finite_values_are_left_out_and_counted():
     assert (fit.k, fit.lam, fit.n) == (fit_weibull(x).k, fit_weibull(x).lam, 1000)
 
 
+def test_a_fit_prints_its_numbers_in_one_line():
+    x = weights(1000)
+    fit = fit_weibull(x)
+    expected = (
+        f"WeibullFit(k={fit.k:.6g}, lam={fit.lam:.6g}, r_squared={fit.r_squared:.5f}, ks={fit.ks:.4f}, "
+    )
+    assert repr(fit) == expected + "n=1000, method='plot')"
+    assert f"k_se={fit_weibull(x, 'mle').k_se:.2g}" in repr(fit_weibull(x, "mle"))
+    assert "note='all magnitudes are equal'" in repr(fit_weibull(torch.ones(3)))
+
+
 def test_errors_name_what_was_given():
     x = weights(100)
     with pytest.raises(ValueError, match=r"method must be 'plot', 'mle' or 'moments', got 'ols'"):
@@ -317,8 +345,12 @@ def test_errors_name_what_was_given():
     for trim in [(0.9, 0.1), (-0.1, 0.5), (0.5,), None, (0.1, math.nan)]:
         with pytest.raises(ValueError, match="trim must be a pair"):
             fit_weibull(x, trim=trim)
-    with pytest.raises(TypeError, match=r"got list"):
+    with pytest.raises(TypeError, match=r"got list; .*torch.tensor\(x\)"):
         fit_weibull([1.0, 2.0])
+    with pytest.raises(TypeError, match=r"got Linear; fit_weights takes whole models"):
+        fit_weibull(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"law must be one of .*got 'cauchy'"):
+        law_cdf("cauchy", 1.0, 1.0, 1.0)
     with pytest.raises(TypeError, match="got int64"):
         fit_weibull(torch.arange(5))
     with pytest.raises(ValueError, match="at least two distinct"):
@@ -388,6 +420,22 @@ def test_rivals_have_the_likelihood_and_the_distance_that_scipy_computes():
             stats.halfgennorm(other, scale=scale).logpdf(x).sum()
             < table.loc["generalised normal", "log_likelihood"]
         )
+
+
+def test_a_bounded_sample_is_the_steepest_generalised_normal():
+    table = rank_laws(weights(50_000, "uniform"))
+    assert table.index[0] == "generalised normal"
+    assert table["shape"].iloc[0] == pytest.approx(50)  # the end of the search; a uniform law has ∞
+
+
+def test_a_row_of_the_ranking_gives_the_distribution_function():
+    x = np.sort(np.abs(weights(5000).double().numpy()))
+    for law, row in rank_laws(x).iterrows():
+        cdf = law_cdf(law, row["shape"], row["scale"], x)
+        steps = np.arange(len(x) + 1) / len(x)
+        distance = max(np.abs(cdf - steps[1:]).max(), np.abs(cdf - steps[:-1]).max())
+        assert distance == pytest.approx(row["ks"], rel=1e-9)
+        assert law_cdf(law, row["shape"], row["scale"], -1.0) < 1e-12
 
 
 def test_only_a_clear_lead_puts_a_law_with_more_parameters_first():

@@ -124,7 +124,10 @@ def fit_weights(
     matrices, config = read_matrices(source, config)
     if tensors is not None:
         listed = [m.name for m in matrices]
-        matrices = [m for m in matrices if re.search(tensors, m.name)]
+        try:
+            matrices = [m for m in matrices if re.search(tensors, m.name)]
+        except re.error as error:
+            raise ValueError(f"tensors={tensors!r} is not a regular expression: {error}") from error
         if not matrices:
             raise ValueError(
                 f"tensors={tensors!r} is found in none of {listed[:5]} … ({len(listed)} matrices)"

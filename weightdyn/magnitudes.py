@@ -66,9 +66,19 @@ def _format(dtype: Any, argument: str = "x") -> tuple[str, _Format]:
     if name not in _FORMATS:
         raise TypeError(
             f"{argument} must be of a float type, one of {', '.join(_FORMATS)}; got {name}. "
-            "Convert it first (x.float())."
+            "Convert it first (x.float(); an array by x.astype('float32'))."
         )
     return name, _FORMATS[name]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The tensor as plain memory that can be read as bits."""
+    if x.layout != torch.strided or x.is_meta:
+        what = (
+            "a meta tensor, which has no data" if x.is_meta else f"one of layout {x.layout}; x.to_dense() is"
+        )
+        raise TypeError(f"x must be a dense tensor with data, got {what}")
+    return x.detach().resolve_conj().resolve_neg()
 
 
 def _pieces(x: Any, size: int) -> Iterator[Any]:
@@ -174,7 +184,7 @@ def count_magnitudes(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     _, form = _format(x.dtype)
-    x = x.detach()
+    x = _dense(x)
     if x.device.type == "cpu":
         return torch.from_numpy(_count_on_cpu(x, form, sums=False)[0])
     return _count_on_device(x, form)
@@ -189,7 +199,7 @@ def sum_magnitudes(x: Tensor) -> Tensor:
     tensor([5., 3.], dtype=torch.float64)
     """
     total = torch.zeros(3, dtype=torch.float64, device=x.device)
-    for piece in _pieces(x.detach(), DEVICE_PIECE):
+    for piece in _pieces(_dense(x), DEVICE_PIECE):
         a = piece.double().abs()
         a = torch.where(a.isfinite(), a, 0)
         total += torch.stack([(a * a).sum(), a.sum(), torch.where(a > 0, a, 1).log().sum()])
@@ -243,12 +253,12 @@ class MagnitudeHistogram:
         """
         if isinstance(x, Tensor):
             name, form = _format(x.dtype)
-            x = x.detach()
+            x = _dense(x)
             if x.device.type != "cpu" and not exact and x.device.type != "mps":  # which has no float64
                 measured = Sums(*sum_magnitudes(x).tolist()) if sums and form.shift else None
                 return cls.from_counts(_count_on_device(x, form), name, measured)
             x = x.cpu()
-        elif isinstance(x, np.ndarray):
+        elif isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray):
             native = x.dtype.newbyteorder("=")
             name, form = _format(native)
             x = x.astype(native, copy=False)

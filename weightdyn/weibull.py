@@ -62,6 +62,14 @@ class WeibullFit:
     k_se: float = math.nan
     lam_se: float = math.nan
 
+    def __repr__(self) -> str:
+        shown = {"k": f"{self.k:.6g}", "lam": f"{self.lam:.6g}"}
+        if self.method == "mle":
+            shown |= {"k_se": f"{self.k_se:.2g}", "lam_se": f"{self.lam_se:.2g}"}
+        shown |= {"r_squared": f"{self.r_squared:.5f}", "ks": f"{self.ks:.4f}", "n": str(self.n)}
+        shown |= {"method": repr(self.method)} | ({"note": repr(self.note)} if self.note else {})
+        return f"WeibullFit({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
     @property
     def mean(self) -> float:
         """Mean of the law, λΓ(1 + 1/k)."""
@@ -187,7 +195,12 @@ def as_histogram(x: Tensor | np.ndarray | MagnitudeHistogram) -> MagnitudeHistog
     """The histogram that fits take of x: exact up to `SORTED` weights, itself where it is one already."""
     if isinstance(x, MagnitudeHistogram):
         return x
-    size = x.numel() if isinstance(x, Tensor) else np.size(x)
+    if not isinstance(x, Tensor | np.ndarray):
+        raise TypeError(
+            f"x must be a tensor, an array or a MagnitudeHistogram, got {type(x).__name__}; "
+            "fit_weights takes whole models, torch.tensor(x) makes a tensor of a list"
+        )
+    size = x.numel() if isinstance(x, Tensor) else x.size
     return MagnitudeHistogram.from_tensor(x, sums=False, exact=size <= SORTED)
 
 
