@@ -5,6 +5,8 @@ their norms in place, `check_equivalence` proves that outputs stay, and `predict
 forces.
 """
 
+from weightdyn.wisca.compare import Comparison as Comparison
+from weightdyn.wisca.compare import compare as compare
 from weightdyn.wisca.folder import rescale_folder as rescale_folder
 from weightdyn.wisca.pairs import FAMILIES as FAMILIES
 from weightdyn.wisca.pairs import KINDS as KINDS
