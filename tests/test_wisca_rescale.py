@@ -480,6 +480,20 @@ def test_momentum_of_sgd_is_transported_and_an_unknown_state_is_refused():
     wisca.rescale_(model, optimizer, norm="l2", moments="keep")
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Adafactor"), reason="this torch has no Adafactor")
+def test_factored_moments_are_refused_and_plain_counts_start_anew():
+    model = make("llama")
+    optimizer = torch.optim.Adafactor(model.parameters())
+    train(model, optimizer, 1)
+    with pytest.raises(TypeError, match=r"optimizer keeps '(row|col)_var'"):
+        wisca.rescale_(model, optimizer)
+    q = model.get_parameter(f"{Q}.weight")
+    optimizer.state[q]["step"] = 7  # as some optimizers outside torch have it
+    wisca.rescale_(model, optimizer, moments="reset")
+    assert optimizer.state[q]["step"] == 0
+    assert not optimizer.state[q]["row_var"].any()
+
+
 def test_two_optimizers_are_given_as_a_list_and_half_of_them_is_refused():
     model = make("llama")
     parts = [[p for p in model.parameters() if p.ndim == 2], [p for p in model.parameters() if p.ndim == 1]]

@@ -213,7 +213,7 @@ def apply_(
     model = unwrap(model)
     factors = scale_factors(model, table, pairs=pairs)
     _check_fits(model, factors)
-    states = _states(model, factors, optimizer, moments)
+    states, counters = _states(model, factors, optimizer, moments)
     for name, each in tqdm(factors.items(), desc="rescaling", unit="tensor", delay=3):
         parameter = model.get_parameter(name)
         _scale(parameter, each, 1)
@@ -224,6 +224,8 @@ def apply_(
             tensor.zero_()
         else:
             _scale(tensor, each, -power)
+    for state in counters:
+        state["step"] = 0
     return table.assign(moments=None if optimizer is None else moments)
 
 
@@ -236,7 +238,8 @@ def undo_(
 ) -> None:
     """Take a rescaling back: scale by 1/α. Exact to the last bit where every α is a power of two.
 
-    Transported moments are transported back, kept ones stay, and what was reset is not brought back.
+    Transported moments are transported back (to the last bit too, but for those below their type's normal range),
+    kept ones stay, and what was reset is not brought back.
 
     Args:
         model: the model that was rescaled; training on in between does no harm.
@@ -639,10 +642,14 @@ def _states(
     factors: Mapping[str, Mapping[int, Tensor]],
     optimizer: Optimizers | None,
     moments: Moments,
-) -> list[tuple[Tensor, Mapping[int, Tensor], int | None]]:
-    """What of the optimizer is scaled: tensor, factors, power of 1/factor; a power of None is set to zero."""
+) -> tuple[list[tuple[Tensor, Mapping[int, Tensor], int | None]], list[dict[str, Any]]]:
+    """What of the optimizer is scaled: tensor, factors, power of 1/factor; a power of None is set to zero.
+
+    Beside it the states whose count of updates is a plain number and starts anew.
+    """
     if optimizer is None:
-        return []
+        return [], []
+    counters: list[dict[str, Any]] = []
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     for each in optimizers:
         inner = getattr(each, "optimizer", None)
@@ -667,22 +674,27 @@ def _states(
             continue
         if own is not parameter:
             found.append((own, axes, -1))
-        for key, value in states.get(own, {}).items():
-            if not isinstance(value, Tensor) or (key != "step" and value.shape != own.shape):
+            if own.grad is not None:
+                found.append((own.grad, axes, 1))
+        state = states.get(own, {})
+        if moments == "reset" and isinstance(state.get("step"), (int, float)):
+            counters.append(state)
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
                 continue
-            power = _STATE_POWERS.get(key)
+            power = _STATE_POWERS.get(key) if value.shape == own.shape else None
             if power == -1:
                 found.append((value, axes, -1))
             elif moments == "reset":
                 found.append((value, axes, None))
-            elif moments == "transport" and key != "step":
+            elif moments == "transport" and value.ndim > 0:
                 if power is None:
                     raise TypeError(
                         f"optimizer keeps {key!r} of {name}, and how that scales with the gradient is unknown; "
                         "moments='keep' or 'reset' can be done. Nothing was changed"
                     )
                 found.append((value, axes, power))
-    return found
+    return found, counters
 
 
 def _masters(model: nn.Module, held: Sequence[Tensor]) -> dict[str, Tensor]:
