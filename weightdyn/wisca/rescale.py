@@ -1,11 +1,11 @@
-"""Rescale pairs in place, undo it, prove that nothing changed, and predict what it does to the forces.
+"""Rescale pairs in place, undo it, and prove that nothing changed.
 
 A rescaling is planned first and applied then. The plan is a table, one row for each α: it can be read, stored,
 changed and applied to another copy of the model, and it is all that undoing takes. Nothing is touched before
 everything was found possible.
 
 If w becomes f·w and the output stays, gradients become g/f. So with the moments transported, m/f and v/f², the
-update u = m̂/(√v̂+ε) is that of before, of weights that are f times as large; this is where the shift comes from.
+update u = m̂/(√v̂+ε) is that of before, of weights that are f times as large.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ RESCALE_TABLE = {
     "norm_a": "norm of the entries of a before",
     "norm_b": "norm of the entries of b before",
     "alpha": "α; 1 where the pair was skipped",
-    "norm_a_after": "norm of the entries of a after",
-    "norm_b_after": "norm of the entries of b after",
+    "norm_a_after": "α·norm_a",
+    "norm_b_after": "norm_b/α",
     "moments": "what became of the optimizer's moments; missing without an optimizer",
     "skipped": "why nothing was done; missing where something was",
 }
@@ -80,7 +80,7 @@ def plan_rescale(
 
         α = √(‖b‖/‖a‖),   so that ‖α·a‖ = ‖b/α‖
 
-    The arguments and the table are those of `rescale_`; norms after are those of exact arithmetic.
+    The arguments and the table are those of `rescale_`.
     """
     model = unwrap(model)
     check_choices(norm=norm, granularity=granularity, errors=errors)

@@ -154,7 +154,7 @@ def _row_factors(model: nn.Module, factors: dict[str, dict[int, Tensor]], labels
                     for axis, factor in axes.items()
                 ]
                 known[f"{name}[{view.name}]"] = _common(inside)
-    return wanted.map(known).where(wanted.isin(known.keys()), 1.0).to_numpy(float)
+    return wanted.map(known).where(wanted.isin(list(known)), 1.0).to_numpy(float)
 
 
 def _common(factors: Sequence[Tensor]) -> float:
