@@ -2,6 +2,8 @@
 
 import gc
 import math
+import subprocess
+import sys
 import warnings
 import weakref
 
@@ -76,6 +78,7 @@ class Loop:
                     continue
                 state = self.optimizer.state[p]
                 lr, decay, count = float(group["lr"]), group["weight_decay"], float(state["step"])
+                decay = decay if group["decoupled_weight_decay"] else 0.0
                 top = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
                 m_hat = state["exp_avg"].double() / (1 - group["betas"][0] ** count)
                 v_hat = top.double() / (1 - group["betas"][1] ** count)
@@ -209,16 +212,21 @@ def test_adam_that_puts_decay_into_the_gradient_is_logged_with_a_word_of_warning
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("how", ["plain", "closure", "amsgrad"])
+@pytest.mark.parametrize("how", ["plain", "closure", "amsgrad", "coupled"])
 def test_updates_that_rounding_swallows_do_not_bias_the_forces(dtype, how):
     # A step of 1e-4 is far below the spacing of bfloat16 at 1: many weights do not move at all.
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(300, 200).to(dtype))
     settings = {"amsgrad": True, "eps": 1e-4} if how == "amsgrad" else {"eps": 1e-4}
-    optimizer = torch.optim.AdamW([("p", p)], lr=1e-4, weight_decay=0.1, foreach=False, **settings)
+    make = torch.optim.Adam if how == "coupled" else torch.optim.AdamW
+    # A decay that every type holds exactly: torch rounds a coupled one to the type of the weights.
+    optimizer = make([("p", p)], lr=1e-4, weight_decay=0.125, foreach=False, **settings)
     loop = Loop(optimizer, {p: "p"})
     gradient = torch.randn(300, 200)
-    with wd.ForceLogger(optimizer, audit_every=2) as logger:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if how == "coupled" else "error", UserWarning)
+        logger = wd.ForceLogger(optimizer, audit_every=2)
+    with logger:
         for t in range(1, 7):
             p.grad = (gradient + torch.randn(300, 200)).to(dtype)
             closure = (lambda: torch.zeros(())) if how == "closure" else None
@@ -333,6 +341,60 @@ def test_logging_does_not_change_the_training():
         weights.append([p.detach().clone() for p in model.parameters()])
     logger.close()
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_the_latest_table_is_empty_before_the_first_row():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with wd.ForceLogger(optimizer, model, every=3) as logger:
+        train(model, optimizer, 2)
+        assert len(logger.latest()) == 0
+        assert set(FORCES) <= set(logger.latest())
+        train(model, optimizer, 2, start=2)
+        assert set(logger.latest()["step"]) == {3}
+
+
+def test_steps_without_any_gradient_are_not_updates():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with wd.ForceLogger(optimizer, model) as logger:
+        train(model, optimizer, 2)
+        optimizer.zero_grad()
+        optimizer.step()
+        train(model, optimizer, 1, start=2)
+        assert logger.step == 3
+    assert sorted(logger.run.forces()["step"].unique()) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("source", ["moments", "displacement"])
+def test_gradients_that_another_hook_clears_do_not_hide_the_update(source):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.register_step_post_hook(lambda o, args, kwargs: o.zero_grad())
+    with wd.ForceLogger(optimizer, model, source=source) as logger:
+        train(model, optimizer, 3)
+    assert len(logger.run.forces()) == 3 * 6
+
+
+def test_heads_are_found_through_a_wrapper_and_missed_ones_are_told():
+    model = neox()
+    wrapper = nn.Module()  # DistributedDataParallel has the model as .module, and no .config
+    wrapper.module = model
+    optimizer = torch.optim.AdamW(wrapper.parameters())
+    logger = wd.ForceLogger(optimizer, wrapper)
+    assert "gpt_neox.layers.0.attention.query_key_value.weight[q]" in logger.run.info["tensors"]
+    named = torch.optim.AdamW(wrapper.named_parameters())
+    with pytest.warns(RuntimeWarning, match="query_key_value.weight stay together: pass config="):
+        logger = wd.ForceLogger(named)
+    assert "gpt_neox.layers.0.attention.query_key_value.weight" in logger.run.info["tensors"]
+
+
+def test_a_module_that_is_called_module_keeps_its_name():
+    model = nn.Module()
+    model.module = nn.Linear(2, 2, bias=False)
+    model.weight = nn.Parameter(torch.ones(2, 2))
+    logger = wd.ForceLogger(torch.optim.AdamW(model.parameters()), model)
+    assert list(logger.run.info["tensors"]) == ["weight", "module.weight"]
 
 
 def test_names_come_from_the_model_the_pairs_the_optimizer_or_the_shapes():
@@ -579,6 +641,97 @@ def test_a_full_disk_does_not_end_the_training_and_loses_nothing(tmp_path, monke
     assert sorted(wd.RunLog(tmp_path).forces()["step"].unique()) == [1, 2, 3, 4, 5]
 
 
+def test_a_nan_on_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    logger = wd.ForceLogger(optimizer, model, out=tmp_path, weibull_every=4)
+
+    def full(info):
+        raise OSError(28, "No space left on device")
+
+    def go_on():
+        train(model, optimizer, 2)
+        model[0].weight.data[0, 0] = math.nan
+        train(model, optimizer, 3, start=2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logger._writer._store, "write_info", full)
+        with pytest.warns(RuntimeWarning) as caught:
+            go_on()
+    assert {str(each.message).split(": ")[1][:10] for each in caught} == {"the log co", "0.weight h"}
+    logger.close()
+    run = wd.RunLog(tmp_path)
+    assert sorted(run.forces()["step"].unique()) == [1, 2, 3, 4, 5]
+    assert run.info["flags"]["first_non_finite"]["step"] == 3
+
+
+def test_an_error_of_the_training_is_not_hidden_by_one_of_the_disk(tmp_path, monkeypatch):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    def fail(logger):
+        with logger:
+            train(model, optimizer, 2)
+            monkeypatch.setattr(logger._writer, "flush", full)
+            raise KeyError("mine")
+
+    logger = wd.ForceLogger(optimizer, model, out=tmp_path)
+    with (
+        pytest.warns(RuntimeWarning, match="last rows could not be written"),
+        pytest.raises(KeyError, match="mine"),
+    ):
+        fail(logger)
+    monkeypatch.undo()
+    logger.close()
+    assert wd.RunLog(tmp_path).forces()["step"].max() == 2
+
+
+def test_a_snapshot_that_cannot_be_written_does_not_end_the_training(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    logger = wd.ForceLogger(optimizer, model, out=tmp_path, snapshot_every=1)
+    (tmp_path / "snapshots").write_text("in the way")
+    with pytest.warns(RuntimeWarning, match="snapshot of update 1 could not be written"):
+        train(model, optimizer, 1)
+    logger.close()
+
+
+def test_a_relative_directory_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    (tmp_path / "elsewhere").mkdir()
+    with wd.ForceLogger(optimizer, model, out="run"):
+        train(model, optimizer, 2)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    assert wd.RunLog(tmp_path / "run").forces()["step"].max() == 2
+
+
+def test_a_forked_child_leaves_the_log_to_its_parent(tmp_path):
+    code = f"""
+import os, torch, weightdyn as wd
+p = torch.nn.Parameter(torch.ones(2, 2))
+optimizer = torch.optim.AdamW([p])
+logger = wd.ForceLogger(optimizer, out={str(tmp_path / "run")!r})
+def update():
+    p.grad = torch.ones(2, 2)
+    optimizer.step()
+update()
+child = os.fork()
+if child:
+    update()
+    logger.flush()
+    os.waitpid(child, 0)
+else:
+    raise SystemExit  # runs what is registered for the exit
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert wd.RunLog(tmp_path / "run").forces()["step"].tolist() == [1, 2]
+
+
 def test_a_forgotten_logger_keeps_its_rows_and_frees_the_model(tmp_path):
     def forget():
         model = mlp()
@@ -622,7 +775,9 @@ def test_counts_rates_and_skips_that_only_the_device_knows_give_the_same_rows(mo
                     model[3].weight.grad = None
                 scaler.step(optimizer)
                 scaler.update()
+                logger.record(t=t)
         assert logger.step == 6
+        assert logger.run.metrics()["step"].tolist() == [0, 1, 2, 3, 4, 5, 6]
         return logger.run.forces()
 
     expected = run()
@@ -659,6 +814,9 @@ def test_nothing_waits_for_the_device_between_flushes():
         ({"source": "gradient"}, ValueError, "source must be 'moments' or 'displacement', got 'gradient'"),
         ({"views": "row"}, ValueError, "views must be True, False or 'head', got 'row'"),
         ({"start_step": -1}, ValueError, "start_step.*got -1"),
+        ({"start_step": "3"}, ValueError, "start_step.*got '3'"),
+        ({"tensors": "["}, ValueError, r"tensors must be a regular expression, got '\['"),
+        ({"params": 3}, TypeError, r"\(name, parameter\) pairs"),
     ],
 )
 def test_wrong_arguments_are_named_at_construction(arguments, error, message):
@@ -677,6 +835,22 @@ def test_what_is_not_adam_is_refused_and_told_what_would_work():
         wd.ForceLogger(
             torch.optim.AdamW(model.parameters()), [("a", model[0].weight), ("a", model[3].weight)]
         )
+
+
+def test_a_subclass_with_a_step_of_its_own_is_not_taken_for_adamw():
+    class Signed(torch.optim.AdamW):
+        def step(self, closure=None):
+            pass
+
+    with pytest.raises(TypeError, match=r'Signed, which has a step\(\) of its own; source="displacement"'):
+        wd.ForceLogger(Signed(mlp().parameters()))
+
+
+def test_a_metric_that_is_no_number_is_named():
+    model = mlp()
+    logger = wd.ForceLogger(torch.optim.AdamW(model.parameters()), model, every=np.int64(2))
+    with pytest.raises(ValueError, match=r"metric 'loss' must be one number, got a tensor of shape \(2,\)"):
+        logger.record(loss=torch.ones(2))
 
 
 def test_a_wrapped_optimizer_is_pointed_to_the_inner_one():

@@ -179,7 +179,7 @@ def test_the_gradient_gives_the_moments_that_the_step_will_make(maximize, amsgra
         tops = [kept["max_exp_avg_sq"]] if amsgrad else None
         ahead = plan.moments(
             [w], [kept["exp_avg"]], [kept["exp_avg_sq"]], [ADAM._replace(step=t)], [p.grad],
-            [-1.0 if maximize else 1.0], tops,
+            [-1.0 if maximize else 1.0], max_exp_avg_sqs=tops,
         )  # fmt: skip
         top = after["max_exp_avg_sq" if amsgrad else "exp_avg_sq"]
         check(ahead, [expected(w, after["exp_avg"], top, ADAM._replace(step=t))], rel=1e-12)

@@ -10,7 +10,10 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import inspect
 import json
+import operator
+import os
 import re
 import time
 import warnings
@@ -23,13 +26,14 @@ from typing import Any, Literal, cast
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weightdyn.forces import before_step
 from weightdyn.moments import PRODUCTS, Adam, Plan
 from weightdyn.naming import TensorName, describe
-from weightdyn.runlog import RunLog, RunWriter, force_table, write_file
+from weightdyn.runlog import STORED, RunLog, RunWriter, force_table, write_file
 from weightdyn.weibull import fit_weibull
 
 Every = int | Callable[[int], bool]
@@ -118,6 +122,9 @@ class ForceLogger:
             sparse or complex.
         ValueError: an argument is not one of those accepted, or nothing is selected.
 
+    Under data parallelism attach it on rank 0 only: the ranks make the same updates. A hook of your own that
+    changes gradients before the step must be registered before the logger where parameters are below 32 bits.
+
     On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
     flushed, every 60 s or 50,000 rows, and after each Weibull fit. A NaN or inf is recorded as it is and warned
     of once. A full disk is warned of, and the rows kept, until they can be written.
@@ -147,9 +154,9 @@ class ForceLogger:
             raise ValueError(f"views must be True, False or 'head', got {views!r}")
         if snapshot_every is not None and out is None:
             raise ValueError("snapshot_every writes files: give it a run directory with out=")
-        if start_step is not None and start_step < 0:
+        if start_step is not None and (not isinstance(start_step, int) or start_step < 0):
             raise ValueError(
-                f"start_step must be the number of updates made before, 0 or more, got {start_step}"
+                f"start_step must be the number of updates made before, 0 or more, got {start_step!r}"
             )
         self._every = _schedule("every", every)
         self._weibull_every = _schedule("weibull_every", weibull_every)
@@ -157,18 +164,20 @@ class ForceLogger:
         self._audit_every = _schedule("audit_every", audit_every)
         self._source = source
         self._optimizer = optimizer
-        self._names = _given_names(optimizer, params)
+        self._given = _names(_given_pairs(optimizer, params))
         self._select = _selector(tensors)
         self._views = views
-        self._config = config if config is not None else getattr(params, "config", None)
+        self._config = config if config is not None else _config(params)
         self._rules = rules
-        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._plans: dict[tuple[torch.device | int, ...], Plan] = {}
         self._pending: list[_Record] = []
+        self._notes: list[tuple[str, dict[str, Any], Tensor]] = []  # metrics whose step the device knows
         self._skipped: Tensor | None = None
-        self._last = pd.DataFrame()
+        self._last = pd.DataFrame(columns=[*STORED["forces"]])
         self._flushed_at = time.monotonic()
         self._warned: set[str] = set()
         self._before: _Before | None = None
+        self._had_gradient: set[Tensor] = set()
         self._begun = False
         self._step = _updates_made(optimizer) if start_step is None else start_step
         self._writer = RunWriter(out, self._step, {"optimizer": _optimizer_info(optimizer), "source": source})
@@ -178,6 +187,7 @@ class ForceLogger:
             self._writer.close()
             raise
         self._closed = False
+        self._process = os.getpid()
         self._handles = [
             optimizer.register_step_pre_hook(self._on_step_begin),
             optimizer.register_step_post_hook(self._on_step_end),
@@ -204,12 +214,13 @@ class ForceLogger:
     def record(self, step: int | None = None, **metrics: Any) -> None:
         """Keep numbers beside the forces (loss=…, grad_norm=…), by default at the present update.
 
-        Tensors are read with `.item()`, which waits for a GPU.
+        Tensors of one element are read with `.item()`, which waits for a GPU.
         """
-        values = {
-            name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()
-        }
-        self._writer.append("metrics", {"step": self._step if step is None else step, **values})
+        values = {name: _number(name, value) for name, value in metrics.items()}
+        if step is None and self._skipped is not None:
+            self._notes.append(("metrics", {"step": self._step, **values}, self._skipped))
+        else:
+            self._writer.append("metrics", {"step": self._step if step is None else step, **values})
 
     def latest(self) -> pd.DataFrame:
         """Force table of the last logged update (empty before the first). Waits for a GPU."""
@@ -236,8 +247,14 @@ class ForceLogger:
     def __enter__(self) -> ForceLogger:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            message = f"ForceLogger: the last rows could not be written: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def __repr__(self) -> str:
         where = self._writer.path or "memory"
@@ -246,7 +263,7 @@ class ForceLogger:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            self.close()
+            _close(lambda: self)
 
     # ------------------------------------------------------------------ the hooks
 
@@ -255,12 +272,13 @@ class ForceLogger:
         if not self._begun:
             self._begin()
         self._before = None
+        self._had_gradient = _with_gradient(optimizer)  # before and after: another hook may clear them
         t = self._step + 1
         audit = _due(self._audit_every, t)
         if not audit and not _due(self._every, t):
             return
         if self._signature != _signature(optimizer):
-            self.flush()
+            self._bring_over()
             self._track()
         everything = range(len(self._tracked))
         before = _Before(_counts(optimizer, self._tracked))
@@ -285,6 +303,9 @@ class ForceLogger:
                 self._skipped = found_inf.double() + (0 if self._skipped is None else self._skipped)
             elif found_inf.item():
                 return
+        self._had_gradient |= _with_gradient(optimizer)
+        if not self._had_gradient:
+            return
         self._step += 1
         if before is not None:
             self._log(before, found_inf)
@@ -303,7 +324,8 @@ class ForceLogger:
         """Follow the optimizer to the update at which a loaded state dict stands."""
         made = _updates_made(optimizer, default=self._step)
         if made != self._step:
-            self.flush()
+            self._bring_over()
+            self._store()
             self._step = made
             self._writer.restart(made)
 
@@ -322,20 +344,26 @@ class ForceLogger:
         self._tracked: list[_Tracked] = []
         self._labels: dict[str, dict[str, Any]] = {}
         self._plans.clear()
+        self._names = {**_names(_own_names(self._optimizer)), **self._given}
         for index, group in enumerate(self._optimizer.param_groups):
-            own = group.get("param_names")
             for position, parameter in enumerate(group["params"]):
                 shape = "x".join(map(str, parameter.shape))
-                name = own[position] if own else f"group{index}.{position}({shape})"
-                name = self._names.get(parameter, name)
+                name = self._names.get(parameter, f"group{index}.{position}({shape})")
                 if parameter.numel() and self._select(name, parameter):
                     _check_parameter(name, parameter)
                     self._add(index, name, parameter)
+        whole = [
+            each.name.name for each in self._tracked if each.name.component == "qkv" and not each.name.views
+        ]
+        if whole and self._views and self._config is None:
+            self._warn_once(
+                "config", f"q, k and v of {whole[0]} stay together: pass config= to tell its heads"
+            )
         if not self._tracked:
             raise ValueError("tensors: selects none of the optimizer's parameters")
         sizes = [len(each.rows) for each in self._tracked]
         self._row_group = np.repeat([each.group for each in self._tracked], sizes)
-        self._writer.describe(tensors=self._labels)
+        self._describe(tensors=self._labels)
 
     def _add(self, group: int, name: str, parameter: Tensor) -> None:
         shape = tuple(parameter.shape)
@@ -366,7 +394,7 @@ class ForceLogger:
         counts = _counts(optimizer, self._tracked)
         for i, (each, count, earlier) in enumerate(zip(self._tracked, counts, before.counts, strict=True)):
             if self._source == "displacement":
-                if each.parameter.grad is None:
+                if each.parameter not in self._had_gradient:
                     continue
             elif isinstance(count, Tensor):  # known on the device only: decided when the rows come over
                 rows = list(each.rows)
@@ -445,6 +473,10 @@ class ForceLogger:
                 unscale = 1.0 if scale is None else 1 / scale
                 more["grads"] = [cast(Tensor, parameter.grad).detach() for parameter in parameters]
                 more["grad_factors"] = [-unscale if group["maximize"] else unscale for group in groups]
+                more["coupled_decays"] = [
+                    0.0 if _is_decoupled(self._optimizer, group) else float(group["weight_decay"])
+                    for group in groups
+                ]
                 if any(top is not None for top in tops):
                     nothing = [_fresh(parameter)["exp_avg_sq"] for parameter in parameters]
                     more["max_exp_avg_sqs"] = _first_given(tops, nothing)
@@ -469,7 +501,7 @@ class ForceLogger:
             groups.setdefault((parameter.device, parameter.dtype), []).append(i)
         found = []
         for (device, _), chosen in groups.items():
-            key = tuple(chosen)
+            key = (device, *chosen)
             if key not in self._plans:
                 if len(self._plans) >= 16:  # which tensors move may change from step to step
                     self._plans.clear()
@@ -483,17 +515,19 @@ class ForceLogger:
 
     def _bring_over(self) -> None:
         """Turn what was measured since the last time into rows: one copy from each device."""
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, []
-        rows = self._rows(pending)
+        if self._pending:
+            pending, self._pending = self._pending, []
+            rows = self._rows(pending)
+            if len(rows):
+                self._last = rows[rows["step"] == rows["step"].iloc[-1]]
+                self._writer.append("forces", rows)
+                self._flag_non_finite(rows)
+        notes, self._notes = self._notes, []
+        for kind, columns, skipped in notes:
+            self._writer.append(kind, {**columns, "step": columns["step"] - int(skipped.item())})
         if self._skipped is not None:
             self._step -= int(self._skipped.item())
             self._skipped = None
-        if len(rows):
-            self._last = rows[rows["step"] == rows["step"].iloc[-1]]
-            self._flag_non_finite(rows)
-            self._writer.append("forces", rows)
 
     def _store(self) -> None:
         """Write in mid-training: a full disk must not end it, and the rows are kept for the next time."""
@@ -546,10 +580,16 @@ class ForceLogger:
         bad = rows[~np.isfinite(rows[["dot_wu", "u_sq", "norm_sq", "norm_sq_after"]]).all(axis=1)]
         if len(bad) and "finite" not in self._warned:
             first = {"step": int(bad["step"].iloc[0]), "tensor": str(bad["tensor"].iloc[0])}
-            self._writer.describe(flags={"first_non_finite": first})
+            self._describe(flags={"first_non_finite": first})
             self._warn_once(
                 "finite", f"{first['tensor']} has NaN or inf at update {first['step']}; recorded as it is"
             )
+
+    def _describe(self, **sections: Any) -> None:
+        try:
+            self._writer.describe(**sections)
+        except OSError as error:  # the next flush tries again
+            self._warn_once("disk", f"the log could not be written and is kept in memory for now: {error}")
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:
@@ -558,6 +598,7 @@ class ForceLogger:
 
     def _fit(self) -> None:
         """Weibull fits of the matrices as they are now."""
+        self._bring_over()  # which may correct the number of the update
         fits = []
         for each in self._tracked:
             weights = each.parameter.detach()
@@ -576,6 +617,7 @@ class ForceLogger:
 
     def _snapshot(self) -> None:
         """Full w, m and v of the selected tensors, beside the log."""
+        self._bring_over()  # which may correct the number of the update
         tensors: dict[str, Tensor] = {}
         facts: dict[str, Any] = {}
         for each in self._tracked:
@@ -593,12 +635,12 @@ class ForceLogger:
                 "eps": float(group.get("eps", 0.0)),
             }
         folder = cast(Path, self._writer.path) / "snapshots"
-        folder.mkdir(exist_ok=True)
         path = folder / f"step-{self._step:06d}.safetensors"
         metadata = {"step": str(self._step), "tensors": json.dumps(facts)}
         try:
+            folder.mkdir(exist_ok=True)
             write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self._warn_once("snapshot", f"the snapshot of update {self._step} could not be written: {error}")
 
 
@@ -618,10 +660,12 @@ def _check_optimizer(optimizer: Any, source: str) -> None:
             "optimizer.optimizer, whose steps it makes"
         )
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    if source == "moments" and not adam:
+    own_step = not inspect.unwrap(type(optimizer).step).__module__.startswith("torch.")
+    if source == "moments" and (not adam or own_step):
+        what = "has a step() of its own" if adam else "does not keep Adam's moments"
         raise TypeError(
-            f"optimizer must be torch.optim.AdamW or torch.optim.Adam, got {type(optimizer).__name__}, which does "
-            'not keep Adam\'s moments; source="displacement" logs any optimizer from a copy of the weights'
+            f"optimizer must be torch.optim.AdamW or torch.optim.Adam, got {type(optimizer).__name__}, which "
+            f'{what}; source="displacement" logs any optimizer from a copy of the weights'
         )
     coupled = [
         g for g in optimizer.param_groups if g.get("weight_decay", 0) and not _is_decoupled(optimizer, g)
@@ -649,6 +693,10 @@ def _decoupled_decay(optimizer: torch.optim.Optimizer, group: Mapping[str, Any])
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:
+    if parameter.device.type == "mps":
+        raise TypeError(
+            f"parameter {name} is on MPS, which has no float64 to sum in; log on a CPU or CUDA device"
+        )
     sharded = type(parameter.data).__name__ == "DTensor"
     if sharded or parameter.layout != torch.strided or not parameter.is_floating_point():
         kind = "a DTensor (sharded)" if sharded else f"{parameter.layout} of {parameter.dtype}"
@@ -657,41 +705,80 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         )
 
 
-def _given_names(optimizer: torch.optim.Optimizer, params: Params | None) -> dict[Tensor, str]:
-    """Names of parameters as the user gives them, without the prefixes of wrappers."""
+def _given_pairs(optimizer: torch.optim.Optimizer, params: Params | None) -> list[tuple[str, Tensor]]:
     if params is None:
-        return {}
-    named = list(params.named_parameters() if isinstance(params, nn.Module) else params)
-    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in named):
+        return []
+    pairs: Any = params.named_parameters() if isinstance(params, nn.Module) else params
+    pairs = list(pairs) if isinstance(pairs, Iterable) else [pairs]
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         raise TypeError("params must be a model or (name, parameter) pairs, such as model.named_parameters()")
-    names = {parameter: _WRAPPERS.sub("", name) for name, parameter in named}
-    if not any(parameter in names for group in optimizer.param_groups for parameter in group["params"]):
+    given = {parameter for _, parameter in pairs}
+    if not any(parameter in given for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("params has none of the optimizer's parameters: is it another model's, or a copy?")
-    return names
+    return pairs
 
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
+def _own_names(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """The names that an optimizer keeps if it was made with named parameters."""
+    return [
+        pair
+        for group in optimizer.param_groups
+        for pair in zip(group.get("param_names", ()), group["params"], strict=False)
+    ]
+
+
+def _names(pairs: Sequence[tuple[str, Tensor]]) -> dict[Tensor, str]:
+    """Parameters with their names, less what a wrapper (DDP, torch.compile) puts before every one of them."""
+    names = [name for name, _ in pairs]
+    for wrapper in ("module.", "_orig_mod.", "module."):
+        if all(name.startswith(wrapper) for name in names):
+            names = [name.removeprefix(wrapper) for name in names]
+    return {parameter: name for name, (_, parameter) in zip(names, pairs, strict=True)}
+
+
+def _config(model: Any) -> Any:
+    """The configuration of a model, also of one that a wrapper holds."""
+    while model is not None and getattr(model, "config", None) is None:
+        model = getattr(model, "module", None)
+    return getattr(model, "config", None)
 
 
 def _selector(tensors: Tensors | None) -> Callable[[str, Tensor], bool]:
     if tensors is None:
         return lambda name, parameter: True
     if isinstance(tensors, str):
-        pattern = re.compile(tensors)
+        try:
+            pattern = re.compile(tensors)
+        except re.error as error:
+            raise ValueError(f"tensors must be a regular expression, got {tensors!r}: {error}") from None
         return lambda name, parameter: pattern.search(name) is not None
     if callable(tensors):
         return tensors
     raise TypeError(f"tensors must be a regular expression or a function, got {type(tensors).__name__}")
 
 
-def _schedule(argument: str, every: Every | None) -> Every | None:
+def _schedule(argument: str, every: Any) -> Every | None:
     if every is None or callable(every):
-        return every
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        return cast("Every | None", every)
+    try:
+        number = 0 if isinstance(every, bool) else operator.index(every)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(
-            f"{argument} must be a positive int, a function of the update's number, got {every!r}"
+            f"{argument} must be a positive int or a function of the update's number, got {every!r}"
         )
-    return every
+    return number
+
+
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"metric {name!r} must be one number, got a tensor of shape {tuple(value.shape)}"
+            )
+        return value.item()
+    return value
 
 
 def _due(every: Every | None, step: int) -> bool:
@@ -702,6 +789,10 @@ def _due(every: Every | None, step: int) -> bool:
 
 def _signature(optimizer: torch.optim.Optimizer) -> list[list[int]]:
     return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _with_gradient(optimizer: torch.optim.Optimizer) -> set[Tensor]:
+    return {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
 
 
 def _counts(optimizer: torch.optim.Optimizer, tracked: Sequence[_Tracked]) -> list[float | Tensor]:
@@ -758,7 +849,7 @@ def _to_host(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
         yield flat[tensor.device][start : start + tensor.numel()]
 
 
-def _close(reference: weakref.ref[ForceLogger]) -> None:
+def _close(reference: Callable[[], ForceLogger | None]) -> None:
     logger = reference()
-    if logger is not None:
+    if logger is not None and logger._process == os.getpid():  # a forked child leaves the log to its parent
         logger.close()

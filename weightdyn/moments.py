@@ -127,6 +127,7 @@ class Plan:
         adams: Sequence[Adam],
         grads: Sequence[Tensor] | None = None,
         grad_factors: Sequence[float | Tensor] | None = None,
+        coupled_decays: Sequence[float] | None = None,
         max_exp_avg_sqs: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """⟨w,u⟩, ‖u‖², ‖w‖² and the moments' summaries, for AdamW's u.
@@ -140,6 +141,7 @@ class Plan:
             adams: the update's constants, one for each tensor. Tensors among them are used where they are.
             grads: if given, m and v are those before the update, and the gradients are what moves them; the
                 result is rounded to the moments' type (one for all tensors), as the update will be.
+            coupled_decays: with `grads`, λ of a decay that is added to the gradient as λw, not decoupled.
             grad_factors: with `grads`, what each is multiplied by (−1 to maximize, 1/scale under a GradScaler).
             max_exp_avg_sqs: with `grads` and amsgrad, the running maximum before the update.
 
@@ -155,15 +157,16 @@ class Plan:
 
         inputs = [weights, exp_avgs, exp_avg_sqs]
         inputs += [] if grads is None else [grads]
-        factor = None if grad_factors is None else self._columns([(each,) for each in grad_factors])[0]
         inputs += [] if max_exp_avg_sqs is None else [max_exp_avg_sqs]
+        ones, zeros = [1.0] * len(weights), [0.0] * len(weights)
+        factor, coupled = self._columns(list(zip(grad_factors or ones, coupled_decays or zeros, strict=True)))
         kind = exp_avgs[0].dtype
         sums = _Sums(5, self)
         for piece in self._pieces(inputs):
             w, m, v, *more = piece.flats
             if more:
                 grad, *top = more
-                grad = grad if factor is None else grad * piece.pick(factor)
+                grad = _rounded(grad * piece.pick(factor) + w * piece.pick(coupled), kind)
                 m = _rounded(torch.lerp(grad, m, piece.pick(beta1)), kind)
                 v = _rounded(v * piece.pick(beta2), kind)
                 v = _rounded(v + grad * grad * (1 - piece.pick(beta2)), kind)

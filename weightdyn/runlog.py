@@ -98,6 +98,9 @@ _SCHEMAS = {
     ),
 }
 
+STORED = {kind: tuple(schema.names) for kind, schema in _SCHEMAS.items()}
+"""Names of the stored columns of each kind with a fixed schema."""
+
 _DEFAULTS = {"span": 1, "norm_sq_audit": math.nan, "m_rms": math.nan, "v_mean": math.nan, "u_max": math.nan}
 """Columns that a writer may leave out."""
 
@@ -275,7 +278,8 @@ def _lock(folder: Path) -> filelock.BaseFileLock | None:
     except filelock.Timeout:
         raise RunLogError(
             f"{folder} is being written by another logger, which holds {folder / '.lock'}: close that one, or "
-            "choose another out. If nothing writes there (file systems without locks), delete .lock"
+            "choose another out (under data parallelism, log on rank 0 only). If nothing writes there (file "
+            "systems without locks), delete .lock"
         ) from None
     except NotImplementedError:
         return None
@@ -448,7 +452,7 @@ class RunWriter:
         self._buffers: dict[str, list[dict[str, np.ndarray]]] = {kind: [] for kind in KINDS}
         self._closed = False
         self._lock: filelock.BaseFileLock | None = None
-        self._store: _Memory | _Folder = _Memory() if path is None else _Folder(Path(path))
+        self._store: _Memory | _Folder = _Memory() if path is None else _Folder(Path(path).absolute())
         self._open_session(start_step)
         try:
             self._info = self._opened()
