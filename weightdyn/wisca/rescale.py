@@ -302,7 +302,7 @@ def scale_factors(
             raise ValueError(
                 f"table has {len(alpha)} rows for {pair}, by {granularity} it has {int(unit.max()) + 1}"
             )
-        for name, axis, factor in _pair_factors(pair, torch.from_numpy(alpha)[unit]):
+        for name, axis, factor in _pair_factors(pair, torch.tensor(alpha)[unit]):
             axes = found.setdefault(name, {})
             axes[axis] = axes[axis] * factor if axis in axes else factor
     return found

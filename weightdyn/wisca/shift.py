@@ -138,7 +138,7 @@ def _row_factors(model: nn.Module, factors: dict[str, dict[int, Tensor]], labels
     config: Any = getattr(model, "config", None)
     names = {name for name, _ in model.named_parameters()}
     wanted = labels.astype(str)
-    unknown = wanted[~wanted.str.partition("[")[0].isin(names)]
+    unknown = wanted[[label.partition("[")[0] not in names for label in wanted]]
     if len(unknown):
         raise ValueError(f"before has {unknown.iloc[0]!r}, which is none of the model's tensors")
     known: dict[str, float] = {}
