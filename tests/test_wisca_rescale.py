@@ -217,7 +217,10 @@ def test_a_table_can_be_changed_and_applied_to_a_twin():
     before = logits(model)
     wisca.apply_(twin, table.assign(alpha=table["alpha"] * 1.5))
     torch.testing.assert_close(logits(twin), before, rtol=0, atol=1e-5 * float(before.abs().max()))
-    factors = wisca.scale_factors(model, table)
+    factors, shuffled = (wisca.scale_factors(model, t) for t in (table, table.sample(frac=1, random_state=0)))
+    assert all(
+        torch.equal(factors[name][axis], f) for name, axes in shuffled.items() for axis, f in axes.items()
+    )
     assert set(factors[f"{Q}.bias"][0].tolist()) == set(
         table.loc[(table["pair"] == "qk") & (table["layer"] == 0), "alpha"]
     )

@@ -283,7 +283,7 @@ def scale_factors(
         raise TypeError("table must be what rescale_ or plan_rescale returns")
     known = {(pair.kind, pair.module): pair for pair in (find_pairs(model) if pairs is None else pairs)}
     found: dict[str, dict[int, Tensor]] = {}
-    for key, rows in table.groupby(["pair", "module"], sort=False):
+    for key, rows in table.sort_values(["head", "channel"]).groupby(["pair", "module"], sort=False):
         alpha = rows["alpha"].to_numpy(float)
         if not (np.isfinite(alpha) & (alpha > 0)).all():
             raise ValueError(f"table: every alpha must be a number > 0, got {alpha.tolist()} for {key}")
