@@ -487,14 +487,6 @@ def test_arguments_that_do_not_fit_are_refused_by_name(folder, call, kind, messa
 # Elsewhere.
 
 
-@pytest.mark.parametrize("backend", ["loky", "threading"])
-def test_other_backends_of_joblib_give_the_same(folder, backend):
-    truth = measure(folder, "full", cache=False)
-    with joblib.parallel_config(backend, n_jobs=2):
-        found = Checkpoints(folder).measure("full", cache=False, progress=False)
-    pd.testing.assert_frame_equal(found, truth)
-
-
 @pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="dask.distributed is not installed")
 @pytest.mark.filterwarnings("ignore")  # dask's own
 def test_two_workers_of_a_dask_cluster_do_the_work_unchanged(folder):

@@ -24,7 +24,6 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -70,7 +69,7 @@ CHUNK = 1 << 24
 
 _BUNDLE = 1 << 20  # weights of small tensors that make up one piece of work
 _BATCH = 1 << 26  # weights of whole checkpoints that are handed to the workers at a time
-_GRAM = 1 << 23  # float64 numbers of all steps that an inner product holds at a time
+_GRAM = 1 << 22  # float64 numbers of all steps that inner products hold at a time, and once more in a copy
 
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
@@ -270,15 +269,20 @@ class _Task(NamedTuple):
 
 
 def _cut(rows: Tensor, view: View | None, start: int) -> Tensor | None:
-    """The part of a view in rows of a tensor that begin at `start`; None if there is none."""
+    """The part of a view in rows of a tensor that begin at `start`, flat; None if there is none."""
     if view is None:
-        return rows
+        return rows.reshape(-1)
     if view.axis:
-        return view.of(rows)
+        return view.of(rows).reshape(-1)
     stop = start + rows.shape[0]
-    inside = ((max(low, start) - start, min(high, stop) - start) for low, high in view.ranges)
-    ranges = tuple((low, high) for low, high in inside if low < high)
-    return replace(view, ranges=ranges).of(rows) if ranges else None
+    inside = [(max(low, start) - start, min(high, stop) - start) for low, high in view.ranges]
+    cuts = [rows[low:high].reshape(-1) for low, high in inside if low < high]
+    if len(cuts) < 2:
+        return cuts[0] if cuts else None
+    joined = np.concatenate(
+        [cut.view(torch.uint8).numpy() for cut in cuts]
+    )  # torch.cat would wake its threads
+    return torch.from_numpy(joined).view(rows.dtype)
 
 
 def _run(tasks: Sequence[_Task], weibull: bool) -> list[tuple[list[_Sums], bytes]] | CheckpointError:
@@ -299,8 +303,7 @@ def _run(tasks: Sequence[_Task], weibull: bool) -> list[tuple[list[_Sums], bytes
     return done
 
 
-def _sums(part: Tensor, weibull: bool, exact: bool) -> _Sums:
-    flat = part.reshape(-1)
+def _sums(flat: Tensor, weibull: bool, exact: bool) -> _Sums:
     total = _Sums()
     with np.errstate(all="ignore"):  # weights may be infinite
         for start in range(0, len(flat), PIECE):
@@ -398,17 +401,42 @@ def _inner(
             stop = min(start + height, rows[1])
             read = [reader(start, stop) for reader in readers]
             for i, part in enumerate(parts):
-                cuts = [_cut(tensor, part.view, start) for tensor in read]
-                x = np.stack([cut.reshape(-1).double().numpy() for cut in cuts if cut is not None] or [[]])
-                if not x.size:
+                cuts = [cut for tensor in read if (cut := _cut(tensor, part.view, start)) is not None]
+                if not cuts:
                     continue
+                x = np.empty((count, len(cuts[0])))
+                for row, cut in zip(x, cuts, strict=True):
+                    row[:] = cut.numpy() if cut.dtype == torch.float64 else _single(cut)
                 if pairs is not None:
                     total[i] += np.einsum("ij,ij->i", x[pairs[:, 0]], x[pairs[:, 1]])
+                elif new is None:
+                    total[i] += _outer(x, x.copy(), lower=True)  # of one array with itself, BLAS has threads
                 else:
-                    total[i] += (x if new is None else x[new]) @ x.T
+                    total[i] += _outer(x[new], x)
     except CheckpointError as error:
         return error
     return total
+
+
+def _outer(x: np.ndarray, y: np.ndarray, lower: bool = False) -> np.ndarray:
+    """x @ y.T, or its lower triangle, in products so small that BLAS takes each on the thread that asks.
+
+    Its own threads would multiply with those of the workers, and on a busy machine they wait for each other.
+    """
+    out = np.zeros((len(x), len(y)))
+    for i in range(0, len(x), _TILE):
+        for j in range(0, min(len(y), i + _TILE) if lower else len(y), _TILE):
+            a, b = x[i : i + _TILE], y[j : j + _TILE]
+            length = max(1, min(_PRODUCT // (len(a) * len(b)), x.shape[1]))
+            whole = x.shape[1] // length * length
+            left = a[:, :whole].reshape(len(a), -1, length).transpose(1, 0, 2)
+            right = b[:, :whole].reshape(len(b), -1, length).transpose(1, 2, 0)
+            out[i : i + _TILE, j : j + _TILE] = (left @ right).sum(0) + a[:, whole:] @ b[:, whole:].T
+    return out
+
+
+_TILE = 32  # steps whose inner products are taken in one product ...
+_PRODUCT = 1 << 18  # ... of so many multiplications
 
 
 # Where checkpoints are.
