@@ -12,8 +12,10 @@ import pytest
 import torch
 import wisca_models
 from scipy import stats
+from typer.testing import CliRunner
 
-from weightdyn import wisca
+from weightdyn import plot, wisca
+from weightdyn.cli import app
 from weightdyn.wisca import Comparison, compare
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 1}
@@ -330,3 +332,78 @@ def test_shift_names_what_is_not_there():
     assert "none: seeds [0]" in repr(found)
     assert wisca.compare is compare
     assert json.dumps(found.info)
+
+
+@pytest.fixture(autouse=True)
+def _figures_are_closed():
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+
+
+@pytest.fixture(scope="module")
+def three_seeds():
+    return run(["none", "init"], (0, 1, 2), steps=8, weibull_every=2)
+
+
+def test_the_figure_draws_differences_and_bands_of_the_named_group(three_seeds):
+    shift = three_seeds.shift("init", by="component", window=2)
+    panels = plot.wisca_shift(shift, group="k")
+    rows = shift[(shift["component"] == "k") & (shift["quantity"] == "decay_share")]
+    line = next(line for line in panels[0].lines if line.get_label() == "decay")
+    np.testing.assert_allclose(line.get_ydata(), 100 * rows["difference"])
+    assert line.get_color() == plot.FORCE_COLORS["decay"]
+    band = panels[0].collections[2].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(100 * rows["low"].min())
+    assert band[:, 1].max() == pytest.approx(100 * rows["high"].max())
+    lam = shift[(shift["component"] == "k") & (shift["quantity"] == "lam")]
+    np.testing.assert_allclose(panels[1].lines[-1].get_ydata(), lam["difference"])
+    loss = shift[shift["quantity"] == "loss"]
+    np.testing.assert_allclose(panels[3].lines[-1].get_ydata(), loss["difference"])
+
+
+def test_a_figure_of_one_seed_has_no_bands_and_one_of_the_model_needs_no_group(three_seeds):
+    alone = Comparison({key: each for key, each in three_seeds.runs.items() if key[1] == 0}, three_seeds.info)
+    panels = plot.wisca_shift(alone.shift("init"))
+    assert [len(panel.collections) for panel in panels] == [0, 0, 0, 0]
+    assert panels[3].get_xlabel() == "update"
+
+
+def test_the_figure_says_which_groups_there_are(three_seeds):
+    with pytest.raises(ValueError, match=r"group must be one of \['other', 'selection', .* got None"):
+        plot.wisca_shift(three_seeds.shift("init", by="role"))
+    with pytest.raises(ValueError, match="whole model only"):
+        plot.wisca_shift(three_seeds.shift("init"), group="q")
+    with pytest.raises(ValueError, match="one of them can be drawn"):
+        plot.wisca_shift(three_seeds.shift("init", by=["layer", "component"]), group="q")
+    with pytest.raises(TypeError, match=r"Comparison.shift\(\) returns"):
+        plot.wisca_shift(three_seeds)
+
+
+def test_the_command_trains_prints_and_draws_and_goes_on_where_it_was(tmp_path):
+    command = [
+        "wisca",
+        "compare",
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "4",
+        "--seeds",
+        "2",
+        "--batch-size",
+        "2",
+    ]
+    command += ["--seq-len", "16", "--corpus", __file__, "--arm", "none", "--arm", "init power_of_two"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    assert "init power_of_two, less none, last quarter:" in first.output
+    assert sorted(each.name for each in (tmp_path / "figures").iterdir()) == [
+        f"init_power_of_two_{role}.png" for role in ("other", "selection", "transmission", "value")
+    ]
+    stamps = {each: each.stat().st_mtime_ns for each in tmp_path.rglob("*.parquet")}
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0
+    assert {each: each.stat().st_mtime_ns for each in tmp_path.rglob("*.parquet")} == stamps
+    wrong = CliRunner().invoke(app, [*command, "--lr", "0.5"])
+    assert wrong.exit_code == 2
+    assert "holds runs of other settings: config (was {" in wrong.output

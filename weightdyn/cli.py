@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -435,3 +435,107 @@ def recover(
         for file in (out, figure):
             if file is not None:
                 typer.echo(file)
+
+
+@wisca.command(name="compare")
+def wisca_compare(
+    out: Annotated[Path, typer.Option(help="Folder for the runs; what it holds already is not run again.")],
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm",
+            help="An arm in words, such as 'every=250 moments=reset'; more than once. [default: none, init, "
+            "every=250, random, lr_equivalent]",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, … of each arm.")] = 3,
+    model: Annotated[str, typer.Option(help=f"Shape: {', '.join(MODELS)}.")] = "tiny-llama",
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Text file or folder, more than once if you like. [default: Python's own source]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Sequences in an update.")] = _DEFAULTS.batch_size,
+    seq_len: Annotated[int, typer.Option(help="Bytes in a sequence.")] = _DEFAULTS.seq_len,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULTS.lr,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = _DEFAULTS.schedule,
+    warmup: Annotated[int, typer.Option(help="Updates of linear warm-up, at most steps.")] = _DEFAULTS.warmup,
+    weight_decay: Annotated[
+        float, typer.Option(help="Decoupled decay of the matrices.")
+    ] = _DEFAULTS.weight_decay,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    by: Annotated[str, typer.Option(help="A figure for each role, component, layer; or model.")] = "role",
+) -> None:
+    """Train with and without rescaling, the same weights and batches for each seed, and say what it shifts."""
+    import torch
+
+    from weightdyn.selftrain import Corpus, lr_at, make_model
+    from weightdyn.wisca import ARMS, compare
+
+    with _told():
+        config = TrainConfig(
+            model=model,
+            corpus=tuple(corpus or ()),
+            steps=steps,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            lr=lr,
+            schedule=cast(Any, schedule),  # checked by TrainConfig
+            warmup=min(warmup, steps),
+            weight_decay=weight_decay,
+        )
+        text = Corpus.read(*config.corpus)
+
+        def make_optimizer(network: torch.nn.Module) -> torch.optim.AdamW:
+            decays = [each for each in network.parameters() if each.ndim >= 2]
+            others = [each for each in network.parameters() if each.ndim < 2]
+            groups = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
+            return torch.optim.AdamW(
+                groups, lr=lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay
+            )
+
+        found = compare(
+            lambda seed: cast(Any, make_model(model, seed)).to(device),
+            make_optimizer,
+            lambda seed, update: text.batch(seed, update, batch_size, seq_len),
+            arms or ARMS,
+            range(seeds),
+            steps,
+            schedule=lambda update: lr_at(config, update) / lr,
+            clip=clip or None,
+            out=out,
+            config=asdict(config),
+            n_jobs=jobs,
+        )
+        _draw_shifts(found, out / "figures", cast(By, by))
+
+
+def _draw_shifts(found: Any, folder: Path, by: By) -> None:
+    """Print and draw what each arm shifts, against "none" or else the first arm; in numbers, the last quarter."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from weightdyn import plot
+
+    against = "none" if "none" in found.arms else found.arms[0]
+    steps = found.info["steps"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for arm in [arm for arm in found.arms if arm != against]:
+        last = found.shift(arm, against, by=by, window=max(1, steps // 4))
+        last = last[last["step"] == last["step"].max()].drop(columns="step")
+        wanted = last["quantity"].isin([*(f"{force}_share" for force in FORCES), "lam", "k", "loss"])
+        typer.echo(f"\n{arm}, less {against}, last quarter:")
+        typer.echo(last[wanted].to_string(index=False, na_rep="", float_format="{:.4g}".format))
+        curves = found.shift(arm, against, by=by, window=max(1, steps // 50))
+        names = [None] if by == "model" else list(curves[by].dropna().unique())
+        for name in names:
+            axes = plot.wisca_shift(curves, group=name)
+            label = "" if name is None else f"_{by}-{name}" if by == "layer" else f"_{name}"
+            file = folder / f"{arm.replace(' ', '_')}{label}.png"
+            axes[0].get_figure().savefig(file)
+            plt.close(axes[0].get_figure())
+    typer.echo(f"\n{folder}")

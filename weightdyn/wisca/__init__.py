@@ -5,6 +5,7 @@ their norms in place, `check_equivalence` proves that outputs stay, and `predict
 forces.
 """
 
+from weightdyn.wisca.compare import ARMS as ARMS
 from weightdyn.wisca.compare import Comparison as Comparison
 from weightdyn.wisca.compare import compare as compare
 from weightdyn.wisca.folder import rescale_folder as rescale_folder

@@ -25,7 +25,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -71,6 +71,7 @@ def compare(
     weibull_every: int = 20,
     save_every: int = 500,
     out: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
     n_jobs: int | None = None,
     progress: bool = True,
     **options: Any,
@@ -114,6 +115,8 @@ def compare(
             and saves of the state that a killed run continues from.
         out: folder for the runs, as `<arm>/seed-<seed>`. What it holds already is not run again, and a killed
             run is continued from its last save; arms and seeds can be added. None keeps all in memory.
+        config: what else decides the runs, for example the learning rate behind `make_optimizer`, as JSON can hold
+            it. Kept as `info["config"]`, and `out` is refused if it holds runs of another one.
         n_jobs: runs at a time, as joblib counts (−1: as many as there are cores). Default: 1, or what
             `joblib.parallel_config` says.
         progress: show a bar of the runs.
@@ -124,8 +127,8 @@ def compare(
 
     Raises:
         ValueError: an arm or another argument is none of those accepted; `out` holds runs of other settings;
-            runs of a seed began with different weights or batches; `lr_equivalent` of a tensor that has more
-            than one α (a fused one, or by head), for which there is no one learning rate.
+            runs of a seed began with different weights, batches or optimizers; `lr_equivalent` of a tensor that
+            has more than one α (a fused one, or by head), for which there is no one learning rate.
         TypeError: an optimizer that `ForceLogger` or `lr_equivalent` cannot take.
 
     Source: WISCA is arXiv 2508.16676; the controls are ours.
@@ -152,6 +155,7 @@ def compare(
         "weibull_every": weibull_every,
         "eval_every": eval_every if evaluate is not None else None,
         "options": json.loads(json.dumps(options, default=str)),
+        "config": json.loads(json.dumps(config, default=str)),
     }
     folder = None if out is None else Path(out)
     if folder is not None:
@@ -180,7 +184,7 @@ class Run(NamedTuple):
         log: its forces, Weibull fits and metrics.
         rescales: the tables of `rescale_`, with `step`, the updates made before each; of `lr_equivalent` the
             rescaling that it stands for.
-        start: digest of its initial weights and of its first batch.
+        start: digest of its initial weights, its first batch and its optimizer's settings.
     """
 
     log: RunLog
@@ -305,7 +309,7 @@ class Comparison:
         found = found.rename(columns={"value_control": "control"})
         n = groups["difference"].count()
         spread = groups["difference"].std() / np.sqrt(n)
-        reach = spread * stats.t.ppf((1 + confidence) / 2, (n - 1).where(n > 1))
+        reach = spread * stdtrit((n - 1).where(n > 1), (1 + confidence) / 2)
         found = found.assign(low=found["difference"] - reach, high=found["difference"] + reach, seeds=n)
         return found.reset_index()
 
@@ -458,8 +462,8 @@ def _run(task: _Task, arm: _Arm, seed: int, place: Path | None) -> Run:
         torch.manual_seed(seed)
         model = task.make_model(seed).train()
         device = next(model.parameters()).device
-        start = _digest([*dict(model.named_parameters()).items(), *_tensors(task.batches(seed, 1))])
         optimizer = task.make_optimizer(model)
+        start = _digest(model, optimizer, task.batches(seed, 1))
         rescales, factors = _begin(model, optimizer, arm, seed, apply=done == 0)
         base = [group["lr"] for group in optimizer.param_groups]
         torch.manual_seed(seed)
@@ -657,11 +661,13 @@ def _tensors(batch: Any) -> list[tuple[str, Tensor]]:
     return [(f"{name}.{rest}", tensor) for name, value in items for rest, tensor in _tensors(value)]
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _digest(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> str:
     digest = hashlib.sha256()
-    for name, tensor in tensors:
+    for name, tensor in [*model.named_parameters(), *_tensors(batch)]:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for group in optimizer.param_groups:
+        digest.update(repr([(name, value) for name, value in group.items() if name != "params"]).encode())
     return digest.hexdigest()
 
 
@@ -672,7 +678,8 @@ def _check_paired(runs: Mapping[tuple[str, int], Run]) -> None:
         if start != run.start:
             raise ValueError(
                 f"make_model and batches must be functions of the seed: with seed {seed} the arms {name!r} and "
-                f"{arm!r} began with different weights or batches; draw all random numbers from the seed"
+                f"{arm!r} began with different weights, batches or optimizers; draw all random numbers from the "
+                "seed, and give runs of other settings another out"
             )
 
 
