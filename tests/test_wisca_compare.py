@@ -62,6 +62,12 @@ def test_a_learning_rate_per_tensor_reproduces_the_losses_of_a_rescaling():
     assert gap(found, "none", "init") > 5e-3
 
 
+def test_of_powers_of_two_they_are_the_same_to_the_last_bit():
+    found = run(["init power_of_two", "lr_equivalent power_of_two"], steps=50, weibull_every=50)
+    assert set(found.rescales()["alpha"]) == {0.5}
+    assert gap(found, "lr_equivalent power_of_two", "init power_of_two") == 0
+
+
 def test_with_clipping_it_does_so_only_if_clipped_by_the_norm_of_the_rescaled_gradients():
     arms = ["init", "lr_equivalent", "lr_equivalent clip=rescaled"]
     found = run(arms, (0,), 200, clip=0.5, log_every=100, weibull_every=200)
