@@ -88,7 +88,7 @@ def injection_scale(
     q₀ is q for noise: ρ at N = 1, near ρ·(1+β₁)/(1−β₁) from N ≈ 50 on. Over one update q is ρ itself, and the
     factor puts it there. Over more of them gradients that pull back and forth cancel, ln c = −0.75·(N−1)/(N+31),
     and persistent ones add up, so that the displacement says less and less: γ = 1/√(1+(N−1)/32). The three
-    constants were fitted to four logged runs (benchmarks/study_recovery.py has the runs of both kinds).
+    constants were fitted to four logged runs, and measured on eight others (benchmarks/study_recovery.py --fit).
 
     Args:
         displacement_sq: ‖W_b − Π(1−ηλ)·W_a‖², what is left of the way when decay is taken out; ≤ 0 gives 1.
