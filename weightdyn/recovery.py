@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from weightdyn.forces import FORCE_TABLE, check_force_table, forces_from_products
 
@@ -250,6 +251,7 @@ def recover_forces(
     every: int | None = None,
     *,
     per_head: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Recover the force table of a training from its checkpoints.
 
@@ -262,6 +264,7 @@ def recover_forces(
         every: None gives one row for each gap between checkpoints, its forces the mean over the gap. A number
             gives rows of span 1 for the updates that are multiples of it, as a log with that interval has.
         per_head: rows for each head of q, k and v.
+        progress: show bars while checkpoints are measured, and for what takes longer than two seconds.
 
     Returns:
         A force table, sorted by step, then in the order of the tensors. `lr` is the mean over the span,
@@ -292,11 +295,11 @@ def recover_forces(
         raise ValueError(f"every must be None (one row for each gap) or a whole number >= 1, got {every!r}")
     if not hasattr(recipe, "lr_at"):
         raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {recipe!r}")
-    measured = _measured(source, method, per_head)
+    measured = _measured(source, method, per_head, progress)
+    parts = list(measured.groupby("tensor", sort=False, observed=True))
+    bar = tqdm(parts, unit="tensor", desc="recover", delay=2, disable=not progress)
     tables = [
-        _recover(rows, place, recipe, method, every)
-        for place, (_, rows) in enumerate(measured.groupby("tensor", sort=False, observed=True))
-        if len(rows) > 1
+        _recover(rows, place, recipe, method, every) for place, (_, rows) in enumerate(bar) if len(rows) > 1
     ]
     if not tables:
         steps = sorted(measured["step"].unique().tolist())
@@ -307,7 +310,7 @@ def recover_forces(
     return table[[*FORCE_TABLE, "alignment_low", "alignment_high", "flag"]].astype(kinds)
 
 
-def _measured(source: Any, method: Method, per_head: bool) -> pd.DataFrame:
+def _measured(source: Any, method: Method, per_head: bool, progress: bool) -> pd.DataFrame:
     if not isinstance(source, pd.DataFrame):
         from weightdyn.checkpoints import Checkpoints
         from weightdyn.runlog import RunLog
@@ -317,7 +320,7 @@ def _measured(source: Any, method: Method, per_head: bool) -> pd.DataFrame:
                 raise ValueError("source is a RunLog in memory, which has no checkpoints: give their folder")
             source = source.path
         series = source if isinstance(source, Checkpoints) else Checkpoints(source)
-        return series.measure(gram=GRAM[method], weibull=False, per_head=per_head)
+        return series.measure(gram=GRAM[method], weibull=False, per_head=per_head, progress=progress)
     if per_head:
         raise ValueError("per_head is for checkpoints; measure the table itself with per_head=True")
     missing = [name for name in ("step", "tensor", "numel", "norm_sq") if name not in source]
