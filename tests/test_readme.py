@@ -35,20 +35,9 @@ def names(tmp_path, monkeypatch):
     return {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "train": train}
 
 
-def test_the_python_examples_run_in_their_order(names):
+def test_the_commands_run_and_then_the_python_examples_in_their_order(names, tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 
-    blocks = [code for language, code in BLOCKS if language == "python"]
-    assert len(blocks) >= 5
-    names["torch"] = torch
-    for code in blocks:
-        exec(compile(code, "README.md", "exec"), names)
-    plt.close("all")
-    assert len(names["run"].forces()) > 100
-
-
-def test_the_commands_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     lines = [line for language, code in BLOCKS if language == "console" for line in code.splitlines()]
     commands = [
@@ -61,6 +50,14 @@ def test_the_commands_run(tmp_path, monkeypatch):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
     assert (tmp_path / "runs/tiny/figures/force_budget.png").exists()
+
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    assert len(blocks) >= 7
+    names["torch"] = torch
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), names)
+    plt.close("all")
+    assert len(names["run"].forces()) > 100
 
 
 def test_the_other_blocks_are_commands_of_make_and_pip():
