@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 import safetensors.torch
@@ -27,6 +28,7 @@ from weightdyn.checkpoints import CheckpointError, Checkpoints
 from weightdyn.cli import app
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+import huggingface_hub
 from huggingface_hub import constants, file_download
 
 REPO = "someone/tiny"
@@ -407,3 +409,22 @@ def test_a_dry_run_lists_revisions_and_sizes_and_downloads_no_weights(hub, tmp_p
     result = CliRunner().invoke(app, [*arguments, "--dry-run"])
     assert "0 bytes" in result.output
     assert Path(out).stat().st_size > 0
+
+
+def test_two_measurements_do_not_share_a_folder_of_downloads(hub, tmp_path):
+    fill(hub, [0])
+    folder = tmp_path / "cache"
+    found = series(hub)
+    (folder / "download").mkdir(parents=True)
+    with (
+        filelock.FileLock(folder / "download" / ".lock"),
+        pytest.raises(FileExistsError, match="another process"),
+    ):
+        found.measure(cache=folder, progress=False)
+
+
+def test_no_bar_is_shown_where_none_is_wanted(hub, tmp_path, capfd):
+    fill(hub, [0, 1])
+    series(hub).measure(cache=tmp_path / "cache", progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert not huggingface_hub.utils.are_progress_bars_disabled()

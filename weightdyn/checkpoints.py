@@ -11,6 +11,7 @@ the stored copy adds to it, its Weibull fit, and on request its inner products w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -68,7 +69,7 @@ CHUNK = 1 << 24
 """Weights of one tensor that are read at a time; a larger tensor falls into several pieces of work."""
 
 _BUNDLE = 1 << 20  # weights of small tensors that make up one piece of work
-_BATCH = 1 << 26  # weights of whole checkpoints that are handed to the workers at a time
+_BATCH = 1 << 28  # bytes of whole checkpoints that are handed to the workers at a time
 _GRAM = 1 << 22  # float64 numbers of all steps that inner products hold at a time, and once more in a copy
 
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -446,6 +447,7 @@ class _Folder:
     """Checkpoints on a disk."""
 
     local = keep = True
+    progress = True
     hold: frozenset[int] | set[int] = frozenset()
 
     def __init__(self, places: dict[int, Path], name: str, cache: Path | None, config: Any) -> None:
@@ -495,7 +497,7 @@ class _Hub:
     def __init__(self, repo: str, keep: bool, endpoint: str | None) -> None:
         try:
             import huggingface_hub
-            import huggingface_hub.errors
+            import huggingface_hub.utils
         except ImportError as error:
             raise ImportError('hf:// needs huggingface_hub: pip install "weightdyn[hf]"') from error
         self._api = huggingface_hub.HfApi(endpoint=endpoint)
@@ -507,6 +509,7 @@ class _Hub:
         self.places: dict[int, _Revision] = {}
         self.twice: list[tuple[int, str, str]] = []
         self.hold: set[int] = set()
+        self.progress = True
         self._listed: dict[int, dict[str, _Remote]] = {}
         self._chosen: dict[int, dict[str, int]] = {}
         self._here: dict[int, list[Path]] = {}
@@ -598,7 +601,7 @@ class _Hub:
             try:
                 lock.acquire()
             except filelock.Timeout:
-                raise RuntimeError(
+                raise FileExistsError(
                     f"another process is downloading to {self.folder}: wait for it, or give another cache"
                 ) from None
             self._lock = lock
@@ -611,16 +614,18 @@ class _Hub:
 
         def attempt() -> Path:
             nonlocal fresh
-            path = Path(
-                self._hub.hf_hub_download(
-                    self.repo,
-                    name,
-                    revision=self.places[step].commit,
-                    endpoint=self._endpoint,
-                    force_download=fresh,
-                    **place,
+            commit = self.places[step].commit
+            with self._bars():
+                path = Path(
+                    self._hub.hf_hub_download(
+                        self.repo,
+                        name,
+                        revision=commit,
+                        endpoint=self._endpoint,
+                        force_download=fresh,
+                        **place,
+                    )
                 )
-            )
             fresh = True
             if path.stat().st_size != remote.size:
                 raise OSError(f"it has {path.stat().st_size} bytes of {remote.size}")
@@ -631,6 +636,19 @@ class _Hub:
 
         return self._again(attempt, f"{self.where(step)}/{name}")
 
+    @contextlib.contextmanager
+    def _bars(self) -> Iterator[None]:
+        """Without the client's bars where no progress is wanted."""
+        utils = self._hub.utils
+        silent = not self.progress and not utils.are_progress_bars_disabled()
+        if silent:
+            utils.disable_progress_bars()
+        try:
+            yield
+        finally:
+            if silent:
+                utils.enable_progress_bars()
+
     def _again(self, call: Callable[[], Any], what: str) -> Any:
         """Call, a bounded number of times, until no passing fault of the network comes."""
         attempt = 1
@@ -639,7 +657,7 @@ class _Hub:
                 return call()
             except Exception as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
-                if isinstance(error, self._hub.errors.RepositoryNotFoundError):
+                if isinstance(error, self._hub.utils.RepositoryNotFoundError):
                     raise FileNotFoundError(
                         f"source: there is no repository {self.name}, or it is private (hf auth login): {error}"
                     ) from error
@@ -912,6 +930,7 @@ class Checkpoints:
             raise ValueError(
                 "gram='full' needs all checkpoints on the disk at once: give Checkpoints(…, keep=True)"
             )
+        self._store.progress = progress
         folder = self._cache_folder(cache, per_head)
         parts = {step: part for step in self.steps if (part := self._stored(folder, step, weibull))}
         todo = [step for step in self.steps if step not in parts]

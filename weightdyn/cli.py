@@ -285,16 +285,18 @@ def measure(
     steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
     gram: Annotated[str, typer.Option(help="Inner products between steps: none, band or full.")] = "none",
     weibull: Annotated[bool, typer.Option(help="Fit a Weibull law to each tensor.")] = True,
-    per_head: Annotated[bool, typer.Option(help="A row for each head of q, k and v.")] = False,
+    per_head: Annotated[bool, typer.Option("--per-head", help="A row for each head of q, k and v.")] = False,
     cache: Annotated[
         Path | None, typer.Option(help="Folder for what was measured. [default: beside the checkpoints]")
     ] = None,
-    keep: Annotated[bool, typer.Option(help="Keep what is downloaded in the hub's cache.")] = False,
-    skip: Annotated[bool, typer.Option(help="Leave out damaged checkpoints instead of stopping.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep what is downloaded in the hub's cache.")] = False,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Leave out damaged checkpoints instead of stopping.")
+    ] = False,
     endpoint: Annotated[str | None, typer.Option(help="Address of the hub.")] = None,
     out: Annotated[Path | None, typer.Option(help="Parquet file for the table.")] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="List what would be read or downloaded; measure nothing.")
+        bool, typer.Option("--dry-run", help="List what would be read or downloaded; measure nothing.")
     ] = False,
 ) -> None:
     """Measure a series of checkpoints, each once: norms, Weibull fits, rounding, inner products."""
