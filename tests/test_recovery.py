@@ -588,3 +588,16 @@ def test_the_published_ratio_is_below_one_for_the_alignment_after_the_step_and_t
     assert (
         table["spline"] / (after - 2 * injection)
     ).median() > 1.02  # of the alignment before the step: too much
+
+
+@pytest.mark.skipif(not os.environ.get("WEIGHTDYN_REFERENCE"), reason="WEIGHTDYN_REFERENCE is not set")
+@pytest.mark.parametrize(("decay", "signs"), [(0.1, {1.0}), (0.01, {-1.0})])
+def test_alignment_of_pythia_stays_positive_only_with_the_decay_of_its_configuration(decay, signs):
+    folder = Path(os.environ["WEIGHTDYN_REFERENCE"]) / "Weibull_WeightScale_dynamics/derived_data/real_pythia"
+    log = pd.DataFrame(json.loads((folder / "realpythia_closure.json").read_text()))
+    numel = 14_155_776
+    measured = pd.DataFrame({"step": log["step"], "tensor": "w", "component": "up", "role": "transmission"})
+    measured = measured.assign(numel=numel, norm_sq=numel * log["sigma_obs"] ** 2)
+    recipe = Recipe.preset("pythia-70m", weight_decay=decay)
+    late = recover_forces(measured, recipe, progress=False).query("step > 20000")
+    assert set(np.sign(late["alignment"])) == signs

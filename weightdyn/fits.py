@@ -18,10 +18,9 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from joblib import Parallel, delayed
 from safetensors import safe_open
-from scipy.special import gammaln
 from torch import Tensor
 from tqdm import tqdm
 
@@ -137,6 +136,8 @@ def fit_weights(
     common = None
     if pool:
         common = _Common(reduce(torch.promote_types, {m.dtype for m in matrices}), total <= SORTED)
+    from joblib import Parallel, delayed  # where it is used: it is slow to load
+
     work = Parallel(n_jobs=n_jobs, prefer="threads", return_as="generator")(
         delayed(_measure)(m, name.views if views else (), method, trim, common)
         for m, name in zip(matrices, names, strict=True)
@@ -441,7 +442,7 @@ def drift(table: pd.DataFrame) -> pd.DataFrame:
     k, k_end, lam, lam_end = (f[name].to_numpy(float) for name in ("k", "lam") for f in (first, last))
     change = k_end / k - 1
     lam_growth = np.log(lam_end / lam)
-    k_growth = (gammaln(1 + 2 / k_end) - gammaln(1 + 2 / k)) / 2
+    k_growth = (scipy.special.gammaln(1 + 2 / k_end) - scipy.special.gammaln(1 + 2 / k)) / 2
     total = np.abs(lam_growth) + np.abs(k_growth)
     columns = {
         "start_step": first["step"].to_numpy(),

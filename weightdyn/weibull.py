@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import digamma, erf, erfinv, exp1, gammainc, gammaln, ndtr
+import scipy  # loads scipy.special when it is first used, which an import of this module does not wait for
 from torch import Tensor
 
 from weightdyn.magnitudes import MagnitudeHistogram
@@ -73,17 +74,19 @@ class WeibullFit:
     @property
     def mean(self) -> float:
         """Mean of the law, λΓ(1 + 1/k)."""
-        return self.lam * _exp(gammaln(1 + 1 / self.k))
+        return self.lam * _exp(scipy.special.gammaln(1 + 1 / self.k))
 
     @property
     def rms(self) -> float:
         """Root mean square of the law, λ√Γ(1 + 2/k): the σ of weights that are distributed about zero."""
-        return self.lam * _exp(gammaln(1 + 2 / self.k) / 2)
+        return self.lam * _exp(scipy.special.gammaln(1 + 2 / self.k) / 2)
 
     @property
     def std(self) -> float:
         """Standard deviation of the magnitudes, λ√(Γ(1 + 2/k) − Γ(1 + 1/k)²)."""
-        unspread = math.exp(min(2 * gammaln(1 + 1 / self.k) - gammaln(1 + 2 / self.k), 0.0))
+        unspread = math.exp(
+            min(2 * scipy.special.gammaln(1 + 1 / self.k) - scipy.special.gammaln(1 + 2 / self.k), 0.0)
+        )
         return self.rms * math.sqrt(1 - unspread)
 
     def cdf(self, x: Any) -> Any:
@@ -262,7 +265,7 @@ def _sums_of_y(ranks: np.ndarray, n: int) -> np.ndarray:
     inner = np.clip(ranks, _ENDS, n - _ENDS)
     t = -np.log1p(-inner / n)
     survival = 1 - inner / n
-    sums = n * (-survival * np.log(t) - exp1(t)) - 1 / (24 * n * t * survival)
+    sums = n * (-survival * np.log(t) - scipy.special.exp1(t)) - 1 / (24 * n * t * survival)
     if ranks[0] < _ENDS:
         head = np.concatenate([[0.0], np.cumsum(_plotted(np.arange(_ENDS) + 0.5, n))])
         sums += head[np.minimum(ranks, _ENDS)] - head[-1]
@@ -348,7 +351,7 @@ def _half_normal() -> _Line:
     """The line through the probability plot of a half-normal with σ = 1 (see `K0`)."""
     node, weight = _gauss_legendre()
     f = 0.5 + 0.4 * node  # [0.1, 0.9]
-    x = np.log(math.sqrt(2) * erfinv(f))
+    x = np.log([NormalDist().inv_cdf((1 + each) / 2) for each in f])  # √2 erf⁻¹(F)
     y = np.log(-np.log1p(-f))
     x_mean, y_mean, xx, xy, yy = (np.sum(weight * v) / 2 for v in (x, y, x * x, x * y, y * y))
     xx, xy, yy = xx - x_mean**2, xy - x_mean * y_mean, yy - y_mean**2
@@ -424,8 +427,10 @@ def _fit_moments(sample: MagnitudeHistogram) -> _Found:
     square = np.sum(weight * (value / top) ** 2) / sample.n
     # Γ(1 + 2u)/Γ(1 + u)² grows with u = 1/k from 1 on.
     target = math.log(square / mean**2)
-    u = _root(lambda u: gammaln(1 + 2 * u) - 2 * gammaln(1 + u) - target, 1e-6, 1e3)
-    return _Found(k=1 / u, lam=float(top * mean / math.exp(gammaln(1 + u))))
+    u = _root(
+        lambda u: scipy.special.gammaln(1 + 2 * u) - 2 * scipy.special.gammaln(1 + u) - target, 1e-6, 1e3
+    )
+    return _Found(k=1 / u, lam=float(top * mean / math.exp(scipy.special.gammaln(1 + u))))
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
@@ -451,11 +456,11 @@ class _Law(NamedTuple):
 
 _CDF: dict[str, Callable[[Any, float], Any]] = {
     "weibull": lambda x, k: -np.expm1(-(x**k)),
-    "half-normal": lambda x, _: erf(x / math.sqrt(2)),
-    "log-normal": lambda x, s: ndtr(np.log(x) / s),
-    "gamma": lambda x, a: gammainc(a, x),
+    "half-normal": lambda x, _: scipy.special.erf(x / math.sqrt(2)),
+    "log-normal": lambda x, s: scipy.special.ndtr(np.log(x) / s),
+    "gamma": lambda x, a: scipy.special.gammainc(a, x),
     "exponential": lambda x, _: -np.expm1(-x),
-    "generalised normal": lambda x, beta: gammainc(1 / beta, x**beta),
+    "generalised normal": lambda x, beta: scipy.special.gammainc(1 / beta, x**beta),
 }
 """Distribution function of each law with scale 1, of magnitudes above zero and the shape."""
 
@@ -573,9 +578,9 @@ def _log_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
 def _gamma_law(x: np.ndarray, weight: np.ndarray) -> _Law:
     mean, log_mean = float(np.sum(weight * x)), float(np.sum(weight * np.log(x)))
     gap = math.log(mean) - log_mean  # ln a − ψ(a), which falls with a
-    a = math.exp(_root(lambda t: gap - (t - digamma(math.exp(t))), -10.0, 15.0))
+    a = math.exp(_root(lambda t: gap - (t - scipy.special.digamma(math.exp(t))), -10.0, 15.0))
     theta = mean / a
-    log = (a - 1) * log_mean - a - a * math.log(theta) - gammaln(a)
+    log = (a - 1) * log_mean - a - a * math.log(theta) - scipy.special.gammaln(a)
     return _Law(a, theta, float(log))
 
 
@@ -591,11 +596,13 @@ def _generalised_normal_law(x: np.ndarray, weight: np.ndarray) -> _Law:
         beta = math.exp(t)
         power = weight * np.exp(beta * z)
         total = np.sum(power)
-        return float(beta * (1 - np.sum(power * z) / total) + math.log(beta * total) + digamma(1 / beta))
+        return float(
+            beta * (1 - np.sum(power * z) / total) + math.log(beta * total) + scipy.special.digamma(1 / beta)
+        )
 
     def law(beta: float) -> _Law:
         alpha = (beta * np.sum(weight * np.exp(beta * z))) ** (1 / beta)
-        log = math.log(beta / alpha) - gammaln(1 / beta) - 1 / beta
+        log = math.log(beta / alpha) - scipy.special.gammaln(1 / beta) - 1 / beta
         return _Law(beta, float(alpha), float(log))
 
     low, high = 0.05, 50.0

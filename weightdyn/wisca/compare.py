@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import joblib
 import numpy as np
 import pandas as pd
+import scipy
 import torch
-from scipy.special import stdtrit
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -164,6 +163,8 @@ def compare(
         make_model, make_optimizer, batches, loss or _model_loss, schedule, evaluate, settings, save_every
     )
     pairs = [(arm, seed) for seed in seeds for arm in parsed]
+    import joblib  # where it is used: wanted here only, and slow to load
+
     made = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(
         joblib.delayed(_run)(task, arm, seed, _place(folder, arm.name, seed)) for arm, seed in pairs
     )
@@ -309,7 +310,7 @@ class Comparison:
         found = found.rename(columns={"value_control": "control"})
         n = groups["difference"].count()
         spread = groups["difference"].std() / np.sqrt(n)
-        reach = spread * stdtrit((n - 1).where(n > 1), (1 + confidence) / 2)
+        reach = spread * scipy.special.stdtrit((n - 1).where(n > 1), (1 + confidence) / 2)
         found = found.assign(low=found["difference"] - reach, high=found["difference"] + reach, seeds=n)
         return found.reset_index()
 
