@@ -2,9 +2,8 @@
 
 u = m̂/(√v̂+ε) is formed in pieces that stay in cache, used and dropped. Large tensors are read in place; small
 ones are packed, so that hundreds of norms and biases cost a handful of calls. Short blocks are reduced in the
-weights' own precision and the blocks are summed in float64: float32 weights give 1e-7 for a norm's gain and 1e-9
-for a large matrix, and temporary memory is a constant. Nothing here copies to the host or waits for the device:
-results stay where the weights are.
+weights' own precision and the blocks are summed in float64: float32 weights give 1e-8, and temporary memory is a
+constant. Nothing here copies to the host or waits for the device: results stay where the weights are.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ _CHUNK = {"cpu": 1 << 18}  # weights in a piece: the caches of a CPU, ...
 _DEVICE_CHUNK = 1 << 21  # ... or enough to be worth a kernel's launch; both bound the temporary memory
 _KEPT = 1 << 16  # blocks whose sums may wait to be added up together
 _SMALL = 1 << 16  # tensors up to this size are packed
-_SHORT = 32  # those whose blocks are shorter than this are packed apart, in float64
+_TINY = 1 << 12  # ... and those up to this size, with too few blocks for errors to average, in float64, ...
+_SHORT = 32  # ... as are those whose blocks are shorter than this
 
 
 class Adam(NamedTuple):
@@ -111,7 +111,7 @@ class Plan:
         self.owner = torch.tensor(owner, device=device)
         self._large = [i for i, each in enumerate(self._tensors) if each.numel > _SMALL]
         small = [i for i, each in enumerate(self._tensors) if each.numel <= _SMALL]
-        short = [i for i in small if self._tensors[i].block < _SHORT]
+        short = [i for i in small if self._tensors[i].numel <= _TINY or self._tensors[i].block < _SHORT]
         self._packs = [
             (pack, dtype, *self._pack_index(pack))
             for dtype, group in ((torch.float32, sorted({*small} - {*short})), (torch.float64, short))
@@ -279,9 +279,13 @@ class Plan:
             for offset, flats in _chunks(tuple(column[i] for column in inputs), self._chunk, each.block):
                 length = flats[0].numel()
                 block = math.gcd(offset, length, each.block)
-                start = torch.arange(offset, offset + length, block, device=self.device)
-                run = start.div_(each.unit, rounding_mode="floor").remainder_(len(each.rows))
-                yield _Piece(_blocks(flats, block), i, self._patterns[i][run])
+                pattern = self._patterns[i]
+                if len(pattern) == 1:
+                    row = pattern.expand(length // block)
+                else:
+                    start = torch.arange(offset, offset + length, block, device=self.device)
+                    row = pattern[start.div_(each.unit, rounding_mode="floor").remainder_(len(pattern))]
+                yield _Piece(_blocks(flats, block), i, row)
         for pack, dtype, block, owner, row in self._packs:
             flats = [_end_to_end([column[i] for i in pack], name) for name, column in enumerate(inputs)]
             yield _Piece(_blocks(flats, block, dtype), owner, row)
