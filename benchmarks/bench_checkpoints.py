@@ -25,9 +25,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from weightdyn import checkpoints
-from weightdyn.checkpoints import Checkpoints
-from weightdyn.recipe import PRESETS, Recipe
+from weightdyn.checkpoints import measure as measuring
+from weightdyn.checkpoints.recipe import PRESETS, Recipe
+from weightdyn.checkpoints.series import Checkpoints
 
 
 def make(folder: Path, steps: int, width: int, layers: int = 6) -> int:
@@ -103,7 +103,7 @@ def growth(folder: Path) -> None:
 
 def resuming(folder: Path) -> None:
     read: list[int] = []
-    rows = checkpoints._rows
+    rows = measuring.row_reader
 
     def counted(file: Path, name: str) -> Callable[[int, int], torch.Tensor]:
         reader = rows(file, name)
@@ -115,7 +115,7 @@ def resuming(folder: Path) -> None:
 
         return reads
 
-    checkpoints._rows = counted
+    measuring.row_reader = counted
     size = make(folder, 16, 128)
     shown = []
     for what in ("first time", "again", "one more step"):
@@ -126,7 +126,7 @@ def resuming(folder: Path) -> None:
         read.clear()
         took = seconds(lambda: measure(folder, cache=True))
         shown.append(f"{what}: {sum(read) / size:.2f} checkpoints read in {took:.2f} s")
-    checkpoints._rows = rows
+    measuring.row_reader = rows
     print("\nresuming a series of 16:", "; ".join(shown))
 
 

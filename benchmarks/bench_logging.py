@@ -24,7 +24,9 @@ import torch
 from torch import nn
 
 import weightdyn as wd
-from weightdyn.selftrain import DEMO, Corpus, make_model
+from weightdyn.train.corpus import Corpus
+from weightdyn.train.models import make_model
+from weightdyn.train.trainer import DEMO
 
 CORPUS = Corpus.read()
 

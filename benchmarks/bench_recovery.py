@@ -25,9 +25,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.interpolate import CubicSpline
 
-from weightdyn.checkpoints import Checkpoints
-from weightdyn.recipe import Recipe
-from weightdyn.recovery import GRAM, METHODS, recover_forces
+from weightdyn.checkpoints.recipe import Recipe
+from weightdyn.checkpoints.recovery import GRAM, METHODS, recover_forces
+from weightdyn.checkpoints.series import Checkpoints
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 LR, DECAY, BETAS, GAP = 1e-3, 0.1, (0.9, 0.95), 50

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from scipy import optimize, stats
 
 import weightdyn as wd
-from weightdyn.fits import fit_weights
+from weightdyn.weibull.weights import fit_weights
 
 FEW = 100_000
 """Weights that the general optimisers get: on all of them they take minutes."""

@@ -27,12 +27,12 @@ import torch
 from scipy.optimize import least_squares
 
 from weightdyn import plot
-from weightdyn.checkpoints import Checkpoints
-from weightdyn.published import NUMEL, read_published_forces, read_published_recovery
-from weightdyn.recipe import Recipe
-from weightdyn.recovery import compare_recovery, noise_rho, recover_forces
-from weightdyn.runlog import RunLog
-from weightdyn.selftrain import TrainConfig, train
+from weightdyn.checkpoints.published import NUMEL, read_published_forces, read_published_recovery
+from weightdyn.checkpoints.recipe import Recipe
+from weightdyn.checkpoints.recovery import compare_recovery, noise_rho, recover_forces
+from weightdyn.checkpoints.series import Checkpoints
+from weightdyn.record.runlog import RunLog
+from weightdyn.train.trainer import TrainConfig, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

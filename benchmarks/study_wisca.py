@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from weightdyn import wisca
-from weightdyn.selftrain import Corpus
+from weightdyn.train.corpus import Corpus
 
 GROUPS = (1, 4, 8)
 SIZE = ("hidden", "layers", "batch", "length", "lr", "weight_decay")

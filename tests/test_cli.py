@@ -8,10 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from weightdyn import selftrain
-from weightdyn.cli import app, summarize
-from weightdyn.runlog import RunLog, RunWriter
-from weightdyn.selftrain import DEMO, TrainConfig
+from weightdyn.cli import app
+from weightdyn.explain.trajectory import summarize
+from weightdyn.record.runlog import RunLog, RunWriter
+from weightdyn.train import trainer as selftrain
+from weightdyn.train.trainer import DEMO, TrainConfig
 
 FIGURES = ["force_budget.png", "force_shares.png", "loss.png", "overview.png", "weibull_trajectory.png"]
 PNG = b"\x89PNG\r\n"

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from weightdyn.cli import app
-from weightdyn.diagnose import diagnose
-from weightdyn.fits import FIT_TABLE, fit_weights
-from weightdyn.runlog import RunWriter
+from weightdyn.core.tables import FIT_TABLE
+from weightdyn.record.runlog import RunWriter
+from weightdyn.weibull.diagnosis import diagnose
+from weightdyn.weibull.weights import fit_weights
 
 HIDDEN, HEADS = 48, 4
 CONFIG = {"model_type": "gpt_neox", "hidden_size": HIDDEN, "num_attention_heads": HEADS}

@@ -15,7 +15,7 @@ def loaded_by(statement):
 
 def test_importing_weightdyn_loads_neither_transformers_nor_pyplot():
     modules = loaded_by("import weightdyn; weightdyn.plot.force_budget")
-    assert "weightdyn.logger" in modules
+    assert "weightdyn.record.logger" in modules
     for heavy in (
         "transformers",
         "matplotlib",
@@ -28,7 +28,7 @@ def test_importing_weightdyn_loads_neither_transformers_nor_pyplot():
 
 
 def test_the_modules_of_the_algebra_know_nobody():
-    for module in ("forces", "runlog", "trajectory"):
+    for module in ("core.forces", "core.tables", "core.naming", "record.runlog", "explain.trajectory"):
         assert "torch" not in loaded_by(
             "import importlib.util, types; package = types.ModuleType('weightdyn'); "
             f"package.__path__ = [{wd.__path__[0]!r}]; sys.modules['weightdyn'] = package; "

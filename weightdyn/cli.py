@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 import typer
 
-from weightdyn.forces import FORCES, By, timescale
-from weightdyn.plot import ROLE_COLORS
-from weightdyn.runlog import RunLog
-from weightdyn.selftrain import DEMO, MODELS, TrainConfig, train
-from weightdyn.trajectory import closure, phases, pool_weibull
+from weightdyn.core.forces import timescale
+from weightdyn.core.tables import FORCES, By
+from weightdyn.explain.trajectory import closure, summarize
+from weightdyn.record.runlog import RunLog
+from weightdyn.train.models import MODELS
+from weightdyn.train.trainer import DEMO, TrainConfig, train
 
 app = typer.Typer(
     help="Why the weights of a network grow, overshoot and relax, in numbers.",
@@ -196,32 +197,6 @@ def _report(run: RunLog) -> str:
     )
 
 
-def summarize(run: RunLog) -> pd.DataFrame:
-    """One row per role: `phases` of its λ, alignment's share in the rise and at the end, worst closure.
-
-    The share is |ΣA|/(|ΣA| + |ΣI| + |ΣD|) of the forces summed over the role's tensors and over the updates of
-    the rise (up to `half_step` of `phases`; NaN if λ never rose), or over the last tenth of the run.
-    """
-    table = phases(pool_weibull(run.weibull(), by="role")).set_index("role")
-    table = table.reindex([role for role in ROLE_COLORS if role in table.index]).reset_index()
-    forces = run.forces(by="role")
-    last = int(forces["step"].max())
-
-    def share(role: str, start: float, stop: float) -> float:
-        rows = forces[(forces["role"] == role) & forces["step"].between(start, stop)]
-        totals = rows[list(FORCES)].sum().abs()
-        return totals["alignment"] / totals.sum() if len(rows) else float("nan")
-
-    worst = closure(run).groupby("role", observed=True)["closure"].max()
-    return table.assign(
-        rise_share=[
-            share(role, 1, half) for role, half in zip(table["role"], table["half_step"], strict=True)
-        ],
-        end_share=[share(role, 0.9 * last, last) for role in table["role"]],
-        closure=table["role"].map(worst).astype(float),
-    )
-
-
 @app.command()
 def fit(
     path: Annotated[Path, typer.Argument(help="Model folder, checkpoint file, or run directory.")],
@@ -231,7 +206,7 @@ def fit(
     ] = None,
 ) -> None:
     """Fit a Weibull law to every weight matrix of a checkpoint: k, λ, goodness of fit, tails."""
-    from weightdyn.fits import fit_weights
+    from weightdyn.weibull.weights import fit_weights
 
     with _told():
         if out is not None and out.suffix not in (".parquet", ".csv"):
@@ -273,7 +248,7 @@ def diagnose_command(
     ] = None,
 ) -> None:
     """Say what stands out in a checkpoint: matrices with the reason, kind of attention, nearest published model."""
-    from weightdyn.diagnose import diagnose
+    from weightdyn.weibull.diagnosis import diagnose
 
     with _told():
         typer.echo(diagnose(path, per_head=per_head, database=database))
@@ -300,7 +275,7 @@ def measure(
     ] = False,
 ) -> None:
     """Measure a series of checkpoints, each once: norms, Weibull fits, rounding, inner products."""
-    from weightdyn.checkpoints import Checkpoints
+    from weightdyn.checkpoints.series import Checkpoints
 
     with _told():
         wanted = None if steps is None else [int(step) for step in steps.split(",")]
@@ -390,10 +365,10 @@ def recover(
     ] = False,
 ) -> None:
     """Recover the forces of a training that nobody logged, from its checkpoints and its recipe."""
-    from weightdyn.checkpoints import Checkpoints
-    from weightdyn.forces import aggregate, budget
-    from weightdyn.recipe import Recipe
-    from weightdyn.recovery import GRAM, METHODS, recover_forces
+    from weightdyn.checkpoints.recipe import Recipe
+    from weightdyn.checkpoints.recovery import GRAM, METHODS, recover_forces
+    from weightdyn.checkpoints.series import Checkpoints
+    from weightdyn.core.tables import aggregate, budget
 
     with _told():
         if method not in METHODS:
@@ -473,7 +448,9 @@ def wisca_compare(
     """Train with and without rescaling, the same weights and batches for each seed, and say what it shifts."""
     import torch
 
-    from weightdyn.selftrain import Corpus, lr_at, make_model
+    from weightdyn.train.corpus import Corpus
+    from weightdyn.train.models import make_model
+    from weightdyn.train.trainer import lr_at
     from weightdyn.wisca import ARMS, compare
 
     with _told():

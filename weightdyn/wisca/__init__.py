@@ -5,21 +5,21 @@ their norms in place, `check_equivalence` proves that outputs stay, and `predict
 forces.
 """
 
-from weightdyn.wisca.compare import ARMS as ARMS
-from weightdyn.wisca.compare import Comparison as Comparison
-from weightdyn.wisca.compare import compare as compare
+from weightdyn.core.tables import RESCALE_TABLE as RESCALE_TABLE
+from weightdyn.wisca.apply import apply_ as apply_
+from weightdyn.wisca.apply import rescale_ as rescale_
+from weightdyn.wisca.apply import undo_ as undo_
+from weightdyn.wisca.arms import ARMS as ARMS
+from weightdyn.wisca.comparison import Comparison as Comparison
+from weightdyn.wisca.comparison import compare as compare
 from weightdyn.wisca.folder import rescale_folder as rescale_folder
 from weightdyn.wisca.pairs import FAMILIES as FAMILIES
 from weightdyn.wisca.pairs import KINDS as KINDS
 from weightdyn.wisca.pairs import Part as Part
 from weightdyn.wisca.pairs import ScalingPair as ScalingPair
 from weightdyn.wisca.pairs import find_pairs as find_pairs
-from weightdyn.wisca.rescale import RESCALE_TABLE as RESCALE_TABLE
-from weightdyn.wisca.rescale import apply_ as apply_
-from weightdyn.wisca.rescale import check_equivalence as check_equivalence
-from weightdyn.wisca.rescale import plan_rescale as plan_rescale
-from weightdyn.wisca.rescale import rescale_ as rescale_
-from weightdyn.wisca.rescale import scale_factors as scale_factors
-from weightdyn.wisca.rescale import undo_ as undo_
+from weightdyn.wisca.plan import plan_rescale as plan_rescale
+from weightdyn.wisca.plan import scale_factors as scale_factors
+from weightdyn.wisca.predict import predict_shift as predict_shift
+from weightdyn.wisca.proof import check_equivalence as check_equivalence
 from weightdyn.wisca.schedule import RescaleSchedule as RescaleSchedule
-from weightdyn.wisca.shift import predict_shift as predict_shift

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from weightdyn.wisca.rescale import rescale_
+from weightdyn.wisca.apply import rescale_
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json", ".gguf", ".onnx")
 _TOKENS = 16

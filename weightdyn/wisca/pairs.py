@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from weightdyn.naming import describe
+from weightdyn.core.naming import describe
 
 KINDS = {
     "qk": ("q", "k"),

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from weightdyn.logger import ForceLogger
-from weightdyn.wisca.rescale import rescale_
+from weightdyn.record.logger import ForceLogger
+from weightdyn.wisca.apply import rescale_
 
 EVENT = "wisca rescale"
 """What a rescaling is called in the column `event` of a run's metrics."""

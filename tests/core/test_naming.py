@@ -1,0 +1,595 @@
+"""Names and views, against tables written by hand and against the attention code of transformers itself."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightdyn.core.naming import COMPONENTS, TensorName, View, describe, role_of
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+
+# What every parameter is, by hand: component, name; {i} stands for the block.
+LLAMA = """
+embed   model.embed_tokens.weight
+q       model.layers.{i}.self_attn.q_proj.weight
+k       model.layers.{i}.self_attn.k_proj.weight
+v       model.layers.{i}.self_attn.v_proj.weight
+o       model.layers.{i}.self_attn.o_proj.weight
+gate    model.layers.{i}.mlp.gate_proj.weight
+up      model.layers.{i}.mlp.up_proj.weight
+down    model.layers.{i}.mlp.down_proj.weight
+norm    model.layers.{i}.post_attention_layernorm.weight
+norm    model.norm.weight
+"""
+PRE_NORM = "norm model.layers.{i}.input_layernorm.weight\n"
+HEAD = "unembed lm_head.weight\n"
+QK_NORM = "norm model.layers.{i}.self_attn.q_norm.weight\nnorm model.layers.{i}.self_attn.k_norm.weight\n"
+SANDWICH = "norm model.layers.{i}.post_feedforward_layernorm.weight\n"
+GEMMA_2 = LLAMA + PRE_NORM + SANDWICH + "norm model.layers.{i}.pre_feedforward_layernorm.weight\n"
+
+EXPECTED = {
+    "GPTNeoX": """
+        embed   gpt_neox.embed_in.weight
+        norm    gpt_neox.layers.{i}.input_layernorm.weight
+        bias    gpt_neox.layers.{i}.input_layernorm.bias
+        norm    gpt_neox.layers.{i}.post_attention_layernorm.weight
+        bias    gpt_neox.layers.{i}.post_attention_layernorm.bias
+        qkv     gpt_neox.layers.{i}.attention.query_key_value.weight
+        bias    gpt_neox.layers.{i}.attention.query_key_value.bias
+        o       gpt_neox.layers.{i}.attention.dense.weight
+        bias    gpt_neox.layers.{i}.attention.dense.bias
+        up      gpt_neox.layers.{i}.mlp.dense_h_to_4h.weight
+        bias    gpt_neox.layers.{i}.mlp.dense_h_to_4h.bias
+        down    gpt_neox.layers.{i}.mlp.dense_4h_to_h.weight
+        bias    gpt_neox.layers.{i}.mlp.dense_4h_to_h.bias
+        norm    gpt_neox.final_layer_norm.weight
+        bias    gpt_neox.final_layer_norm.bias
+        unembed lm_head.weight
+    """,
+    "Llama": LLAMA + PRE_NORM + HEAD,
+    "Mistral": LLAMA + PRE_NORM + HEAD,
+    "Qwen2": LLAMA
+    + PRE_NORM
+    + HEAD
+    + """
+        bias    model.layers.{i}.self_attn.q_proj.bias
+        bias    model.layers.{i}.self_attn.k_proj.bias
+        bias    model.layers.{i}.self_attn.v_proj.bias
+    """,
+    "Qwen3": LLAMA + PRE_NORM + QK_NORM + HEAD,
+    "Olmo2": LLAMA + QK_NORM + SANDWICH + HEAD,
+    "GPT2": """
+        embed   transformer.wte.weight
+        embed   transformer.wpe.weight
+        norm    transformer.h.{i}.ln_1.weight
+        bias    transformer.h.{i}.ln_1.bias
+        qkv     transformer.h.{i}.attn.c_attn.weight
+        bias    transformer.h.{i}.attn.c_attn.bias
+        o       transformer.h.{i}.attn.c_proj.weight
+        bias    transformer.h.{i}.attn.c_proj.bias
+        norm    transformer.h.{i}.ln_2.weight
+        bias    transformer.h.{i}.ln_2.bias
+        up      transformer.h.{i}.mlp.c_fc.weight
+        bias    transformer.h.{i}.mlp.c_fc.bias
+        down    transformer.h.{i}.mlp.c_proj.weight
+        bias    transformer.h.{i}.mlp.c_proj.bias
+        norm    transformer.ln_f.weight
+        bias    transformer.ln_f.bias
+    """,
+    "OPT": """
+        embed   model.decoder.embed_tokens.weight
+        embed   model.decoder.embed_positions.weight
+        other   model.decoder.project_in.weight
+        other   model.decoder.project_out.weight
+        q       model.decoder.layers.{i}.self_attn.q_proj.weight
+        bias    model.decoder.layers.{i}.self_attn.q_proj.bias
+        k       model.decoder.layers.{i}.self_attn.k_proj.weight
+        bias    model.decoder.layers.{i}.self_attn.k_proj.bias
+        v       model.decoder.layers.{i}.self_attn.v_proj.weight
+        bias    model.decoder.layers.{i}.self_attn.v_proj.bias
+        o       model.decoder.layers.{i}.self_attn.out_proj.weight
+        bias    model.decoder.layers.{i}.self_attn.out_proj.bias
+        norm    model.decoder.layers.{i}.self_attn_layer_norm.weight
+        bias    model.decoder.layers.{i}.self_attn_layer_norm.bias
+        up      model.decoder.layers.{i}.fc1.weight
+        bias    model.decoder.layers.{i}.fc1.bias
+        down    model.decoder.layers.{i}.fc2.weight
+        bias    model.decoder.layers.{i}.fc2.bias
+        norm    model.decoder.layers.{i}.final_layer_norm.weight
+        bias    model.decoder.layers.{i}.final_layer_norm.bias
+        norm    model.decoder.final_layer_norm.weight
+        bias    model.decoder.final_layer_norm.bias
+    """,
+    "Gemma": LLAMA + PRE_NORM,
+    "Gemma2": GEMMA_2,
+    "Gemma3Text": GEMMA_2 + QK_NORM,
+    "Phi3": """
+        embed   model.embed_tokens.weight
+        qkv     model.layers.{i}.self_attn.qkv_proj.weight
+        o       model.layers.{i}.self_attn.o_proj.weight
+        up      model.layers.{i}.mlp.gate_up_proj.weight
+        down    model.layers.{i}.mlp.down_proj.weight
+        norm    model.layers.{i}.input_layernorm.weight
+        norm    model.layers.{i}.post_attention_layernorm.weight
+        norm    model.norm.weight
+        unembed lm_head.weight
+    """,
+    "Mixtral": """
+        embed   model.embed_tokens.weight
+        q       model.layers.{i}.self_attn.q_proj.weight
+        k       model.layers.{i}.self_attn.k_proj.weight
+        v       model.layers.{i}.self_attn.v_proj.weight
+        o       model.layers.{i}.self_attn.o_proj.weight
+        other   model.layers.{i}.mlp.gate.weight
+        up      model.layers.{i}.mlp.experts.gate_up_proj
+        down    model.layers.{i}.mlp.experts.down_proj
+        norm    model.layers.{i}.input_layernorm.weight
+        norm    model.layers.{i}.post_attention_layernorm.weight
+        norm    model.norm.weight
+        unembed lm_head.weight
+    """,
+}
+SPECIAL = {
+    "GPTNeoX": SIZES,
+    "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16,
+             "bos_token_id": 1, "eos_token_id": 2},
+    "OPT": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 16},
+    "Gemma": {**GROUPED, "head_dim": 16},
+    "Gemma2": {**GROUPED, "head_dim": 16},
+    "Gemma3Text": {**GROUPED, "head_dim": 16},
+    "Qwen3": {**GROUPED, "head_dim": 16},
+    "Mixtral": {**GROUPED, "num_local_experts": 3},
+}  # fmt: skip
+
+
+def config_of(family, **changes):
+    return getattr(transformers, f"{family}Config")(**{**SPECIAL.get(family, GROUPED), **changes})
+
+
+def parameters(config, head="CausalLM"):
+    with torch.device("meta"):
+        model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_every_parameter_of_a_family_gets_its_layer_and_component(family):
+    expected = {}
+    for line in EXPECTED[family].split("\n"):
+        if line.strip():
+            component, name = line.split()
+            blocks = (0, 1) if "{i}" in name else (None,)
+            expected |= {name.format(i=i): (i, component) for i in blocks}
+    config = config_of(family)
+    shapes = parameters(config)
+    got = {name: describe(name, shape, config) for name, shape in shapes.items()}
+    assert {name: (tensor.layer, tensor.component) for name, tensor in got.items()} == expected
+    fused = {"query_key_value", "c_attn", "qkv_proj", "gate_up_proj"}
+    for name, tensor in got.items():
+        parts = {"qkv": ("q", "k", "v"), "up": ("gate", "up")}.get(tensor.component, ())
+        parts = parts if fused & set(name.split(".")) and tensor.component != "bias" else ()
+        assert tuple(view.name for view in tensor.views) == parts
+        assert tensor.name == name
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_a_config_file_says_the_same_as_the_config(family):
+    config = config_of(family)
+    for name, shape in parameters(config).items():
+        for per_head in (False, True):
+            assert describe(name, shape, config, per_head=per_head) == describe(
+                name, shape, config.to_dict(), per_head=per_head
+            )
+
+
+@pytest.mark.parametrize(("family", "key_heads"), [("Llama", 2), ("Gemma", 2), ("Qwen3", 2), ("OPT", 4)])
+def test_unfused_matrices_have_their_own_number_of_heads(family, key_heads):
+    config = config_of(family)
+    counts = {}
+    for name, shape in parameters(config).items():
+        tensor = describe(name, shape, config, per_head=True)
+        assert describe(name, shape, config).views == ()
+        if tensor.layer == 1 and tensor.views:
+            counts[tensor.component] = [view.name for view in tensor.views]
+    assert counts == {
+        "q": [f"q.{head}" for head in range(4)],
+        "k": [f"k.{head}" for head in range(key_heads)],
+        "v": [f"v.{head}" for head in range(key_heads)],
+    }
+
+
+def integers(*shape):
+    """Whole numbers in float64: products and sums are exact in any order, so outputs compare bit for bit."""
+    return torch.randint(-8, 9, shape, dtype=torch.float64)
+
+
+def with_integers(module):
+    module = module.double()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(integers(*parameter.shape) * (not name.endswith("bias")))
+    return module
+
+
+@pytest.fixture(scope="module")
+def attended():
+    """Register an attention function that keeps the q, k and v it is called with."""
+    seen = {}
+
+    def keep(module, query, key, value, *args, **kwargs):
+        seen.update(q=query, k=key, v=value)
+        return query.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("weightdyn_keep", keep)
+    return seen
+
+
+ATTENTION = {
+    "gpt_neox": ("GPTNeoX", "GPTNeoXAttention", ("query_key_value",)),
+    "gpt2": ("GPT2", "GPT2Attention", ("c_attn",)),
+    "phi3": ("Phi3", "Phi3Attention", ("qkv_proj",)),
+    "llama": ("Llama", "LlamaAttention", ("q_proj", "k_proj", "v_proj")),
+    "gemma": ("Gemma", "GemmaAttention", ("q_proj", "k_proj", "v_proj")),
+}
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["whole", "heads"])
+@pytest.mark.parametrize("module", ATTENTION)
+def test_views_give_the_q_k_and_v_that_transformers_attention_computes(attended, module, per_head):
+    family, cls, names = ATTENTION[module]
+    config = config_of(family)
+    config._attn_implementation = "weightdyn_keep"
+    code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    attention = with_integers(getattr(code, cls)(config, layer_idx=0))
+    x = integers(1, 5, 32)
+    dim = getattr(config, "head_dim", None) or 8
+    still = {"position_embeddings": (torch.ones(1, 5, dim).double(), torch.zeros(1, 5, dim).double())}
+    if module == "gpt_neox":
+        still = {"position_embeddings": tuple(part[..., :2] for part in still["position_embeddings"])}
+    attention(x, attention_mask=None, **({} if module == "gpt2" else still))
+
+    checked = []
+    for name in names:
+        weight = attention.get_parameter(f"{name}.weight").detach()
+        tensor = describe(f"h.0.attn.{name}.weight", weight.shape, config, per_head=per_head)
+        views = tensor.views or (View(tensor.component, tensor.component, 0, ((0, len(weight)),)),)
+        for view in views:
+            part, _, head = view.name.partition(".")
+            assert (part, role_of(part)) == (view.component, view.role)
+            ours = x @ (view.of(weight).T if view.axis == 0 else view.of(weight))
+            ours = ours.view(1, 5, -1, dim).transpose(1, 2)
+            theirs = attended[part] if not head else attended[part][:, [int(head)]]
+            assert torch.equal(ours, theirs)
+            checked.append(view.name)
+    heads = {part: attended[part].shape[1] for part in "qkv"}
+    assert checked == (
+        [f"{part}.{head}" for part in "qkv" for head in range(heads[part])] if per_head else [*"qkv"]
+    )
+
+
+def test_views_follow_falcons_groups_of_query_heads_with_one_key_and_value_each():
+    from transformers.models.falcon.modeling_falcon import FalconAttention
+
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True
+    )
+    attention = with_integers(FalconAttention(config, layer_idx=0))
+    weight = attention.query_key_value.weight.detach()
+    x = integers(1, 5, 32)
+    theirs = dict(zip("qkv", attention._split_heads(x @ weight.T), strict=True))
+    for view in describe("h.0.self_attention.query_key_value.weight", weight.shape, config).views:
+        ours = (x @ view.of(weight).T).view(1, 5, -1, 8)
+        assert torch.equal(ours.repeat_interleave(4 // ours.shape[2], 2), theirs[view.name])
+
+
+def test_views_give_the_gate_and_up_of_transformers_phi3_mixtral_and_llama4():
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    seen = []
+
+    class Keep(torch.nn.Module):
+        def forward(self, gate):
+            seen.append(gate)
+            return torch.ones_like(gate)  # so that the output is down(up)
+
+    x = integers(3, 32)
+    config = config_of("Phi3")
+    mlp = with_integers(Phi3MLP(config))
+    mlp.activation_fn = Keep()
+    weight = mlp.gate_up_proj.weight.detach()
+    gate, up = describe("layers.0.mlp.gate_up_proj.weight", weight.shape).views
+    assert torch.equal(mlp(x), (x @ up.of(weight).T) @ mlp.down_proj.weight.T)
+    assert torch.equal(seen.pop(), x @ gate.of(weight).T)
+
+    # With an inner size of 16 the fused axis is as long as the hidden state: shape alone cannot tell.
+    for inner in (48, 16):
+        config = config_of("Mixtral", intermediate_size=inner)
+        config._experts_implementation = "eager"
+        experts = with_integers(MixtralExperts(config))
+        experts.act_fn = Keep()
+        weight = experts.gate_up_proj.detach()
+        gate, up = describe("layers.0.mlp.experts.gate_up_proj", weight.shape, config).views
+        out = experts(x, torch.tensor([[0], [1], [2]]), torch.ones(3, 1).double())
+        assert torch.equal(out[:, None], x[:, None] @ up.of(weight).mT @ experts.down_proj.mT)
+        assert torch.equal(torch.stack(seen), x[:, None] @ gate.of(weight).mT)
+        seen.clear()
+
+    config = transformers.Llama4TextConfig(**GROUPED, num_local_experts=3)
+    experts = with_integers(Llama4TextExperts(config))
+    experts.act_fn = Keep()
+    weight = experts.gate_up_proj.detach()
+    gate, up = describe("layers.0.feed_forward.experts.gate_up_proj", weight.shape, config).views
+    assert torch.equal(experts(x)[:, None], x[:, None] @ up.of(weight) @ experts.down_proj)
+    assert torch.equal(seen.pop(), x[:, None] @ gate.of(weight))
+
+
+@given(
+    kv_heads=st.integers(1, 6),
+    group=st.integers(1, 4),
+    dim=st.integers(1, 6),
+    hidden=st.integers(1, 40),
+    name=st.sampled_from(["query_key_value", "qkv_proj", "c_attn", "q_proj", "k_proj", "v_proj"]),
+    per_head=st.booleans(),
+)
+def test_views_cover_every_index_once(kv_heads, group, dim, hidden, name, per_head):
+    heads = kv_heads * group
+    count = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}.get(name, heads + 2 * kv_heads)
+    shape = (hidden, count * dim) if name == "c_attn" else (count * dim, hidden)
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
+    views = describe(f"h.0.attn.{name}.weight", shape, config, per_head=per_head).views
+    if name in ("q_proj", "k_proj", "v_proj") and not per_head:
+        assert views == ()
+        return
+    assert len(views) == (count if per_head else 3)
+    index = torch.arange(shape[0] * shape[1]).view(shape)
+    parts = [view.of(index) for view in views]
+    assert torch.equal(torch.cat([part.flatten() for part in parts]).sort().values, index.flatten())
+    assert [view.numel(shape) for view in views] == [part.numel() for part in parts]
+    for view in views:
+        assert list(view.ranges) == sorted(view.ranges)
+        assert all(start < stop for start, stop in view.ranges)
+
+
+def test_a_view_of_one_range_is_no_copy():
+    weight = torch.zeros(24, 8)
+    config = {"num_attention_heads": 2, "hidden_size": 8}
+    q, k, v = describe("h.0.attn.qkv_proj.weight", weight.shape, config).views
+    k.of(weight).fill_(1)
+    assert weight.sum() == k.numel(weight.shape) == 64
+    assert q.of(weight).data_ptr() == weight.data_ptr()
+    assert v.of(weight).untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "config"),
+    [
+        ("layers.0.attention.query_key_value.weight", (96, 32), None),
+        ("layers.0.attention.query_key_value.weight", (96, 32), {"hidden_size": 32}),
+        ("layers.0.attention.query_key_value.weight", (90, 32), SIZES),
+        ("layers.0.self_attn.qkv_proj.weight", (96, 32), None),
+        ("layers.0.self_attn.qkv_proj.weight", (96, 32), GROUPED),
+        ("h.0.attn.c_attn.weight", (32, 96), None),
+        ("h.0.crossattention.c_attn.weight", (32, 64), SIZES),
+        ("layers.0.attn.Wqkv.weight", (96, 32), SIZES),
+        ("layers.0.self_attn.in_proj_weight", (96, 32), SIZES),
+        ("h.0.attn.qkv_proj.weight", (96, 32), SIZES | {"model_type": "codegen"}),
+        ("h.0.attn.c_attn.weight", (96, 32), SIZES | {"model_type": "gpt_bigcode"}),
+    ],
+)
+def test_a_fused_matrix_that_the_heads_do_not_account_for_is_left_whole(name, shape, config):
+    tensor = describe(name, shape, config, per_head=True)
+    assert (tensor.component, tensor.role, tensor.views) == ("qkv", "other", ())
+
+
+@pytest.mark.parametrize(
+    "config", [None, {"hidden_size": 7}, {"hidden_size": 32, "model_type": "gpt_oss"}], ids=str
+)
+def test_stacked_experts_of_unknown_layout_are_left_whole(config):
+    tensor = describe("layers.0.mlp.experts.gate_up_proj", (3, 96, 32), config)
+    assert (tensor.component, tensor.role, tensor.views) == ("up", "transmission", ())
+
+
+def test_a_gated_query_projection_is_not_cut_into_heads():
+    # Qwen3-Next has twice the rows in q_proj: a gate lies behind each head's query.
+    assert describe("layers.0.self_attn.q_proj.weight", (64, 32), SIZES, per_head=True).views == ()
+
+
+@pytest.mark.parametrize(
+    ("component", "layer", "name"),
+    [
+        ("gate", 3, "model.layers.3.block_sparse_moe.experts.7.w1.weight"),
+        ("down", 3, "model.layers.3.block_sparse_moe.experts.7.w2.weight"),
+        ("up", 3, "model.layers.3.block_sparse_moe.experts.7.w3.weight"),
+        ("other", 3, "model.layers.3.block_sparse_moe.gate.weight"),
+        ("other", 3, "model.layers.3.mlp.shared_expert_gate.weight"),
+        ("other", 3, "model.layers.3.mlp.router.weight"),
+        ("down", 3, "model.layers.3.mlp.experts.7.down_proj.weight"),
+        ("unembed", None, "embed_out.weight"),
+        ("bias", None, "lm_head.bias"),
+        ("other", None, "score.weight"),
+        ("q", 11, "bert.encoder.layer.11.attention.self.query.weight"),
+        ("o", 11, "bert.encoder.layer.11.attention.output.dense.weight"),
+        ("up", 11, "bert.encoder.layer.11.intermediate.dense.weight"),
+        ("down", 11, "bert.encoder.layer.11.output.dense.weight"),
+        ("embed", None, "bert.embeddings.position_embeddings.weight"),
+        ("o", 0, "encoder.block.0.layer.1.EncDecAttention.o.weight"),
+        ("down", 0, "encoder.block.0.layer.2.DenseReluDense.wo.weight"),
+        ("other", 0, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+        ("o", 2, "layers.2.attention.wo.weight"),
+        ("other", 2, "backbone.layers.2.mixer.in_proj.weight"),
+        ("other", 2, "backbone.layers.2.mixer.out_proj.weight"),
+        ("bias", 2, "layers.2.mlp.experts.gate_up_proj_bias"),
+        ("other", None, ""),
+    ],
+)
+def test_names_of_other_checkpoints_and_heads(component, layer, name):
+    tensor = describe(name, (4, 4))
+    assert (tensor.component, tensor.layer, tensor.views) == (component, layer, ())
+
+
+def test_a_vector_named_weight_is_a_norm_and_a_matrix_is_not():
+    assert describe("net.2.weight", (32,)) == TensorName("net.2.weight", 2, "norm")
+    assert describe("net.2.weight", (32, 32)).component == "other"
+    assert describe("layers.0.self_attn.sinks", (4,)).component == "other"
+
+
+def test_a_flattened_matrix_keeps_its_component_and_has_no_views():
+    tensor = describe("layers.0.attention.query_key_value.weight", (3072,), SIZES, per_head=True)
+    assert (tensor.component, tensor.views) == ("qkv", ())
+
+
+def test_tied_embeddings_count_once_and_as_embed():
+    config = config_of("GPT2")
+    assert config.tie_word_embeddings
+    components = [describe(name, shape).component for name, shape in parameters(config).items()]
+    assert components.count("unembed") == 0
+    assert components.count("embed") == 2
+
+
+def test_score_heads_are_other():
+    shapes = parameters(config_of("Llama", num_labels=3), "SequenceClassification")
+    assert describe("score.weight", shapes["score.weight"]).component == "other"
+
+
+def test_each_part_of_a_composite_model_has_its_own_heads():
+    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3,
+              "image_size": 8, "patch_size": 4}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=config_of("Gemma3Text"), vision_config=vision)
+    shapes = parameters(config, "ImageTextToText")
+    heads = {}
+    for name, shape in shapes.items():
+        tensor = describe(name, shape, config, per_head=True)
+        if tensor.component in ("q", "k"):
+            heads.setdefault(("vision" in name, tensor.component), set()).add(len(tensor.views))
+    assert heads == {(False, "q"): {4}, (False, "k"): {2}, (True, "q"): {3}, (True, "k"): {3}}
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "module.gpt_neox.layers.5.attention.query_key_value.weight",
+        "_orig_mod.module.gpt_neox.layers.5.attention.query_key_value.weight",
+        "_fsdp_wrapped_module.gpt_neox.layers.5._fsdp_wrapped_module.attention.query_key_value.weight",
+        "gpt_neox.layers.5._checkpoint_wrapped_module.attention._orig_mod.query_key_value.weight",
+        "base_model.model.gpt_neox.layers.5.attention.query_key_value.base_layer.weight",
+    ],
+)
+def test_wrappers_are_looked_through(wrapped):
+    plain = describe("gpt_neox.layers.5.attention.query_key_value.weight", (96, 32), SIZES)
+    seen = describe(wrapped, (96, 32), SIZES, rules={r"^gpt_neox\.nothing": "other"})
+    assert seen == TensorName(wrapped, plain.layer, plain.component, plain.views)
+    assert describe(wrapped, (96, 32), rules={r"^gpt_neox\.layers\.5\.attention": "o"}).component == "o"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_models_are_named_as_what_they_adapt():
+    peft = pytest.importorskip("peft")
+    config = config_of("GPTNeoX")
+    model = transformers.GPTNeoXForCausalLM(config)
+    lora = peft.LoraConfig(
+        r=2, target_modules=["query_key_value", "dense_h_to_4h"], modules_to_save=["lm_head"]
+    )
+    model = peft.get_peft_model(model, lora)
+    got = {}
+    for name, parameter in model.named_parameters():
+        tensor = describe(name, parameter.shape, config)
+        got[name] = (tensor.layer, tensor.component, len(tensor.views))
+    block = "base_model.model.gpt_neox.layers.1."
+    assert got[block + "attention.query_key_value.base_layer.weight"] == (1, "qkv", 3)
+    assert got[block + "attention.query_key_value.base_layer.bias"] == (1, "bias", 0)
+    assert got[block + "attention.query_key_value.lora_A.default.weight"] == (1, "qkv", 0)
+    assert got[block + "attention.query_key_value.lora_B.default.weight"] == (1, "qkv", 3)
+    assert got[block + "mlp.dense_h_to_4h.lora_A.default.weight"] == (1, "up", 0)
+    assert got["base_model.model.lm_head.modules_to_save.default.weight"] == (None, "unembed", 0)
+    assert got["base_model.model.lm_head.original_module.weight"] == (None, "unembed", 0)
+    assert {component for _, component, _ in got.values()} <= set(COMPONENTS) - {"other"}
+
+
+def test_the_users_rules_go_first_and_may_set_the_layer():
+    rules = {r"^stage_(?P<layer>\d+)_mix$": "o", r"\.W_Q$": "q", r"q_proj": "other", r"q_proj.weight": "v"}
+    assert describe("stage_12_mix", (8, 8), rules=rules) == TensorName("stage_12_mix", 12, "o")
+    tensor = describe("blocks.4.W_Q", (32, 32), SIZES, per_head=True, rules=rules)
+    assert (tensor.layer, tensor.role, len(tensor.views)) == (4, "selection", 4)
+    assert describe("blocks.4.q_proj.weight", (32, 32), rules=rules).component == "other"
+    assert describe("blocks.4.k_proj.weight", (32, 32), rules=rules).component == "k"
+    # A rule that agrees with the table keeps the views, one that does not drops them.
+    name, shape = "layers.0.attention.query_key_value.weight", (96, 32)
+    assert len(describe(name, shape, SIZES, rules={"query_key_value": "qkv"}).views) == 3
+    assert describe(name, shape, SIZES, rules={"query_key_value": "other"}).views == ()
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"q_proj": "query"}, r"rules\['q_proj'\] must be one of .*'qkv'.*, got 'query'"),
+        ({"(": "q"}, r"rules: '\(' .* is not a regular expression"),
+        ({r"layers\.(?P<layer>\w)": "q"}, "'layer' of .* must match a number such as '12', got 'x'"),
+    ],
+)
+def test_a_rule_that_cannot_be_used_says_why(rules, message):
+    with pytest.raises(ValueError, match=message):
+        describe("layers.x.q_proj", (4, 4), rules=rules)
+
+
+WORDS = ["q_proj", "query_key_value", "c_attn", "gate_up_proj", "experts", "attn", "norm", "weight", "bias",
+         "lora_A", "base_model", "model", "module", "vision", "w1", "ln_f", "0", "9" * 5000, "٣", "",
+         "\n"]  # fmt: skip
+NUMBERS = st.one_of(st.none(), st.integers(-3, 64), st.just(10**12), st.floats(), st.text(max_size=2))
+KEYS = ["num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "n_head", "text_config",
+        "vision_config", "model_type"]  # fmt: skip
+
+
+@given(
+    name=st.one_of(st.text(), st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=4))).map(".".join)),
+    shape=st.lists(st.integers(0, 64), max_size=4),
+    config=st.one_of(
+        st.none(),
+        st.dictionaries(st.sampled_from(KEYS), st.one_of(NUMBERS, st.lists(NUMBERS, max_size=2))),
+    ),
+    per_head=st.booleans(),
+)
+def test_describe_never_fails(name, shape, config, per_head):
+    tensor = describe(name, shape, config, per_head=per_head)
+    assert tensor.name == name
+    assert tensor.component in COMPONENTS
+    assert tensor.role in ("selection", "transmission", "value", "other")
+    assert tensor.layer is None or tensor.layer >= 0
+    if tensor.views:
+        assert sum(view.numel(shape) for view in tensor.views) == torch.Size(shape).numel()
+
+
+def test_roles_are_the_four_of_the_papers():
+    roles = {component: role_of(component) for component in COMPONENTS}
+    assert {name for name, role in roles.items() if role == "selection"} == {"q", "k"}
+    assert {name for name, role in roles.items() if role == "transmission"} == {"o", "gate", "up", "down"}
+    assert {name for name, role in roles.items() if role == "value"} == {"v"}
+    assert roles["qkv"] == roles["embed"] == roles["norm"] == "other"
+    with pytest.raises(ValueError, match="component must be one of"):
+        role_of("query")
+
+
+def test_the_module_does_not_import_transformers():
+    code = "import sys, weightdyn.core.naming; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,432 @@
+"""Checkpoints from a hub: a small server on 127.0.0.1 that fails as networks do, and the real client against it."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import filelock
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from typer.testing import CliRunner
+
+from weightdyn.checkpoints.series import Checkpoints
+from weightdyn.cli import app
+from weightdyn.files import hub as hub_module
+from weightdyn.files.weightfiles import CheckpointError
+
+pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+import huggingface_hub
+from huggingface_hub import constants, file_download
+
+REPO = "someone/tiny"
+CONFIG = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2}
+QKV = "gpt_neox.layers.0.attention.query_key_value.weight"
+UP = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+NORM = "gpt_neox.layers.0.input_layernorm.weight"
+STEPS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(1000, 10_000, 1000)]
+
+
+def weights(step):
+    torch.manual_seed(step)
+    return {QKV: torch.randn(96, 32), UP: torch.randn(128, 32) * 0.02, NORM: torch.ones(32)}
+
+
+def saved(tensors):
+    """The bytes that torch.save makes."""
+    stream = io.BytesIO()
+    torch.save(tensors, stream)
+    return stream.getvalue()
+
+
+def index(names):
+    return json.dumps({"metadata": {}, "weight_map": names}).encode()
+
+
+class Hub:
+    """A hub with one repository. `faults` lists what goes wrong with the next downloads of a path."""
+
+    def __init__(self):
+        self.revisions: dict[str, dict[str, bytes]] = {}
+        self.faults: dict[tuple[str, str], list[str]] = {}
+        self.served: list[tuple[str, str, str | None]] = []  # revision, file, Range; of GET alone
+        self.requests: list[str] = []
+        self.stall = threading.Event()
+        self.stalled = threading.Event()
+        self.watch = lambda: None
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            do_GET = do_HEAD = lambda self: hub.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+
+    def close(self):
+        self.stall.set()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def commit(self, revision):
+        return hashlib.sha1(revision.encode()).hexdigest()
+
+    def add(self, revision, files, config=True):
+        self.revisions[revision] = {
+            **files,
+            **({"config.json": json.dumps(CONFIG).encode()} if config else {}),
+        }
+
+    def answer(self, request):
+        path = request.path.partition("?")[0]
+        self.requests.append(path)
+        assert len(self.requests) < 2000, "a loop of requests without an end"
+        if path == f"/api/models/{REPO}/refs":
+            names = ["main", *self.revisions]
+            branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": self.commit(n)} for n in names]
+            return self.send(request, json.dumps({"branches": branches, "tags": [], "converts": []}).encode())
+        by_commit = {self.commit(name): name for name in self.revisions}
+        if match := re.fullmatch(rf"/api/models/{REPO}/tree/(\w+)", path):
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                | ({} if name.endswith(".json") else {"lfs": lfs(data)})
+                for name, data in self.revisions[by_commit[match[1]]].items()
+            ]
+            entries.append({"type": "directory", "path": "docs", "oid": "0" * 40})
+            return self.send(request, json.dumps(entries).encode())
+        if match := re.fullmatch(rf"/{REPO}/resolve/(\w+)/(.+)", path):
+            return self.resolve(request, by_commit[match[1]], match[2])
+        return self.send(request, b"{}", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def resolve(self, request, revision, name):
+        data = self.revisions[revision][name]
+        digest = (hashlib.sha1 if name.endswith(".json") else hashlib.sha256)(data).hexdigest()
+        headers = {"X-Repo-Commit": self.commit(revision), "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
+        if request.command == "HEAD":
+            return self.send(request, data, 200, headers)
+        asked = request.headers.get("Range")
+        self.served.append((revision, name, asked))
+        self.watch()
+        faults = self.faults.get((revision, name), [])
+        fault = faults.pop(0) if faults else ""
+        if fault == "stall":
+            self.stalled.set()
+            self.stall.wait(60)
+        if fault == "503":
+            return self.send(request, b"", 503)
+        if fault == "corrupt":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        status = 200
+        if asked:
+            start = int(asked.removeprefix("bytes=").partition("-")[0])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            data, status = data[start:], 206
+        return self.send(request, data, status, headers, drop=fault == "drop")
+
+    def send(self, request, data, status=200, headers=None, drop=False):
+        request.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            request.send_header(name, value)
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(data[: 2 * len(data) // 3] if drop else data)
+        if drop:
+            request.wfile.flush()
+            request.close_connection = True
+
+
+def lfs(data):
+    return {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub_module, "_WAIT", 0.01)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)  # or a small file has no middle to be cut in
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+    server = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)  # as HF_ENDPOINT does: nothing leaves this machine
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield server
+    server.close()
+
+
+def fill(hub, steps=STEPS):
+    """Revisions in every form that published models have."""
+    for i, step in enumerate(steps):
+        tensors = weights(step)
+        first = {QKV: tensors[QKV]}
+        rest = {name: tensors[name] for name in (UP, NORM)}
+        if i % 4 == 0:
+            files = {"model.safetensors": safetensors.torch.save(tensors)}
+        elif i % 4 == 1:
+            files = {
+                "model-00001-of-00002.safetensors": safetensors.torch.save(first),
+                "model-00002-of-00002.safetensors": safetensors.torch.save(rest),
+                "model.safetensors.index.json": index(
+                    {
+                        QKV: "model-00001-of-00002.safetensors",
+                        UP: "model-00002-of-00002.safetensors",
+                        NORM: "model-00002-of-00002.safetensors",
+                    }
+                ),
+            }
+        elif i % 4 == 2:
+            files = {"pytorch_model.bin": saved(tensors)}
+        else:
+            files = {
+                "pytorch_model-00001-of-00002.bin": saved(first),
+                "pytorch_model-00002-of-00002.bin": saved(rest),
+                "pytorch_model.bin.index.json": index(
+                    {
+                        QKV: "pytorch_model-00001-of-00002.bin",
+                        UP: "pytorch_model-00002-of-00002.bin",
+                        NORM: "pytorch_model-00002-of-00002.bin",
+                    }
+                ),
+            }
+        hub.add(f"step{step}", files)
+
+
+def series(hub, **options):
+    return Checkpoints(f"hf://{REPO}", endpoint=hub.url, **options)
+
+
+def weight_files(folder):
+    return {p for p in folder.rglob("*") if re.search(r"\.(safetensors|bin|incomplete)$", p.name)}
+
+
+def check(table, steps):
+    assert sorted(set(table["step"])) == list(steps)
+    norms = table.set_index(["step", "tensor"])["norm_sq"]
+    for step in steps:
+        truth = weights(step)
+        parts = truth[QKV].double().reshape(2, 3, 16, 32)
+        for i, part in enumerate("qkv"):
+            assert norms[step, f"{QKV}[{part}]"] == pytest.approx(float((parts[:, i] ** 2).sum()), rel=1e-12)
+        assert norms[step, UP] == pytest.approx(float((truth[UP].double() ** 2).sum()), rel=1e-12)
+
+
+def test_twenty_revisions_are_measured_with_at_most_one_checkpoint_on_the_disk_through_all_failures(
+    hub, tmp_path
+):
+    fill(hub)
+    hub.faults = {
+        ("step0", "model.safetensors"): ["503", "503"],
+        ("step1", "model-00002-of-00002.safetensors"): ["drop", "503"],
+        ("step2", "pytorch_model.bin"): ["corrupt", "corrupt"],
+        ("step8", "model.safetensors"): ["drop", "drop", "drop"],
+        ("step512", "pytorch_model.bin"): ["503", "corrupt", "drop"],
+    }
+    cache = tmp_path / "cache"
+    seen = []
+
+    def watch():
+        folders = {p.relative_to(cache / "download").parts[0] for p in weight_files(cache / "download")}
+        seen.append(len(folders))
+
+    hub.watch = watch
+    table = series(hub).measure(cache=cache, progress=False)
+    check(table, STEPS)
+    assert len(STEPS) == 20
+    assert max(seen) == 1
+    assert not weight_files(tmp_path)
+    assert all(not left for left in hub.faults.values())
+    resumed = [entry for entry in hub.served if entry[2]]
+    assert len(resumed) >= 4, "a dropped download goes on where it stopped"
+
+    before = len(hub.served)
+    again = series(hub).measure(cache=cache, progress=False)
+    assert [entry for entry in hub.served[before:] if not entry[1].endswith(".json")] == []
+    assert again.equals(table)
+
+
+def test_a_killed_measurement_goes_on_without_reading_again_what_was_done(hub, tmp_path):
+    fill(hub, STEPS[:8])
+    hub.faults = {("step16", "pytorch_model.bin"): [], ("step8", "model.safetensors"): ["stall"]}
+    cache = tmp_path / "cache"
+    script = (
+        "from weightdyn import Checkpoints\n"
+        f"Checkpoints('hf://{REPO}', endpoint={hub.url!r}).measure(cache={str(cache)!r}, progress=False)"
+    )
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    assert hub.stalled.wait(60)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    hub.stall.set()
+    left = weight_files(cache / "download")
+    done = [revision for revision, name, _ in hub.served if not name.endswith("json")]
+    assert set(done) == {"step0", "step1", "step2", "step4", "step8"}
+    assert left, "the kill came in the middle of a download"
+
+    hub.served.clear()
+    check(series(hub).measure(cache=cache, progress=False), STEPS[:8])
+    read = {revision for revision, name, _ in hub.served if not name.endswith("json")}
+    assert read == {"step8", "step16", "step32", "step64"}
+    assert not weight_files(tmp_path / "cache")
+
+
+def test_a_fault_that_stays_ends_in_an_error_after_a_bounded_number_of_requests(hub, tmp_path):
+    fill(hub, [0, 1, 2])
+    hub.faults = {("step2", "pytorch_model.bin"): ["corrupt"] * 100}
+    with pytest.raises(CheckpointError, match=r"step2/pytorch_model.bin could not be fetched in 5 .*digest"):
+        series(hub).measure(cache=tmp_path / "cache", progress=False)
+    assert [entry[0] for entry in hub.served].count("step2") == hub_module.ATTEMPTS
+    found = series(hub, errors="skip")
+    with pytest.warns(UserWarning, match="left out.*step2"):
+        table = found.measure(cache=tmp_path / "cache", progress=False)
+    check(table, [0, 1])
+    assert list(found.skipped) == [2]
+    assert not weight_files(tmp_path / "cache")
+
+
+def test_a_repository_that_is_not_there_is_not_asked_for_again_and_again(hub):
+    with pytest.raises(FileNotFoundError, match=r"no repository hf://someone/else"):
+        Checkpoints("hf://someone/else", endpoint=hub.url)
+    # The client has a request of its own besides, once a day.
+    assert sum("someone/else" in path for path in hub.requests) == 1
+    with pytest.raises(FileNotFoundError, match="no branch named like a checkpoint"):
+        series(hub)
+    with pytest.raises(ValueError, match="hf://owner/name"):
+        Checkpoints("hf://gpt2", endpoint=hub.url)
+
+
+def test_olmo_revisions_of_the_first_stage_are_found_by_their_steps(hub):
+    data = {"model.safetensors": safetensors.torch.save(weights(1))}
+    for name in (
+        "stage1-step1000-tokens5B",
+        "stage1-step150-tokens1B",
+        "stage2-ingredient1-step1000-tokens5B",
+    ):
+        hub.add(name, data, config=False)
+    found = series(hub)
+    assert found.steps == [150, 1000]
+    assert found.config is None
+    with pytest.raises(ValueError, match="the nearest to 140 is 150"):
+        series(hub, steps=[140])
+
+
+def test_identical_content_under_two_revisions_is_reported(hub, tmp_path):
+    data = {"model.safetensors": safetensors.torch.save(weights(1))}
+    for step in (0, 1):
+        hub.add(f"step{step}", data)
+    hub.add("step2", {"model.safetensors": safetensors.torch.save(weights(2))})
+    with pytest.warns(UserWarning, match="identical weights: 0 = 1$"):
+        series(hub).measure(cache=tmp_path / "cache", progress=False)
+
+
+def test_neighbours_on_the_hub_are_multiplied_with_two_checkpoints_on_the_disk(hub, tmp_path):
+    fill(hub, STEPS[:6])
+    cache, seen = tmp_path / "cache", []
+    hub.watch = lambda: seen.append(
+        len({p.relative_to(cache / "download").parts[0] for p in weight_files(cache / "download")})
+    )
+    table = series(hub).measure("band", weibull=False, cache=cache, progress=False)
+    assert max(seen) == 2
+    dots = table[table["tensor"] == UP].set_index("step")["dots"]
+    for before, step in pairwise(STEPS[:6]):
+        truth = float((weights(before)[UP].double() * weights(step)[UP].double()).sum())
+        assert dots[step][-2] == pytest.approx(truth, rel=1e-12)
+        assert np.isnan(dots[step][:-2]).all()
+    downloads = [entry for entry in hub.served if not entry[1].endswith("json")]
+    assert len(downloads) == len(set(downloads)), "nothing is downloaded twice"
+    with pytest.raises(ValueError, match=r"keep=True"):
+        series(hub).measure("full", cache=cache)
+
+
+def test_what_is_kept_is_downloaded_once_for_all_inner_products(hub, tmp_path):
+    fill(hub, STEPS[:4])
+    table = series(hub, keep=True).measure("full", weibull=False, cache=tmp_path / "cache", progress=False)
+    dots = table[table["tensor"] == UP]["dots"].iloc[-1]
+    truth = [float((weights(step)[UP].double() * weights(4)[UP].double()).sum()) for step in STEPS[:4]]
+    np.testing.assert_allclose(dots, truth, rtol=1e-12)
+    assert len(hub.served) == len(set(hub.served))
+    assert weight_files(tmp_path / "hf")
+
+
+def test_one_tensor_can_be_loaded_from_the_hub(hub, tmp_path):
+    fill(hub, STEPS[:3])
+    found = series(hub)
+    assert found.tensors[UP] == ((128, 32), "float32")
+    assert torch.equal(found.load(2, UP), weights(2)[UP])
+
+
+def test_an_index_on_the_hub_that_points_outside_is_refused(hub, tmp_path):
+    hub.add("step0", {"model.safetensors.index.json": index({QKV: "../../secrets.safetensors"})})
+    with pytest.raises(CheckpointError, match="points outside its folder"):
+        series(hub).measure(cache=tmp_path / "cache", progress=False)
+
+
+def test_a_dry_run_lists_revisions_and_sizes_and_downloads_no_weights(hub, tmp_path, monkeypatch):
+    fill(hub, STEPS[:5])
+    sizes = sum(
+        len(data)
+        for files in hub.revisions.values()
+        for name, data in files.items()
+        if not name.endswith(".json")
+    )
+    arguments = ["measure", f"hf://{REPO}", "--cache", str(tmp_path / "cache"), "--endpoint", hub.url]
+    result = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert all(f"step{step}" in result.output for step in STEPS[:5])
+    assert f"{sizes:,} bytes" in result.output
+    assert not [entry for entry in hub.served if not entry[1].endswith(".json")]
+
+    out = tmp_path / "table.parquet"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert out.exists()
+    result = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    assert "0 bytes" in result.output
+    assert Path(out).stat().st_size > 0
+
+
+def test_two_measurements_do_not_share_a_folder_of_downloads(hub, tmp_path):
+    fill(hub, [0])
+    folder = tmp_path / "cache"
+    found = series(hub)
+    (folder / "download").mkdir(parents=True)
+    with (
+        filelock.FileLock(folder / "download" / ".lock"),
+        pytest.raises(FileExistsError, match="another process"),
+    ):
+        found.measure(cache=folder, progress=False)
+
+
+def test_no_bar_is_shown_where_none_is_wanted(hub, tmp_path, capfd):
+    fill(hub, [0, 1])
+    series(hub).measure(cache=tmp_path / "cache", progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert not huggingface_hub.utils.are_progress_bars_disabled()

@@ -1,0 +1,411 @@
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.text import Text
+
+from weightdyn import plot
+from weightdyn.core.tables import FORCES
+from weightdyn.plot.style import FORCE_COLORS, ROLE_COLORS
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+COMPONENTS = {"q": "selection", "v": "value", "up": "transmission", "down": "transmission"}
+
+
+@pytest.fixture(autouse=True)
+def no_figures():
+    assert not plt.get_fignums()
+    yield
+    plt.close("all")
+
+
+def grouped(rows):
+    layer = pd.array([None if layer is None else layer for layer in rows["layer"]], dtype="Int64")
+    return rows.assign(layer=layer).astype(dict.fromkeys(("tensor", "component", "role"), "category"))
+
+
+def names(layers):
+    for layer in range(layers):
+        for component, role in COMPONENTS.items():
+            yield {
+                "tensor": f"layers.{layer}.{component}",
+                "layer": layer,
+                "component": component,
+                "role": role,
+            }
+    yield {"tensor": "embed", "layer": None, "component": "embed", "role": "other"}
+
+
+def force_table(updates=120, layers=2, seed=0):
+    """Forces of a run that rises, overshoots and relaxes, with the noise that single updates have."""
+    rng = np.random.default_rng(seed)
+    step = np.arange(1, updates + 1)
+    t = step / updates
+    parts = []
+    for name in names(layers):
+        alignment = np.exp(-4 * t) * (1 + 0.3 * rng.normal(size=updates))
+        injection, decay = 0.1 * np.exp(-t), -0.6 * t * np.exp(-2 * t)
+        parts.append(
+            pd.DataFrame({"step": step, "span": 1, **name, "numel": 100, "lr": 1e-3, "weight_decay": 0.1})
+            .assign(norm_sq=np.cumsum(alignment + injection + decay) + 50)
+            .assign(norm_sq_after=np.nan, alignment=alignment, injection=injection, decay=decay)
+        )
+    table = grouped(pd.concat(parts))
+    return table.sort_values("step", kind="stable", ignore_index=True)
+
+
+def weibull_table(layers=2, rows=40, relax=0.5, peak=0.3):
+    """λ peaks after the fraction `peak` of the run (deeper layers later), then loses `relax`; k is flat."""
+    step = 10 * np.arange(1, rows + 1)
+    parts = []
+    for name in names(layers):
+        top = (peak + 0.02 * (name["layer"] or 0)) * step[-1]
+        lam = 0.02 + 0.05 * np.minimum(step / top, 1) - 0.05 * relax * np.clip((step - top) / step[-1], 0, 1)
+        parts.append(pd.DataFrame({"step": step, **name, "numel": 100, "k": 1.2, "lam": lam, "n": 100}))
+    return grouped(pd.concat(parts))
+
+
+def metrics_table(updates=400):
+    step = np.arange(1, updates + 1)
+    loss = 4 * np.exp(-step / 100) + 1 + 0.1 * np.random.default_rng(0).normal(size=updates)
+    evaluated = np.where(step % 50 == 0, 4 * np.exp(-step / 100) + 1, np.nan)
+    return pd.DataFrame({"step": step, "loss": loss, "eval_loss": evaluated, "lr": 1e-3})
+
+
+def line(ax, label):
+    (found,) = [one for one in ax.get_lines() if one.get_label() == label]
+    return found
+
+
+def legend_texts(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def every_figure():
+    """Each kind of figure that this module makes itself."""
+    forces, weibull = force_table(300), weibull_table()
+    yield plot.force_budget(forces).figure
+    yield plot.force_budget(forces, kind="shares").figure
+    yield plot.force_budget(forces, by="role")[0].figure
+    yield plot.weibull_trajectory(weibull)[0].figure
+    yield plot.weibull_trajectory(weibull, by="role")[0].figure
+    yield plot.weibull_trajectory(weibull, by="component", value="lam").figure
+    yield plot.weibull_trajectory(weibull_table(layers=24))[0].figure
+    yield plot.weibull_trajectory(weibull_table(peak=0.85))[0].figure
+    yield plot.weibull_trajectory(weibull_table(peak=0.05))[0].figure
+    yield plot.loss(metrics_table(), unit="nats per byte").figure
+
+
+# What is drawn
+
+
+def test_the_lines_of_a_force_budget_are_the_sums_of_the_table():
+    table = force_table()
+    ax = plot.force_budget(table)
+    assert isinstance(ax, Axes)
+    for force in FORCES:
+        drawn = line(ax, force)
+        assert np.array_equal(drawn.get_xdata(), np.arange(1, 121))
+        expected = [table.loc[table["step"] == step, force].sum() for step in range(1, 121)]
+        assert np.allclose(drawn.get_ydata(), expected)
+        assert to_hex(drawn.get_color()) == FORCE_COLORS[force].lower()
+    net = np.sum([line(ax, force).get_ydata() for force in FORCES], axis=0)
+    assert np.allclose(line(ax, "net").get_ydata(), net)
+    assert legend_texts(ax) == ["alignment", "injection", "decay", "net"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("update", "Δ‖w‖² per update")
+
+
+def test_shares_are_percentages_of_the_absolute_forces():
+    table = force_table()
+    ax = plot.force_budget(table, kind="shares")
+    sums = table.groupby("step")[list(FORCES)].sum().abs()
+    for force in FORCES:
+        assert np.allclose(line(ax, force).get_ydata(), 100 * sums[force] / sums.sum(axis=1))
+        assert to_hex(line(ax, force).get_color()) == FORCE_COLORS[force].lower()
+    assert legend_texts(ax) == list(FORCES)
+    assert ax.get_ylim() == (0, 100)
+    assert ax.get_ylabel() == "budget share (%)"
+
+
+@pytest.mark.parametrize(
+    ("by", "panels"),
+    [
+        ("role", ["selection", "transmission", "value", "other"]),
+        ("layer", ["layer 0", "layer 1", "outside the blocks"]),
+        ("component", ["q", "v", "up", "down", "embed"]),
+    ],
+)
+def test_by_draws_a_panel_for_each_group_in_the_order_of_the_network(by, panels):
+    table = force_table()
+    axes = plot.force_budget(table, by=by)
+    assert [ax.texts[0].get_text() for ax in axes] == panels
+    sums = table.groupby(by, dropna=False, observed=True)["alignment"].sum()
+    for ax, panel in zip(axes, panels, strict=True):
+        name = (
+            sums.index.isna() if panel.startswith("outside") else sums.index.astype(str) == panel.split()[-1]
+        )
+        assert line(ax, "alignment").get_ydata().sum() == pytest.approx(sums[name].item())
+    assert [ax.get_legend() is not None for ax in axes] == [True] + [False] * (len(panels) - 1)
+    assert axes[-1].get_xlabel() == "update"
+
+
+def test_a_long_noisy_line_is_drawn_raw_and_smoothed():
+    table = force_table(updates=500)
+    ax = plot.force_budget(table)
+    sums = table.groupby("step")["alignment"].sum().to_numpy()
+    smooth = line(ax, "alignment")
+    (raw,) = [one for one in ax.get_lines() if np.array_equal(one.get_ydata(), sums)]
+    assert raw.get_alpha() < 0.5
+    assert raw.get_linewidth() < smooth.get_linewidth()
+    assert to_hex(raw.get_color()) == to_hex(smooth.get_color())
+    # 2 % of 500 rows is 11 of them, centred.
+    expected = [sums[max(0, i - 5) : i + 6].mean() for i in range(500)]
+    assert np.allclose(smooth.get_ydata(), expected)
+
+
+def test_weibull_trajectory_draws_lam_over_k_by_layer():
+    table = weibull_table()
+    top, bottom = plot.weibull_trajectory(table)
+    assert (top.get_ylabel(), bottom.get_ylabel()) == ("Weibull scale λ", "Weibull shape k")
+    assert legend_texts(top) == ["layer", "0", "1", "outside the blocks"]
+    for layer in (0, 1):
+        rows = table[table["layer"].eq(layer).fillna(False)]
+        mean_square = (rows["lam"] ** 2).groupby(rows["step"]).mean()
+        assert np.allclose(line(top, str(layer)).get_ydata(), np.sqrt(mean_square))
+        assert np.allclose(line(bottom, str(layer)).get_ydata(), 1.2)
+    assert bottom.get_xlabel() == "update"
+
+
+def test_layers_run_along_a_map_from_dark_to_light():
+    ax = plot.weibull_trajectory(weibull_table(layers=6), value="lam")
+    lightness = [np.dot(to_rgb(line(ax, str(i)).get_color()), (0.2126, 0.7152, 0.0722)) for i in range(6)]
+    assert (np.diff(lightness) > 0).all()
+
+
+def test_many_layers_get_a_color_bar_and_no_legend_of_their_own():
+    table = weibull_table(layers=24)
+    axes = plot.weibull_trajectory(table)
+    assert legend_texts(axes[0]) == ["outside the blocks"]
+    (bar,) = [ax for ax in axes[0].figure.axes if ax not in list(axes)]
+    assert bar.get_ylabel() == "layer"
+    inside = plot.weibull_trajectory(table[table["layer"].notna()])
+    assert inside[0].get_legend() is None
+
+
+def test_roles_and_components_keep_the_colors_of_their_roles():
+    table = weibull_table()
+    by_role = plot.weibull_trajectory(table, value="k", by="role")
+    assert legend_texts(by_role) == list(ROLE_COLORS)
+    for role, color in ROLE_COLORS.items():
+        assert to_hex(line(by_role, role).get_color()) == color.lower()
+    by_component = plot.weibull_trajectory(table, value="k", by="component")
+    up, down = line(by_component, "up"), line(by_component, "down")
+    assert up.get_color() == down.get_color() == ROLE_COLORS["transmission"]
+    assert up.get_linestyle() != down.get_linestyle()
+
+
+def test_the_peaks_and_the_phases_between_them_are_marked():
+    # 400 updates, fitted every 10: λ peaks at 120 in layer 0 and outside the blocks, at 128 in layer 1.
+    top, bottom = plot.weibull_trajectory(weibull_table(), by="layer")
+    dots = [(one.get_xdata()[0], one.get_ydata()[0]) for one in top.get_lines() if one.get_marker() == "o"]
+    assert [step for step, _ in dots] == [120, 130, 120]
+    assert [value for _, value in dots] == pytest.approx([0.07] * 3, rel=0.02)
+    assert [text.get_text() for text in top.texts] == ["← rise", "relaxation →"]
+    for ax in (top, bottom):
+        marks = {one.get_xdata()[0] for one in ax.get_lines() if one.get_linestyle() == ":"}
+        assert marks == {120, 130}
+    assert not bottom.texts
+
+
+def test_without_an_overshoot_no_phase_is_marked():
+    ax = plot.weibull_trajectory(weibull_table(relax=0.0), value="lam", by="model")
+    assert len(ax.get_lines()) == 1
+    assert not ax.texts
+    assert ax.get_legend() is None
+
+
+def test_a_trajectory_without_groups_is_one_line():
+    table = weibull_table()
+    pooled = table[table["tensor"] == "embed"][["step", "k", "lam"]]
+    ax = plot.weibull_trajectory(pooled, value="lam")
+    assert np.allclose(line(ax, "model").get_ydata(), pooled["lam"])
+
+
+def test_losses_are_the_columns_that_are_called_so():
+    table = metrics_table()
+    ax = plot.loss(table, unit="nats per byte")
+    assert legend_texts(ax) == ["loss", "eval loss"]
+    evaluated = line(ax, "eval loss")
+    assert np.allclose(evaluated.get_xdata(), np.arange(50, 401, 50))
+    assert np.allclose(evaluated.get_ydata(), table["eval_loss"].dropna())
+    assert evaluated.get_marker() == "o"
+    assert any(np.array_equal(one.get_ydata(), table["loss"]) for one in ax.get_lines())
+    assert ax.get_ylabel() == "loss (nats per byte)"
+    alone = plot.loss(table[["step", "loss"]])
+    assert alone.get_ylabel() == "loss"
+    assert alone.get_legend() is None
+
+
+def test_a_run_is_asked_for_its_tables():
+    run = SimpleNamespace(forces=force_table, weibull=weibull_table, metrics=metrics_table)
+    assert np.allclose(
+        line(plot.force_budget(run), "decay").get_ydata(),
+        line(plot.force_budget(force_table()), "decay").get_ydata(),
+    )
+    assert len(plot.weibull_trajectory(run)) == 2
+    assert isinstance(plot.loss(run), Axes)
+
+
+# Where it is drawn
+
+
+def test_given_axes_are_used_and_no_figure_is_made():
+    figure, grid = plt.subplots(3, 2)
+    assert plot.force_budget(force_table(), ax=grid[0, 0]) is grid[0, 0]
+    assert plot.loss(metrics_table(), ax=grid[0, 1]) is grid[0, 1]
+    assert list(plot.weibull_trajectory(weibull_table(), ax=grid[1])) == list(grid[1])
+    assert list(plot.force_budget(force_table(layers=1), by="layer", ax=grid[2])) == list(grid[2])
+    assert plt.get_fignums() == [figure.number]
+
+
+def test_each_call_without_axes_makes_one_figure():
+    for count, _ in enumerate(every_figure(), start=1):
+        assert len(plt.get_fignums()) == count
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "draw"),
+    [
+        (
+            ValueError,
+            "kind must be 'forces' or 'shares', got 'pie'",
+            lambda: plot.force_budget(F, kind="pie"),
+        ),
+        (ValueError, "by must be one of .* got 'depth'", lambda: plot.force_budget(F, by="depth")),
+        (
+            ValueError,
+            "by must be one of",
+            lambda: plot.weibull_trajectory(W[["step", "k", "lam"]], by="role"),
+        ),
+        (ValueError, "value must be 'lam', 'k' or None", lambda: plot.weibull_trajectory(W, value="sigma")),
+        (ValueError, "ax must be Axes or None", lambda: plot.force_budget(F, ax=3)),
+        (ValueError, "ax must be a sequence of 2 Axes", lambda: plot.weibull_trajectory(W, ax=[])),
+        (TypeError, r"run_or_table must be a RunLog.*got str; open", lambda: plot.force_budget("runs/mine")),
+        (TypeError, r"its metrics\(\) returns", lambda: plot.loss([1.0])),
+        (ValueError, "run_or_table is not a force table", lambda: plot.force_budget(M)),
+        (ValueError, "lacks the columns", lambda: plot.weibull_trajectory(M)),
+        (ValueError, "holds no losses by step", lambda: plot.loss(F)),
+        (ValueError, "no rows of weibull", lambda: plot.weibull_trajectory(W.iloc[:0])),
+        (ValueError, "no Weibull fits", lambda: plot.weibull_trajectory(W.assign(lam=np.nan))),
+    ],
+)
+def test_a_wrong_argument_is_named_and_leaves_no_figure(error, message, draw):
+    with pytest.raises(error, match=message):
+        draw()
+    assert not plt.get_fignums()
+
+
+F, W, M = force_table(3), weibull_table(rows=3), metrics_table(3)
+
+
+# How it looks
+
+
+def test_figures_are_finished_for_a_column_of_a_paper():
+    for figure in every_figure():
+        assert figure.get_figwidth() == 3.4
+        assert figure.get_layout_engine() is not None
+        figure.canvas.draw()
+        page = figure.bbox
+        for text in figure.findobj(Text):
+            if text.get_text() and text.get_visible():
+                assert text.get_fontsize() >= 7, text
+        for ax in figure.axes:
+            assert ax.get_xlabel() or ax.get_ylabel()
+            around = ax.get_tightbbox()
+            assert around.x0 >= page.x0 - 1
+            assert around.x1 <= page.x1 + 1
+            assert around.y0 >= page.y0 - 1
+            assert around.y1 <= page.y1 + 1
+
+
+def test_no_legend_covers_data():
+    for figure in every_figure():
+        figure.canvas.draw()
+        for ax in figure.axes:
+            if ax.get_legend() is not None:
+                assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1 - 1
+
+
+def test_a_legend_breaks_into_rows_that_read_from_left_to_right():
+    figure, ax = plt.subplots(figsize=(1.8, 2))
+    plot.force_budget(force_table(), ax=ax)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.get_legend().get_texts()]
+    reading = sorted(range(len(boxes)), key=lambda i: (-round(boxes[i].y0), boxes[i].x0))
+    read = [legend_texts(ax)[i] for i in reading]
+    assert read == ["alignment", "injection", "decay", "net"]
+    assert len({round(box.y0) for box in boxes}) > 1
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1.0: linear RGB as the colour-blind see it.
+MACHADO = {
+    "normal": np.eye(3),
+    "protanopia": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "deuteranopia": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "tritanopia": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
+}
+
+
+def lab(color, sight):
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(sight) @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ seen / (0.9505, 1, 1.089)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("sight", MACHADO.values(), ids=MACHADO)
+@pytest.mark.parametrize(
+    ("colors", "apart"), [(FORCE_COLORS, 35), (ROLE_COLORS, 20)], ids=["forces", "roles"]
+)
+def test_colors_stay_apart_for_colour_blind_readers(colors, apart, sight):
+    # CIE76 distances; 2.3 is just noticeable.
+    points = [lab(color, sight) for color in colors.values()]
+    distances = [np.linalg.norm(a - b) for i, a in enumerate(points) for b in points[i + 1 :]]
+    assert min(distances) >= apart
+
+
+def test_forces_and_roles_share_no_color():
+    assert not set(FORCE_COLORS.values()) & set(ROLE_COLORS.values())
+
+
+def test_importing_the_module_does_not_import_pyplot():
+    code = "import sys, weightdyn.plot; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_overview_stands_lambda_over_the_forces_of_its_role():
+    run = SimpleNamespace(forces=force_table, weibull=lambda: weibull_table(layers=1))
+    lam, forces = plot.overview(run, role="value")
+    only = weibull_table(layers=1).query("role == 'value'").set_index("step")["lam"]
+    np.testing.assert_allclose(lam.lines[0].get_ydata(), only)
+    table = force_table().query("role == 'value'").groupby("step")[list(FORCES)].sum()
+    by_label = {line.get_label(): line for line in forces.lines}
+    for force in FORCES:
+        np.testing.assert_allclose(by_label[force].get_ydata(), table[force])
+    peak = only.idxmax()
+    assert any(set(line.get_xdata()) == {peak} for line in forces.lines)  # marked in both panels
+    with pytest.raises(ValueError, match=r"role must be one that the run has.*got 'gate'"):
+        plot.overview(run, role="gate")

@@ -1,0 +1,1 @@
+"""Trainings that nobody logged: series of checkpoints, recipes, recovered forces, published logs."""

@@ -1,0 +1,488 @@
+"""How a model was trained, as far as the forces need to know: learning rate of every update, decay, betas, eps.
+
+A checkpoint says where the weights were; turning the course of ‖w‖² into forces takes η and λ at every update in
+between. A `Recipe` holds them. Published models have theirs here under their names, taken from the configuration
+files that they were trained with and not from the papers, which differ from these in places.
+
+Every schedule counts updates from 1: checkpoint t holds the weights after update t. Trainers differ in what they
+read from their schedule at the first update, its value at 1 or at 0; `first` says which.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightdyn.core.forces import timescale
+from weightdyn.record.runlog import RunLog
+
+LearningRate = Callable[[np.ndarray], np.ndarray]
+"""η of each update, as a function of their 1-based numbers."""
+
+
+# Schedules.
+
+
+def constant(peak: float, warmup: int = 0, *, first: int = 1) -> LearningRate:
+    """Linear warm-up over `warmup` updates, then `peak` for ever.
+
+        η(n) = peak · min(n/warmup, 1)        n = update − 1 + first
+
+    Args:
+        peak: the largest learning rate.
+        warmup: length of the warm-up, in updates; 0 for none.
+        first: what the schedule's counter n shows at update 1: 1, as in `selftrain`, or 0 in trainers that
+            take their first update before the schedule's first step, as transformers' and GPT-NeoX do.
+
+    Returns:
+        A function of update numbers (an integer array), for `Recipe(lr=…)`; so do all schedules here.
+
+    >>> constant(1.0, warmup=4)(np.array([1, 4, 100])).tolist()
+    [0.25, 1.0, 1.0]
+    """
+    return partial(_scheduled, _flat, _Shape(peak, warmup=_check("warmup", warmup)), _check("first", first))
+
+
+def linear(peak: float, steps: int, warmup: int = 0, floor: float = 0.0, *, first: int = 1) -> LearningRate:
+    """Linear warm-up, then a straight line down to `floor·peak` at n = steps, where it stays.
+
+        η(n) = peak · (floor + (1 − floor) · (steps − n)/(steps − warmup))
+
+    Args:
+        peak: the largest learning rate.
+        steps: updates of the whole schedule, warm-up included.
+        warmup: length of the warm-up, in updates.
+        floor: the end, as a fraction of `peak`.
+        first: as in `constant`.
+
+    >>> linear(1.0, steps=10, floor=0.5)(np.array([5, 10, 11])).tolist()
+    [0.75, 0.5, 0.5]
+    """
+    return partial(_scheduled, _line, _shape(peak, steps, warmup, floor), _check("first", first))
+
+
+def cosine(peak: float, steps: int, warmup: int = 0, floor: float = 0.0, *, first: int = 1) -> LearningRate:
+    """Linear warm-up, then half a cosine down to `floor·peak` at n = steps, where it stays.
+
+        η(n) = peak · (floor + (1 − floor) · ½(1 + cos(π (n − warmup)/(steps − warmup))))
+
+    Arguments as in `linear`.
+
+    >>> cosine(1.0, steps=100, warmup=10, floor=0.2)(np.array([1, 10, 55, 100])).round(3).tolist()
+    [0.1, 1.0, 0.6, 0.2]
+    """
+    return partial(_scheduled, _half_cosine, _shape(peak, steps, warmup, floor), _check("first", first))
+
+
+def warmup_stable_decay(
+    peak: float, steps: int, warmup: int, cooldown: int, floor: float = 0.0, *, first: int = 1
+) -> LearningRate:
+    """Linear warm-up, then `peak`, then over the last `cooldown` updates a straight line to `floor·peak`.
+
+    Args:
+        peak: the largest learning rate.
+        steps: updates of the whole schedule.
+        warmup: length of the warm-up, in updates.
+        cooldown: length of the final decay, in updates; warmup + cooldown <= steps.
+        floor: the end, as a fraction of `peak`.
+        first: as in `constant`.
+
+    Source: arXiv 2405.18392 and 2404.06395 (there "WSD").
+
+    >>> warmup_stable_decay(1.0, steps=100, warmup=10, cooldown=20)(np.array([5, 50, 90, 100])).tolist()
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    shape = _shape(peak, steps, warmup, floor)
+    if not 0 < cooldown <= steps - warmup:
+        raise ValueError(
+            f"cooldown must be from 1 to steps - warmup = {steps - warmup}, got {cooldown!r}; "
+            "constant() is the schedule without one"
+        )
+    return partial(_scheduled, _stable, replace(shape, cooldown=cooldown), _check("first", first))
+
+
+def neox_cosine(peak: float, steps: int, warmup: int, floor: float) -> LearningRate:
+    """The cosine that GPT-NeoX ran until 2023, and that Pythia was trained with.
+
+        n ≤ warmup:  η(n) = peak · n/warmup
+        then:        η(n) = max(floor·peak, peak/2 · (1 + cos(π (min(n, steps − warmup) − warmup)/steps)))
+
+    and update k takes η(k − 1), so the first update moves nothing and step1 equals step0. Its period is `steps`
+    and not steps − warmup, and the floor is a maximum and not the cosine's end: with a floor of a tenth, η is
+    flat over the last fifth of the training.
+
+    Args:
+        peak: the largest learning rate ("lr" in the configuration).
+        steps: "lr-decay-iters", or "train-iters".
+        warmup: updates of the warm-up: "warmup" times steps.
+        floor: "min_lr" as a fraction of peak.
+
+    Source: GPT-NeoX, megatron/learning_rates.py; changed by its pull requests 1008 (the floor) and 1379 (the
+    first update).
+
+    >>> lr = neox_cosine(1e-3, steps=143_000, warmup=1430, floor=0.1)
+    >>> lr(np.array([1, 1431, 143_000])).tolist()
+    [0.0, 0.001, 0.0001]
+    """
+    return partial(_scheduled, _neox, _shape(peak, steps, warmup, floor), 0)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    peak: float
+    steps: int = 0
+    warmup: int = 0
+    floor: float = 0.0
+    cooldown: int = 0
+    start: float = 0.0  # of the warm-up, as a fraction of peak
+
+
+def _shape(peak: float, steps: int, warmup: int, floor: float) -> _Shape:
+    _check("steps", steps)
+    if not 0 <= _check("warmup", warmup) < steps:
+        raise ValueError(f"warmup must be from 0 to steps - 1 = {steps - 1}, got {warmup!r}")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor must be a fraction of peak from 0 to 1, got {floor!r}")
+    return _Shape(peak, steps, warmup, floor)
+
+
+def _check(name: str, value: int) -> int:
+    if int(value) != value or value < 0 or (name == "first" and value > 1):
+        accepted = "0 or 1" if name == "first" else "a whole number >= 0"
+        raise ValueError(f"{name} must be {accepted}, got {value!r}")
+    return int(value)
+
+
+def _scheduled(
+    after: Callable[[np.ndarray, _Shape], np.ndarray], shape: _Shape, first: int, updates: np.ndarray
+) -> np.ndarray:
+    """η at the updates: the warm-up, and what comes `after` it, in units of the peak."""
+    n = np.asarray(updates, dtype=np.float64) - 1 + first
+    rising = shape.start + (1 - shape.start) * n / max(shape.warmup, 1)
+    return shape.peak * np.where(n < shape.warmup, rising, after(np.maximum(n, shape.warmup), shape))
+
+
+def _flat(n: np.ndarray, shape: _Shape) -> np.ndarray:
+    return np.ones_like(n)
+
+
+def _turn(n: np.ndarray, shape: _Shape) -> np.ndarray:
+    return np.minimum((n - shape.warmup) / (shape.steps - shape.warmup), 1)
+
+
+def _line(n: np.ndarray, shape: _Shape) -> np.ndarray:
+    return shape.floor + (1 - shape.floor) * (1 - _turn(n, shape))
+
+
+def _half_cosine(n: np.ndarray, shape: _Shape) -> np.ndarray:
+    return shape.floor + (1 - shape.floor) * (1 + np.cos(np.pi * _turn(n, shape))) / 2
+
+
+def _stable(n: np.ndarray, shape: _Shape) -> np.ndarray:
+    left = np.clip((shape.steps - n) / shape.cooldown, 0, 1)
+    return shape.floor + (1 - shape.floor) * left
+
+
+def _neox(n: np.ndarray, shape: _Shape) -> np.ndarray:
+    turn = (np.minimum(n, shape.steps - shape.warmup) - shape.warmup) / shape.steps
+    return np.maximum(shape.floor, (1 + np.cos(np.pi * turn)) / 2)
+
+
+# Which tensors decay.
+
+
+def matrices_decay(component: str, name: str) -> bool:
+    """Everything but norms and biases: what GPT-NeoX, transformers and most trainers decay."""
+    return component not in ("norm", "bias")
+
+
+def all_decay(component: str, name: str) -> bool:
+    """Every tensor."""
+    return True
+
+
+def hidden_matrices_decay(component: str, name: str) -> bool:
+    """Everything but norms, biases and the embedding of tokens."""
+    return component not in ("norm", "bias", "embed")
+
+
+def all_but_embeddings_decay(component: str, name: str) -> bool:
+    """Everything but the embedding of tokens."""
+    return component != "embed"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyperparameters that turn a course of ‖w‖² into forces.
+
+    Args:
+        lr: learning rate η: a number, an array (entry i is that of update i + 1), or a function of an integer
+            array of 1-based update numbers, such as `constant`, `linear`, `cosine`, `warmup_stable_decay` and
+            `neox_cosine` make.
+        weight_decay: decoupled decay λ of the tensors that decay; 0 for none.
+        betas: (β₁, β₂) of Adam's moments.
+        eps: Adam's ε.
+        decays: function (component, name) -> bool that says which tensors decay, the component as in
+            `naming.COMPONENTS`. `matrices_decay` (all but norms and biases), `all_decay`,
+            `hidden_matrices_decay`, `all_but_embeddings_decay`, or your own.
+        steps: updates of the whole training, where it is known.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range; the message names it.
+
+    >>> recipe = Recipe(lr=cosine(1e-3, steps=1000, warmup=100), weight_decay=0.1)
+    >>> recipe.lr_at([1, 100]).tolist(), recipe.decay_of("norm", "ln_f.weight")
+    ([1e-05, 0.001], 0.0)
+    """
+
+    lr: float | np.ndarray | LearningRate
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    decays: Callable[[str, str], bool] = matrices_decay
+    steps: int | None = None
+
+    def __post_init__(self):
+        if not callable(self.lr):
+            lr = np.asarray(self.lr, dtype=np.float64)
+            if lr.ndim > 1 or not lr.size or not np.all(np.isfinite(lr) & (lr >= 0)):
+                raise ValueError(
+                    "lr must be a number >= 0, a 1-D array with one for each update, or a function of update "
+                    f"numbers; got {self.lr!r}"
+                )
+            object.__setattr__(self, "lr", lr if lr.ndim else float(lr))
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"eps must be a number >= 0, got {self.eps!r}")
+        if not callable(self.decays):
+            raise TypeError(
+                "decays must be a function (component, name) -> bool, such as recipe.matrices_decay or "
+                f"recipe.all_decay; got {self.decays!r}"
+            )
+        if self.steps is not None:
+            _check("steps", self.steps)
+
+    def lr_at(self, updates: Any) -> np.ndarray:
+        """Learning rate η of updates.
+
+        Args:
+            updates: update numbers, 1-based: a number or an array of any shape.
+
+        Returns:
+            float64 of the same shape.
+
+        Raises:
+            ValueError: an update below 1, or behind the end of an array of learning rates.
+        """
+        updates = np.asarray(updates)
+        if updates.size and updates.min() < 1:
+            raise ValueError(f"updates are counted from 1, got {updates.min()}")
+        if callable(self.lr):
+            return np.asarray(self.lr(updates), dtype=np.float64)
+        if isinstance(self.lr, np.ndarray):
+            if updates.size and updates.max() > len(self.lr):
+                raise ValueError(
+                    f"update {updates.max()} lies behind lr, which has {len(self.lr)} entries, one for each update"
+                )
+            return self.lr[updates.astype(np.int64) - 1]
+        return np.full(updates.shape, self.lr)
+
+    def decay_of(self, component: str, name: str) -> float:
+        """Decay λ of a tensor: `weight_decay` if it decays, else 0."""
+        return float(self.weight_decay) if self.decays(component, name) else 0.0
+
+    @property
+    def tau(self) -> float:
+        """Relaxation time τ = 1/(ηλ) at the peak of the learning rate, in updates."""
+        if callable(self.lr) and self.steps is None:
+            raise ValueError("tau needs the peak of the learning rate, so a recipe with steps")
+        lr = self.lr_at(np.arange(1, self.steps + 1)) if self.steps else np.asarray(self.lr)
+        return timescale(float(np.max(lr)), self.weight_decay)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Recipe:
+        """The recipe of a published model.
+
+        Args:
+            name: a name of `PRESETS`, in any case, with or without its organisation: "pythia-70m",
+                "EleutherAI/pythia-1.4b-deduped", "allenai/OLMo-2-1124-7B".
+            changes: fields to replace. weight_decay=0.01 is what the Pythia paper's table says.
+
+        Raises:
+            ValueError: there is no preset of that name; the message lists those there are.
+
+        >>> recipe = Recipe.preset("pythia-70m")
+        >>> recipe.weight_decay, round(recipe.tau), Recipe.preset("pythia-70m", weight_decay=0.01).weight_decay
+        (0.1, 10000, 0.01)
+        """
+        key = name.rpartition("/")[2].lower()
+        if key not in PRESETS:
+            raise ValueError(f"name must be one of {', '.join(PRESETS)}; got {name!r}")
+        return replace(PRESETS[key], **changes)
+
+    @classmethod
+    def from_settings(
+        cls,
+        *,
+        lr: float,
+        steps: int,
+        schedule: str = "cosine",
+        warmup: int = 0,
+        floor: float = 0.0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decayed: str = "matrices",
+    ) -> Recipe:
+        """The recipe of a training in the reference trainer's words.
+
+        Args:
+            lr: peak learning rate.
+            steps: updates of the whole training.
+            schedule: "cosine" down to `floor·lr` at the last update, or "constant".
+            warmup: updates of linear warm-up, from lr/warmup to lr.
+            floor: the cosine's end as a fraction of `lr`.
+            weight_decay, betas, eps: as in `Recipe`.
+            decayed: "matrices" (not norms and biases) or "all".
+
+        Raises:
+            ValueError: `schedule` or `decayed` is none of these.
+
+        >>> Recipe.from_settings(lr=1.0, steps=100, warmup=10, floor=0.2).lr_at([1, 10, 55, 100]).round(3).tolist()
+        [0.1, 1.0, 0.6, 0.2]
+        """
+        if schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule must be 'cosine' or 'constant', got {schedule!r}")
+        if decayed not in ("matrices", "all"):
+            raise ValueError(f"decayed must be 'matrices' or 'all', got {decayed!r}")
+        turns = schedule == "cosine" and warmup < steps
+        rates = cosine(lr, steps, warmup, floor) if turns else constant(lr, warmup)
+        return cls(rates, weight_decay, betas, eps, all_decay if decayed == "all" else matrices_decay, steps)
+
+    @classmethod
+    def from_run(cls, run: RunLog | str | PathLike[str]) -> Recipe:
+        """The recipe of a run of the reference trainer: exact, with its learning rate at every update.
+
+        Args:
+            run: the run, or its directory.
+
+        Raises:
+            ValueError: the run does not say how it was trained.
+        """
+        log = run if isinstance(run, RunLog) else RunLog(run)
+        names = [name for name in inspect.signature(cls.from_settings).parameters]
+        train = log.info.get("train")
+        if not isinstance(train, dict) or not {"lr", "steps"} <= set(train):
+            raise ValueError(
+                f"run: {log.path or 'the run in memory'} does not say how it was trained (run.json has no section "
+                "'train' with lr and steps); give the recipe yourself, Recipe(lr=…, weight_decay=…)"
+            )
+        return cls.from_settings(**{name: train[name] for name in names if name in train})
+
+    @classmethod
+    def from_trainer_state(
+        cls, state: str | PathLike[str] | Mapping[str, Any], *, ahead: bool = False, **fields: Any
+    ) -> Recipe:
+        """A recipe with the learning rates that transformers' Trainer logged.
+
+        Args:
+            state: a `trainer_state.json`, the folder that has it (`checkpoint-500`), or its content. Between the
+                updates that were logged η is interpolated linearly.
+            ahead: the file was written by transformers before 4.51, whose entry at global step s has the learning
+                rate of update s + 1; later ones have that of update s.
+            fields: weight_decay, betas, eps, decays: the file does not have them.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: nothing in it has a learning rate.
+
+        Source: github.com/huggingface/transformers, pull request 36973.
+        """
+        if isinstance(state, Mapping):
+            where, content = "state", state
+        else:
+            path = Path(state)
+            path = path / "trainer_state.json" if path.is_dir() else path
+            where, content = str(path), json.loads(path.read_text(encoding="utf-8"))
+        logged = [entry for entry in content.get("log_history", []) if "learning_rate" in entry]
+        if not logged:
+            raise ValueError(
+                f"{where}: log_history has no entry with a learning_rate; give the schedule instead, "
+                "Recipe(lr=linear(…))"
+            )
+        known = {int(entry["step"]) + ahead: float(entry["learning_rate"]) for entry in logged}
+        steps = int(content.get("max_steps") or 0) or max(known)
+        lr = np.interp(np.arange(1, steps + 1), sorted(known), [known[step] for step in sorted(known)])
+        return cls(lr=lr, steps=steps, **fields)
+
+
+# Published models.
+
+
+def _pythia(peak: float) -> Recipe:
+    lr = neox_cosine(peak, steps=143_000, warmup=1430, floor=0.1)
+    return Recipe(lr, 0.1, (0.9, 0.95), 1e-8, matrices_decay, 143_000)
+
+
+_PYTHIA = {
+    "14m": 1e-3,
+    "31m": 1e-3,
+    "70m": 1e-3,
+    "160m": 6e-4,
+    "410m": 3e-4,
+    "1b": 2.5e-4,
+    "1.4b": 2e-4,
+    "2.8b": 1.6e-4,
+    "6.9b": 1.2e-4,
+    "12b": 1.2e-4,
+}
+
+
+def _olmo(lr: LearningRate, steps: int, eps: float, decays: Callable[[str, str], bool]) -> Recipe:
+    return Recipe(lr, 0.1, (0.9, 0.95), eps, decays, steps)
+
+
+def _from_a_tenth(lr: Any) -> LearningRate:
+    """The schedule with a warm-up that starts at a tenth of the peak, as OLMo-1's does."""
+    after, shape, first = lr.args
+    return partial(_scheduled, after, replace(shape, start=0.1), first)
+
+
+PRESETS: dict[str, Recipe] = {
+    **{f"pythia-{size}{twin}": _pythia(peak) for size, peak in _PYTHIA.items() for twin in ("", "-deduped")},
+    "olmo-1b": _olmo(_from_a_tenth(cosine(4e-4, 739_328, 2000, 0.1)), 739_328, 1e-5, hidden_matrices_decay),
+    "olmo-7b": _olmo(_from_a_tenth(linear(3e-4, 476_837, 5000, 0.1)), 476_837, 1e-5, hidden_matrices_decay),
+    "olmo-2-0425-1b": _olmo(cosine(4e-4, 2_384_186, 4000, 0.1), 1_907_349, 1e-8, all_but_embeddings_decay),
+    "olmo-2-1124-7b": _olmo(cosine(3e-4, 1_192_093, 2000, 0.1), 928_646, 1e-8, all_but_embeddings_decay),
+}
+"""Recipes of published models, by name.
+
+Pythia, and its deduplicated twins: `models/<size>/pythia-<size>.yml` in github.com/EleutherAI/pythia. Peak of
+14m, 31m and 70m 1e-3, 160m 6e-4, 410m 3e-4, 1b 2.5e-4 (its README says 3e-4), 1.4b 2e-4, 2.8b 1.6e-4, 6.9b
+and 12b 1.2e-4; `neox_cosine` over 143,000 updates with 1,430 of warm-up and a floor of a tenth; betas (0.9, 0.95),
+eps 1e-8. Decay is 0.1 in the files; the paper's table says 0.01, an error by its maintainers' own word (issue 132
+there). Matrices and embeddings decay, norms and biases do not.
+
+OLMo-1: `configs/official/OLMo-1B.yaml` and `OLMo-7B.yaml` in github.com/allenai/OLMo. 1B: peak 4e-4, cosine to a
+tenth over 739,328 updates; 7B: peak 3e-4, a line to a tenth over 2e12 tokens in batches of 2048 x 2048 (its
+checkpoints go on behind the end of that file's schedule, where this recipe stays at the floor). The warm-up of
+2,000 and 5,000 updates starts at a tenth of the peak; betas (0.9, 0.95), eps 1e-5 and decay 0.1 on the matrices of
+the blocks (there are no norm gains or biases). OLMo-2, first stage: `configs/official-0425/OLMo2-1B-stage1.yaml`
+and `configs/official-1124/OLMo2-7B-stage1.yaml` there. Peaks 4e-4 and 3e-4, cosine to a tenth over 5e12 tokens in
+batches of 512 and 1024 x 4096, though both stop before its end (7B at update 928,646, its last checkpoint);
+warm-up over 8,388,608,000 tokens; betas (0.9,
+0.95), eps 1e-8, decay 0.1 on everything, norms too, but the embedding.
+"""

@@ -1,0 +1,506 @@
+"""Forces of models that nobody logged, from their checkpoints and the recipe that trained them.
+
+A checkpoint holds w and neither m nor v, so ⟨w,u⟩ is out of reach; but the forces add up to the change of ‖w‖²:
+
+    alignment = change of ‖w‖² − injection − decay            method "balance"
+
+‖w‖² is known at every checkpoint, η and λ from the recipe give decay, and injection is η²·ρ·n: Adam divides by
+the gradient's own size, so ρ = ‖u‖²/n is near (1−β₁)/(1+β₁) whatever the model and the data. How far the weights
+moved from one checkpoint to the next says more of it (`injection_scale`).
+
+The other two methods are the published ones, which take a path through the checkpoints for the path of the
+weights: straight ("two_point") or a cubic spline ("spline"). Both are linear in the checkpoints, so each inner
+product is a quadratic form in their Gram matrix ⟨W_i,W_j⟩: exact over all weights, and no path is ever built.
+
+Here are functions of numbers for one tensor, and `recover_forces`, which applies them to a measured series.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from weightdyn.core.forces import forces_from_products
+from weightdyn.core.tables import FORCE_TABLE, check_force_table
+
+if TYPE_CHECKING:
+    from weightdyn.checkpoints.recipe import Recipe
+    from weightdyn.checkpoints.series import Checkpoints
+    from weightdyn.record.runlog import RunLog
+
+
+Method = Literal["balance", "spline", "two_point"]
+
+METHODS: tuple[Method, ...] = ("balance", "spline", "two_point")
+"""Ways to recover forces, the best first."""
+
+GRAM: dict[Method, Literal["band", "full"]] = {"balance": "band", "spline": "full", "two_point": "band"}
+"""Which inner products of checkpoints each method takes from `Checkpoints.measure`."""
+
+RHO_RANGE = {"displacement": (0.55, 1.65), "noise": (0.45, 3.35)}
+"""Where ρ lies in logged runs, as multiples of the estimate that knows the displacements and of the one that does
+not: the 5th and 95th percentile over the weight matrices of four runs, at the gaps where they are widest."""
+
+_KURTOSIS = 3.0
+"""Of the weights: a float's rounding error grows with the weight, so large weights carry more of it."""
+
+
+class Course(NamedTuple):
+    """Forces of consecutive updates of one tensor, and ‖w‖² before each: float64 arrays of one length."""
+
+    norm_sq: np.ndarray
+    alignment: np.ndarray
+    injection: np.ndarray
+    decay: np.ndarray
+
+
+# --- how large an update is --------------------------------------------------------------------------------
+
+
+def noise_rho(updates: Any, beta1: float) -> np.ndarray:
+    """Mean square ρ = ‖u‖²/n of Adam's update where gradients are noise of a steady size.
+
+        ρ_t = (1−β₁)/(1+β₁) · (1+β₁ᵗ)/(1−β₁ᵗ)
+
+    m̂ is then a weighted mean of t independent gradients and √v̂ their size. ρ₁ = 1 (the first update is the
+    gradient's sign), and after a few 1/(1−β₁) updates ρ is 0.0526 for β₁ = 0.9.
+
+    Args:
+        updates: update numbers t, 1-based.
+        beta1: β₁ of the first moment.
+
+    >>> noise_rho([1, 2, 1000], beta1=0.9).round(4).tolist()
+    [1.0, 0.5014, 0.0526]
+    """
+    left = beta1 ** np.asarray(updates, dtype=float)
+    return (1 - beta1) / (1 + beta1) * (1 + left) / (1 - left)
+
+
+def injection_scale(
+    displacement_sq: Any, numel: Any, lr_sum: Any, lr_sq_sum: Any, rho: Any, beta1: float
+) -> Any:
+    """Factor on ρ that the displacement between two checkpoints speaks for.
+
+        factor = (q/(q₀·c))^γ,      q = ‖W_b − Π(1−ηλ)·W_a‖² / (n·Ση²),     N = (Ση)²/Ση²
+
+    q₀ is q for noise: ρ at N = 1, near ρ·(1+β₁)/(1−β₁) from N ≈ 50 on. Over one update q is ρ itself, and the
+    factor puts it there. Over more of them gradients that pull back and forth cancel, ln c = −0.75·(N−1)/(N+31),
+    and persistent ones add up, so that the displacement says less and less: γ = 1/√(1+(N−1)/32). The three
+    constants were fitted to four logged runs, and measured on eight others (benchmarks/study_recovery.py --fit).
+
+    Args:
+        displacement_sq: ‖W_b − Π(1−ηλ)·W_a‖², what is left of the way when decay is taken out; ≤ 0 gives 1.
+        numel: weights n.
+        lr_sum, lr_sq_sum: Ση and Ση² over the updates between.
+        rho: the ρ that is multiplied, as `noise_rho` has it, its mean over the updates between.
+        beta1: β₁ of the first moment.
+
+    >>> factor = injection_scale(1e-4, numel=1000, lr_sum=1e-3, lr_sq_sum=1e-6, rho=0.05, beta1=0.9)
+    >>> round(float(factor), 9)  # one update, ρ = 0.1
+    2.0
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        count = np.maximum(np.asarray(lr_sum) ** 2 / lr_sq_sum, 1.0)
+        q = np.asarray(displacement_sq) / (numel * np.asarray(lr_sq_sum))
+        kept = (1 + beta1) / (1 - beta1) - 2 * beta1 * (1 - beta1**count) / (count * (1 - beta1) ** 2)
+        cancelled = np.exp(-_CANCEL * (count - 1) / (count - 1 + _CANCEL_AT))
+        factor = (q / (rho * kept * cancelled)) ** (1 / np.sqrt(1 + (count - 1) / _FADE))
+    return np.where(np.isfinite(factor) & (q > 0), factor, 1.0)
+
+
+_CANCEL, _CANCEL_AT, _FADE = 0.75, 32.0, 32.0
+
+
+# --- one tensor --------------------------------------------------------------------------------------------
+
+
+def balance_forces(
+    norm_sq: np.ndarray, steps: np.ndarray, lr: np.ndarray, weight_decay: float, numel: int, rho: Any
+) -> Course:
+    """Forces of every update between checkpoints from ‖W‖² alone: the balance of the budget.
+
+        injection_t = η²·ρ_t·n       decay_t = −(2ηλ−η²λ²)·‖w_{t−1}‖²       alignment_t = the rest of the change
+
+    ‖w‖² between checkpoints is a monotone cubic (PCHIP) through the measured values, over the sum of η instead of
+    the update: alignment and decay both go with η, so that is the clock by which ‖w‖² runs smoothly, and decay
+    comes out twice as precise as on a straight line. The curve passes through the checkpoints, hence each gap's
+    forces add up to its measured change whatever it does between.
+
+    Args:
+        norm_sq: ‖W‖² at K checkpoints.
+        steps: their steps, ascending.
+        lr: η of the updates steps[0]+1 … steps[-1].
+        weight_decay: decoupled decay λ.
+        numel: weights n.
+        rho: ρ = ‖u‖²/n, a number or one for each update.
+
+    >>> course = balance_forces(np.array([4.0, 4.2]), np.array([0, 2]), np.array([0.1, 0.1]), 0.0, 10, 0.5)
+    >>> course.alignment.round(6).tolist(), course.injection.round(6).tolist()
+    ([0.05, 0.05], [0.05, 0.05])
+    """
+    course = _norm_between(norm_sq, steps, lr)
+    known = forces_from_products(0.0, np.broadcast_to(rho, lr.shape) * numel, course[:-1], lr, weight_decay)
+    return Course(course[:-1], np.diff(course) - known.injection - known.decay, known.injection, known.decay)
+
+
+def _norm_between(norm_sq: np.ndarray, steps: np.ndarray, lr: np.ndarray) -> np.ndarray:
+    """‖w‖² after 0, 1, 2, … updates from the first checkpoint on."""
+    from scipy.interpolate import PchipInterpolator  # here: it takes a tenth of a second to import
+
+    clock = np.append(0.0, np.cumsum(lr))
+    knots = clock[steps - steps[0]]
+    moved = np.append(True, np.diff(knots) > 0)  # nothing happens while η is 0
+    if moved.sum() == 1:
+        return np.full(len(clock), float(norm_sq[0]))
+    return PchipInterpolator(knots[moved], np.asarray(norm_sq, float)[moved])(clock)
+
+
+def spline_forces(gram: np.ndarray, steps: np.ndarray, lr: np.ndarray, weight_decay: float) -> Course:
+    """Forces of every update along a cubic spline c(t) through the checkpoints, from their Gram matrix.
+
+        ηû_t = (1−ηλ)·c(t−1) − c(t),    alignment = −2(1−ηλ)⟨c(t−1), ηû⟩,    injection = ‖ηû‖²
+
+    Between two checkpoints c is a cubic whose four coefficients are combinations of all checkpoints, so a 4×4
+    matrix of their inner products gives every update there. The spline is scipy's `CubicSpline` (not-a-knot),
+    as published. It has no noise in it: its injection is far too small, and its alignment is too large by what
+    is missing there.
+
+    Args:
+        gram: ⟨W_i,W_j⟩ of K checkpoints (K, K).
+        steps: their steps, ascending.
+        lr: η of the updates steps[0]+1 … steps[-1].
+        weight_decay: decoupled decay λ.
+
+    Source: arXiv 2606.19367, spline displacement.
+
+    >>> line = np.array([1.0, 3.0])                       # one weight that goes from 1 to 3 in two updates
+    >>> course = spline_forces(np.outer(line, line), np.array([0, 2]), np.array([0.1, 0.1]), 0.0)
+    >>> course.alignment.round(9).tolist(), course.injection.round(9).tolist()
+    ([2.0, 4.0], [1.0, 1.0])
+    """
+    from scipy.interpolate import CubicSpline
+
+    basis = CubicSpline(steps, np.eye(len(steps))).c[::-1]  # (4, gaps, K), ascending powers
+    width = np.diff(steps).astype(float)
+    basis = (
+        basis * width[None, :, None] ** np.arange(4)[:, None, None]
+    )  # of the fraction of the gap: no overflow
+    q = np.einsum("agk,kl,bgl->gab", basis, gram, basis, optimize=True)
+    gap = np.repeat(np.arange(len(width)), np.diff(steps))
+    step = 1 / width[gap]
+    start = (np.arange(len(lr)) - (steps[gap] - steps[0])) * step
+    stop = start + step
+    here = np.stack([np.ones_like(start), start, start**2, start**3])
+    # The difference of the powers, factored: subtracting them would lose what is small against the weights.
+    on = step * np.stack([np.zeros_like(start), np.ones_like(start), start + stop,
+                          start**2 + start * stop + stop**2])  # fmt: skip
+    moved = -on - lr * weight_decay * here
+    q = q[gap]
+    return _course(
+        np.einsum("at,tab,bt->t", here, q, moved, optimize=True),
+        np.einsum("at,tab,bt->t", moved, q, moved, optimize=True),
+        np.einsum("at,tab,bt->t", here, q, here, optimize=True),
+        lr,
+        weight_decay,
+    )
+
+
+def two_point_forces(gram: np.ndarray, steps: np.ndarray, lr: np.ndarray, weight_decay: float) -> Course:
+    """Forces of every update from the mean displacement of its gap, at the weights that the gap starts from.
+
+        û = −(W_b − W_a)/Ση − λ·W_a,    alignment = −2η(1−ηλ)⟨W_a,û⟩,    injection = η²‖û‖²
+
+    Args:
+        gram: ⟨W_i,W_j⟩ of K checkpoints (K, K); only neighbours are used.
+        steps: their steps, ascending.
+        lr: η of the updates steps[0]+1 … steps[-1].
+        weight_decay: decoupled decay λ.
+
+    Source: arXiv 2606.19367, its baseline, which takes N·(η_a+η_b)/2 for the sum of η.
+
+    >>> line = np.array([1.0, 3.0])
+    >>> two_point_forces(np.outer(line, line), np.array([0, 2]), np.array([0.1, 0.1]), 0.0).alignment.tolist()
+    [2.0, 2.0]
+    """
+    w_sq, next_sq, dot = gram.diagonal()[:-1], gram.diagonal()[1:], gram.diagonal(1)
+    total = np.add.reduceat(lr, steps[:-1] - steps[0])
+    rate = np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)
+    moved_dot, moved_sq = dot - w_sq, next_sq - 2 * dot + w_sq
+    dot_wu = -rate * moved_dot - weight_decay * w_sq
+    u_sq = rate**2 * moved_sq + 2 * rate * weight_decay * moved_dot + weight_decay**2 * w_sq
+    gap = np.repeat(np.arange(len(total)), np.diff(steps))
+    return _course(lr * dot_wu[gap], lr**2 * u_sq[gap], w_sq[gap], lr, weight_decay)
+
+
+def _course(dot: np.ndarray, moved_sq: np.ndarray, w_sq: np.ndarray, lr: np.ndarray, decay: float) -> Course:
+    """The course of ⟨w,ηu⟩, ‖ηu‖² and ‖w‖²; where η is 0 nothing moves."""
+    rate = np.divide(1.0, lr, out=np.zeros_like(lr), where=lr > 0)
+    return Course(w_sq, *forces_from_products(rate * dot, rate**2 * moved_sq, w_sq, lr, decay))
+
+
+# --- a series ----------------------------------------------------------------------------------------------
+
+
+def recover_forces(
+    source: Checkpoints | RunLog | pd.DataFrame | str | PathLike[str],
+    recipe: Recipe,
+    method: Method = "balance",
+    every: int | None = None,
+    *,
+    per_head: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Recover the force table of a training from its checkpoints.
+
+    Args:
+        source: a `Checkpoints`, what it opens (a folder, a run directory, "hf://…"), a `RunLog`, or the table
+            of `Checkpoints.measure`, whose rows may be filtered to fewer steps or tensors.
+        recipe: η of every update, λ, β₁, and which tensors decay.
+        method: "balance", the most accurate; "spline" and "two_point" as published, for comparison. What they
+            need to be measured: gram="band" ("none" will do, with a rougher ρ), "full", "band".
+        every: None gives one row for each gap between checkpoints, its forces the mean over the gap. A number
+            gives rows of span 1 for the updates that are multiples of it, as a log with that interval has.
+        per_head: rows for each head of q, k and v.
+        progress: show bars while checkpoints are measured, and for what takes longer than two seconds.
+
+    Returns:
+        A force table, sorted by step, then in the order of the tensors. `lr` is the mean over the span,
+        `norm_sq` and `norm_sq_after` are measured (with `every`: interpolated, and only known at a checkpoint).
+        Behind its columns stand
+
+        alignment_low, alignment_high   where the budget puts the true alignment, whatever the method: with ρ
+                      at both ends of `RHO_RANGE`, and ‖W‖² off by two standard deviations of its rounding
+        flag          "rounding": this alignment is smaller than what rounding of the stored weights leaves
+                      open; "identical": both checkpoints hold the same weights though η was not 0; else ""
+
+    Raises:
+        TypeError, ValueError: an argument is none of these; fewer than two checkpoints; a table without what
+            the method needs.
+
+    Source: displacement and spline, arXiv 2606.19367.
+
+    >>> from weightdyn.checkpoints.recipe import Recipe
+    >>> measured = pd.DataFrame({"step": [0, 10], "tensor": "w", "component": "up", "role": "transmission",
+    ...                          "numel": 100, "norm_sq": [4.0, 4.1]})
+    >>> recover_forces(measured, Recipe(lr=1e-2, weight_decay=0.1))[["step", "span", "alignment"]].round(4)
+       step  span  alignment
+    0    10    10     0.0151
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"every must be None (one row for each gap) or a whole number >= 1, got {every!r}")
+    if not hasattr(recipe, "lr_at"):
+        raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {recipe!r}")
+    measured = _measured(source, method, per_head, progress)
+    parts = list(measured.groupby("tensor", sort=False, observed=True))
+    bar = tqdm(parts, unit="tensor", desc="recover", delay=2, disable=not progress)
+    tables = [
+        _recover(rows, place, recipe, method, every) for place, (_, rows) in enumerate(bar) if len(rows) > 1
+    ]
+    if not tables:
+        steps = sorted(measured["step"].unique().tolist())
+        raise ValueError(f"source must have at least two checkpoints, got the steps {steps}")
+    table = pd.concat(tables, ignore_index=True).sort_values(["step", "place"], ignore_index=True)
+    table["layer"] = table["layer"].astype("Int64")
+    kinds = dict.fromkeys(("tensor", "component", "role", "flag"), "category")
+    return table[[*FORCE_TABLE, "alignment_low", "alignment_high", "flag"]].astype(kinds)
+
+
+def _measured(source: Any, method: Method, per_head: bool, progress: bool) -> pd.DataFrame:
+    if not isinstance(source, pd.DataFrame):
+        from weightdyn.checkpoints.series import Checkpoints
+        from weightdyn.record.runlog import RunLog
+
+        if isinstance(source, RunLog):
+            if source.path is None:
+                raise ValueError("source is a RunLog in memory, which has no checkpoints: give their folder")
+            source = source.path
+        series = source if isinstance(source, Checkpoints) else Checkpoints(source)
+        return series.measure(gram=GRAM[method], weibull=False, per_head=per_head, progress=progress)
+    if per_head:
+        raise ValueError("per_head is for checkpoints; measure the table itself with per_head=True")
+    missing = [name for name in ("step", "tensor", "numel", "norm_sq") if name not in source]
+    if missing:
+        raise ValueError(f"source is no table of Checkpoints.measure: it lacks the columns {missing}")
+    bad = source[~np.isfinite(source["norm_sq"].to_numpy(float))]
+    if len(bad):
+        one = bad.iloc[0]
+        raise ValueError(
+            f"source: ‖W‖² of {one['tensor']} at step {one['step']} is {one['norm_sq']}; leave that checkpoint out"
+        )
+    return source.assign(
+        **{name: value for name, value in (("layer", pd.NA), ("component", "other"), ("role", "other"))
+           if name not in source}
+    )  # fmt: skip
+
+
+def _recover(
+    rows: pd.DataFrame, place: int, recipe: Recipe, method: Method, every: int | None
+) -> pd.DataFrame:
+    """Rows of one tensor."""
+    rows = rows.sort_values("step")
+    first = rows.iloc[0]
+    steps = rows["step"].to_numpy(np.int64)
+    if (np.diff(steps) == 0).any():
+        raise ValueError(
+            f"source has two rows for {first['tensor']} at one step, {steps[:-1][np.diff(steps) == 0][0]}"
+        )
+    norm_sq, numel = rows["norm_sq"].to_numpy(float), int(first["numel"])
+    updates = np.arange(steps[0] + 1, steps[-1] + 1)
+    lr = recipe.lr_at(updates)
+    weight_decay = recipe.decay_of(str(first["component"]), str(first["tensor"]).split("[")[0])
+    rounding = rows["rounding"].fillna(0.0).to_numpy(float) if "rounding" in rows else np.zeros(len(rows))
+    starts, span = steps[:-1] - steps[0], np.diff(steps)
+    gap = np.repeat(np.arange(len(span)), span)
+
+    gram = _gram(rows, full=method == "spline")
+    if method != "balance" and gram is None:
+        raise ValueError(
+            f"method={method!r} needs the inner products of checkpoints: measure(gram={GRAM[method]!r})"
+        )
+    rho = noise_rho(updates, recipe.betas[0])
+    lr_sum, lr_sq_sum = np.add.reduceat(lr, starts), np.add.reduceat(lr**2, starts)
+    if gram is not None:
+        shrink = np.exp(np.add.reduceat(np.log1p(-lr * weight_decay), starts))
+        moved_sq = norm_sq[1:] - 2 * shrink * gram.diagonal(1) + shrink**2 * norm_sq[:-1]
+        noise = rounding[1:] + rounding[:-1]
+        # Below twice its rounding a displacement tells nothing of the updates.
+        moved_sq = np.where(moved_sq > 2 * noise, moved_sq - noise, 0.0)
+        mean = np.add.reduceat(lr**2 * rho, starts) / np.where(lr_sq_sum > 0, lr_sq_sum, np.inf)
+        rho = rho * injection_scale(moved_sq, numel, lr_sum, lr_sq_sum, mean, recipe.betas[0])[gap]
+    low, high = RHO_RANGE["noise" if gram is None else "displacement"]
+
+    balance = balance_forces(norm_sq, steps, lr, weight_decay, numel, rho)
+    course = balance
+    if gram is not None and method != "balance":
+        forces = spline_forces if method == "spline" else two_point_forces
+        course = forces(gram, steps, lr, weight_decay)
+
+    # Stored weights are w + e: ‖W‖² is off by 2⟨w,e⟩, of variance 4·Σw²e² = 4·kurtosis·‖w‖²·‖e‖²/n.
+    variance = 4 * _KURTOSIS * norm_sq * rounding / numel
+    blur = 2 * np.sqrt(variance[1:] + variance[:-1]) / span
+    if every is None:
+        pick, of = slice(None), np.arange(len(span))
+        columns = {name: np.add.reduceat(values, starts) / span for name, values in course._asdict().items()}
+        budget = {name: np.add.reduceat(values, starts) / span for name, values in balance._asdict().items()}
+        columns |= {"norm_sq": norm_sq[:-1], "norm_sq_after": norm_sq[1:], "step": steps[1:], "span": span}
+        columns["lr"] = lr_sum / span
+    else:
+        pick = np.flatnonzero(updates % every == 0)
+        of = gap[pick]
+        columns = {name: values[pick] for name, values in course._asdict().items()}
+        budget = {name: values[pick] for name, values in balance._asdict().items()}
+        after = pd.Series(norm_sq, index=steps).reindex(updates[pick]).to_numpy()
+        columns |= {"norm_sq_after": after, "step": updates[pick], "span": 1, "lr": lr[pick]}
+    blur = blur[of]
+    flag = np.where(np.abs(columns["alignment"]) < blur, "rounding", "")
+    if "hash" in rows:
+        hashes = rows["hash"].to_numpy()
+        same = (hashes[1:] == hashes[:-1]) & pd.notna(hashes[1:]) & (lr_sum > 0)
+        flag = np.where(same[of], "identical", flag)
+    return pd.DataFrame(
+        {
+            **columns,
+            **{name: first[name] for name in ("tensor", "layer", "component", "role")},
+            "numel": numel,
+            "weight_decay": weight_decay,
+            "alignment_low": budget["alignment"] - (high - 1) * budget["injection"] - blur,
+            "alignment_high": budget["alignment"] + (1 - low) * budget["injection"] + blur,
+            "flag": flag,
+            "place": place,
+        }
+    )
+
+
+def _gram(rows: pd.DataFrame, full: bool) -> np.ndarray | None:
+    """⟨W_i,W_j⟩ of the rows' checkpoints, of neighbours alone or of all; None where one was not measured."""
+    if "dots" not in rows or any(np.ndim(dots) == 0 for dots in rows["dots"]):
+        return None
+    dots = [np.asarray(each, dtype=float) for each in rows["dots"]]
+    place = [len(each) - 1 for each in dots]  # in the series, of which these rows may be a part
+    gram = np.zeros((len(dots), len(dots)))
+    for i, each in enumerate(dots):
+        for j in range(0 if full else max(0, i - 1), i + 1):
+            gram[i, j] = gram[j, i] = each[place[j]]
+    return None if np.isnan(gram).any() else gram
+
+
+# --- how good it is ----------------------------------------------------------------------------------------
+
+
+def compare_recovery(
+    truth: pd.DataFrame | RunLog, recovered: pd.DataFrame | Mapping[str, pd.DataFrame]
+) -> pd.DataFrame:
+    """Accuracy of recovered alignments: their error |1 − ratio| against the logged mean over the same updates.
+
+    Args:
+        truth: the log of the same training, a `RunLog` or its force table, best of every update.
+        recovered: a recovered table, or {name: table} for several methods.
+
+    Returns:
+        One row for each method and pooling ("tensor": each tensor by itself, "model": the sum of all tensors),
+        with `intervals`, the number of ratios, `median` and `p90` of |1 − ratio|, `median_ratio`, and
+        `inside`, the fraction of true values between `alignment_low` and `alignment_high` (tensors only).
+
+    Raises:
+        TypeError, ValueError: not force tables, or tables of different tensors or updates.
+    """
+    tables = recovered if isinstance(recovered, Mapping) else {"recovered": recovered}
+    found = []
+    for name, table in tables.items():
+        both = table.assign(true=interval_means(truth, table))
+        both = both[both["true"].notna()]
+        if both.empty:
+            raise ValueError(f"truth has no update of the tensors and spans of recovered ({name})")
+        inside = both["true"].between(both["alignment_low"], both["alignment_high"]).mean()
+        pooled = both.groupby(["step", "span"])[["alignment", "true"]].sum()
+        for pooling, rows, within in (("tensor", both, inside), ("model", pooled, np.nan)):
+            ratio = (rows["alignment"] / rows["true"]).to_numpy()
+            error = np.abs(1 - ratio)
+            found.append(
+                {
+                    "method": name,
+                    "pooling": pooling,
+                    "intervals": len(ratio),
+                    "median": np.median(error),
+                    "p90": np.quantile(error, 0.9),
+                    "median_ratio": np.median(ratio),
+                    "inside": within,
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame) -> pd.Series:
+    """Mean logged alignment over the updates of each row of a recovered table.
+
+    Args:
+        truth: the log of the same training, a `RunLog` or its force table.
+        table: a force table whose rows may span many updates.
+
+    Returns:
+        float64 with the index of `table`; NaN where no update of that tensor was logged. Of a log with gaps it
+        is the mean over what was logged.
+    """
+    log = check_force_table(getattr(truth, "forces", lambda: truth)(), argument="truth")
+    check_force_table(table, argument="recovered")
+    out = pd.Series(np.nan, index=table.index)
+    logged = dict(list(log.groupby("tensor", observed=True)))
+    for name, rows in table.groupby("tensor", observed=True):
+        if name not in logged:
+            continue
+        own = logged[name].sort_values("step")
+        steps, span = own["step"].to_numpy(), own["span"].to_numpy(float)
+        total = np.append(0.0, np.cumsum(span * own["alignment"].to_numpy(float)))
+        count = np.append(0.0, np.cumsum(span))
+        stop = np.searchsorted(steps, rows["step"].to_numpy(), side="right")
+        start = np.searchsorted(steps, (rows["step"] - rows["span"]).to_numpy(), side="right")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            out[rows.index] = (total[stop] - total[start]) / (count[stop] - count[start])
+    return out

@@ -1,0 +1,1 @@
+"""What everything speaks: the algebra, the tables, the names. It knows nobody."""

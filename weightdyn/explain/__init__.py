@@ -1,0 +1,1 @@
+"""What force tables say, wherever they came from."""

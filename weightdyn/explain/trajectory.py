@@ -1,0 +1,421 @@
+"""What the forces add up to over a run: integration, closure, equilibrium, and the phases of a trajectory.
+
+One formula carries this module. Row j of a tensor covers `span` updates at its own mean force F_j = alignment
++ injection + decay; the h updates between it and the row i before it were not logged, and their force is
+interpolated linearly in the step between the centres of the two spans. So ‖w‖² changes from row i to row j by
+
+    span_j·F_j + h·( F_i + (F_j − F_i)·(span_i + h) / (span_i + span_j + 2h) )
+
+which is the forces themselves, and exact, where every update has a row (h = 0). `integrate` sums it up from
+the first row; `closure` holds each term against the measured change.
+
+Nothing is interpolated across a gap. A gap is a stretch without rows of this tensor where other tensors of
+the table do have rows (it had no gradient there, or was not selected), or one that is longer than the logging
+intervals on both sides of it (rows lost with a killed run), or one across which `numel` of a sum of tensors
+changes (the sums are not over the same tensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from weightdyn.core.naming import ROLES
+from weightdyn.core.tables import FORCES, By, check_force_table
+
+if TYPE_CHECKING:
+    from weightdyn.record.runlog import RunLog
+
+
+_IDENTITY = ("tensor", "layer", "component", "role")
+
+
+def integrate(table: pd.DataFrame | RunLog) -> pd.DataFrame:
+    """Predict ‖w‖² by summing the forces from the first row on, beside the measured ‖w‖².
+
+        predicted(t_0) = norm_sq_0 + span_0·F_0
+        predicted(t_j) = predicted(t_i) + change from row i to row j, as this module's opening has it
+
+    Across a gap the measured change stands in for the forces
+    that are not known: the error made before the gap is kept, and none is made up.
+
+    Args:
+        table: a force table or a `RunLog`; each tensor (or group, if it was summed) is integrated on its own.
+
+    Returns:
+        One row per row of the table, tensor by tensor in ascending steps: `step`, the table's columns among
+        `tensor`, `layer`, `component`, `role` and `numel`; `norm_sq_after` (‖w‖² measured after the update,
+        NaN where neither this row nor the next has it), `norm_sq_predicted`, and `gap` (whether there was one
+        right before this row).
+
+    Raises:
+        TypeError, ValueError: not a force table; two rows of one tensor that cover the same update.
+
+    >>> t = pd.DataFrame({"step": [1, 3], "span": 1, "norm_sq": [8.0, 10.5], "norm_sq_after": [9.0, 12.5],
+    ...                   "alignment": [2.0, 3.0], "injection": 0.5, "decay": -1.5})
+    >>> integrate(t)[["step", "norm_sq_after", "norm_sq_predicted"]].to_numpy().tolist()
+    [[1.0, 9.0, 9.0], [3.0, 12.5, 12.5]]
+    """
+    forces = _force_table(table)
+    path = _path(forces)
+    change = np.where(path.gap, path.bridged, path.change)
+    change[path.first] += forces["norm_sq"].to_numpy(float)[path.order][path.first]
+    starts = np.flatnonzero(path.first)
+    sums = [np.cumsum(part) for part in np.split(change, starts[1:])]
+    names = ["step", *(name for name in (*_IDENTITY, "numel") if name in forces)]
+    out = forces[names].iloc[path.order].reset_index(drop=True)
+    out["norm_sq_after"] = path.after
+    out["norm_sq_predicted"] = np.concatenate(sums)
+    out["gap"] = path.gap
+    return out
+
+
+def closure(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) -> pd.DataFrame:
+    """How well the forces account for the measured change of ‖w‖²: Σ|residual| / Σ|Δ‖w‖²|.
+
+    A term is the way from one row's ‖w'‖² to the next row's, and its residual is the measured change less the
+    one that this module's formula gives. With a row for every update that is a check of each update against
+    the measurement of the one before it: rounding, 1e-7 to 1e-4 in float32. With rows further apart it also
+    holds what interpolation misses. A row that was audited (`residual` is there and not NaN) is held against
+    its own update alone instead, so `closure(table[table["residual"].notna()])` is free of interpolation.
+
+    Args:
+        table: a force table, of tensors or of sums, or a `RunLog`.
+        by: add up the terms of "layer", "component", "role", "model" (everything) or a list of columns;
+            None keeps a row for each tensor (or group, if the table was summed).
+
+    Returns:
+        One row per tensor or group, in the table's order: `updates` (covered by the terms), `gaps` (stretches
+        left out, see the module's opening), `residual` (Σ|residual|), `change` (Σ|Δ‖w‖²|), `closure` (their
+        ratio; NaN where nothing is covered). The worst tensors are `closure(run).nlargest(3, "closure")`, the
+        pooled figure is `closure(run, by="model")["closure"].item()`.
+
+    Raises:
+        TypeError, ValueError: not a force table; two rows that cover the same update; an unknown `by`.
+
+    >>> t = pd.DataFrame({"step": [1, 2, 3], "span": 1, "norm_sq": [8.0, 9.0, 10.0],
+    ...                   "norm_sq_after": [9.0, 10.0, 12.0], "alignment": [1.0, 1.0, 1.5],
+    ...                   "injection": 0.5, "decay": -0.5})
+    >>> closure(t)[["updates", "residual", "change", "closure"]].to_numpy().tolist()
+    [[2.0, 0.5, 3.0, 0.16666666666666666]]
+    """
+    forces = _force_table(table)
+    keys = [name for name in _IDENTITY if name in forces]
+    if by is not None:
+        keys = _keys(forces, by)
+    path = _path(forces)
+    rows = forces.iloc[path.order].reset_index(drop=True)
+    before = np.where(path.first, np.nan, _shift(path.after))
+    measured = np.where(path.gap, np.nan, path.after - before)
+    residual = measured - path.change
+    updates = path.updates
+    if "residual" in rows:
+        audited = rows["residual"].to_numpy(float)
+        known = ~np.isnan(audited)
+        own = path.span * path.net
+        residual = np.where(known, audited, residual)
+        measured = np.where(known, audited + own, measured)
+        updates = np.where(known, path.span, updates)
+
+    counted = np.isfinite(residual)
+    terms = pd.DataFrame(
+        {
+            "updates": np.where(counted, updates, 0),
+            "gaps": path.gap.astype(int),
+            "residual": np.where(counted, np.abs(residual), 0.0),
+            "change": np.where(counted, np.abs(measured), 0.0),
+        }
+    )
+    groups = _groups(rows, keys)
+    sums = terms.groupby(groups).sum()
+    identity = rows[keys].iloc[np.unique(groups, return_index=True)[1]].reset_index(drop=True)
+    out = pd.concat([identity, sums.reset_index(drop=True)], axis=1)
+    return out.assign(closure=out["residual"] / out["change"])
+
+
+def equilibrium(table: pd.DataFrame) -> pd.DataFrame:
+    """Norm at which the forces would cancel: ‖w‖²_eq = ‖w‖²·(alignment + injection)/|decay|.
+
+    Decay is the force that is proportional to ‖w‖²; with the other two as they stand at this update, the norm
+    rises below ‖w‖²_eq and falls above it. It moves as they move, and is negative where a negative alignment
+    outweighs injection: nothing holds the norm up then.
+
+    Args:
+        table: a force table. Forces of single updates are noisy: average the result over many rows.
+
+    Returns:
+        The table with the column `equilibrium` (NaN or infinite where there is no decay).
+
+    >>> t = pd.DataFrame({"step": [1], "span": [1], "norm_sq": [4.0],
+    ...                   "alignment": [0.75], "injection": [0.25], "decay": [-0.5]})
+    >>> equilibrium(t)["equilibrium"].item()
+    8.0
+    """
+    check_force_table(table)
+    growth = table["alignment"] + table["injection"]
+    return table.assign(equilibrium=-table["norm_sq"] * growth / table["decay"])
+
+
+def pool_weibull(table: pd.DataFrame, by: By | Sequence[str]) -> pd.DataFrame:
+    """Weibull trajectories of groups of tensors, from those of the tensors with their n weights each.
+
+        λ = √(Σ n·λ² / Σ n),    k = Σ n·k / Σ n
+
+    Mean squares pool exactly, and a tensor's is λ²·Γ(1+2/k): this λ is that of the pooled weights as far as
+    the tensors share one k. For the fit of the pooled weights themselves add their histograms.
+
+    Args:
+        table: a Weibull table (`RunLog.weibull()`): `step`, `lam`, `k`, and the number of weights `n` or, where
+            that is absent, `numel`; absent both, all tensors count alike.
+        by: "layer", "component", "role", "model" (everything), or a list of such columns.
+
+    Returns:
+        One row per step and group: `step`, the group's columns, `n`, `k`, `lam`. Tensors without a fit (NaN)
+        are left out.
+
+    Raises:
+        TypeError, ValueError: not a Weibull table; an unknown `by`.
+
+    >>> t = pd.DataFrame({"step": 1, "role": "value", "n": [1, 3], "lam": [4.0, 2.0], "k": [1.0, 1.2]})
+    >>> pool_weibull(t, by="role")[["lam", "k"]].round(3).to_numpy().tolist()
+    [[2.646, 1.15]]
+    """
+    _check_columns(table, ("step", "k", "lam"))
+    keys = _keys(table, by)
+    table = table[table["lam"].notna() & table["k"].notna()]
+    count = next((table[name].astype(float) for name in ("n", "numel") if name in table), 1.0)
+    weighted = table[["step", *keys]].assign(n=count, k=count * table["k"], lam=count * table["lam"] ** 2)
+    sums = weighted.groupby(["step", *keys], dropna=False, observed=True, sort=True).sum().reset_index()
+    return sums.assign(
+        n=sums["n"].astype("int64"), k=sums["k"] / sums["n"], lam=np.sqrt(sums["lam"] / sums["n"])
+    )
+
+
+def phases(table: pd.DataFrame, value: str = "lam") -> pd.DataFrame:
+    """Rise, peak and relaxation of a trajectory, group by group.
+
+    The peak is that of a running median over 2·⌊rows/50⌋+1 rows (at least 3; shorter, and centred, towards
+    the ends), so one stray value is none. It is an overshoot where the start and the end both lie below it by
+    more than 4 standard deviations of the values about that median, the end by more than 1 % of the rise too.
+
+    Args:
+        table: a trajectory with `step`, `value` and whichever of `tensor`, `layer`, `component`, `role` tell
+            its groups apart: `RunLog.weibull()`, `pool_weibull(…)`, a published trajectory, a force table.
+        value: the column to follow: "lam", "k", "sigma", "norm_sq", …
+
+    Returns:
+        One row per group, in the table's order, with the group's columns and
+
+        - `start_step`, `start`: the first row;
+        - `half_step`: the first row at least half-way up from start to peak. Growth is at its strongest up to
+          here; shares of the forces "in the rise" are meant up to here;
+        - `peak_step`, `peak`: of the running median;
+        - `end_step`, `end`: the last row;
+        - `rise`: (peak − start)/start;  `relaxation`: (peak − end)/peak;
+        - `overshoot`: bool, as above.
+
+        Rows where `value` is NaN do not count; a group without any other row is left out.
+
+    Raises:
+        TypeError, ValueError: not a table; a column is missing; two rows of one group at the same step.
+
+    >>> t = pd.DataFrame({"step": range(1, 9), "lam": [1.0, 2.0, 3.0, 3.5, 3.6, 3.5, 3.2, 3.0]})
+    >>> phases(t)[["half_step", "peak_step", "peak", "end_step", "end", "overshoot"]].to_dict("records")
+    [{'half_step': 3, 'peak_step': 5, 'peak': 3.5, 'end_step': 8, 'end': 3.0, 'overshoot': True}]
+    """
+    _check_columns(table, ("step", value))
+    keys = [name for name in _IDENTITY if name in table]
+    table = table[table[value].notna()].sort_values("step", kind="stable")
+    groups = _groups(table, keys)
+    steps, values = table["step"].to_numpy(), table[value].to_numpy(float)
+    found: list[dict[str, object]] = []
+    firsts: list[int] = []
+    for rows in _rows_of(groups):
+        step, x = steps[rows], values[rows]
+        if (np.diff(step) == 0).any():
+            at = step[:-1][np.diff(step) == 0][0]
+            raise ValueError(
+                f"table has two rows at step {at} for one group of {keys or 'the whole table'}; "
+                f"pool it first (pool_weibull, aggregate) or keep the columns that tell them apart"
+            )
+        firsts.append(rows[0])
+        found.append(_phases_of(step, x))
+    identity = table[keys].iloc[firsts].reset_index(drop=True)
+    columns = list(_phases_of(np.array([0]), np.array([1.0])))
+    return pd.concat([identity, pd.DataFrame(found, columns=columns)], axis=1)
+
+
+def _phases_of(step: np.ndarray, x: np.ndarray) -> dict[str, object]:
+    smooth = _running_median(x, half=max(1, len(x) // 50))
+    tops = np.flatnonzero(smooth == smooth.max())
+    top = int(tops[x[tops].argmax()])  # a running median is flat at a peak: the raw values say which row
+    peak, start, end = float(smooth[top]), float(x[0]), float(x[-1])
+    clear = 4 * float(np.std(x - smooth))
+    half = int(np.argmax(smooth >= (start + peak) / 2))
+    return {
+        "start_step": int(step[0]),
+        "start": start,
+        "half_step": int(step[half]),
+        "peak_step": int(step[top]),
+        "peak": peak,
+        "end_step": int(step[-1]),
+        "end": end,
+        "rise": (peak - start) / start if start else np.nan,
+        "relaxation": (peak - end) / peak if peak else np.nan,
+        "overshoot": peak - start > clear and peak - end > max(0.01 * (peak - start), clear),
+    }
+
+
+def _running_median(x: np.ndarray, half: int) -> np.ndarray:
+    """Centred running median over 2·half+1 values; the window shrinks to 1 at the ends to stay centred."""
+    out = x.astype(float)
+    n = len(x)
+    for width in range(1, min(half, (n - 1) // 2) + 1):
+        if width < half:
+            for i in (width, n - 1 - width):
+                out[i] = np.median(x[i - width : i + width + 1])
+        else:
+            windows = np.lib.stride_tricks.sliding_window_view(x, 2 * width + 1)
+            out[width : n - width] = np.median(windows, axis=1)
+    return out
+
+
+class _Path(NamedTuple):
+    """A force table's rows in order of tensor and step, as arrays of that order."""
+
+    order: np.ndarray  # positions in the table
+    first: np.ndarray  # bool: a tensor's first row
+    span: np.ndarray
+    updates: np.ndarray  # since the row before; `span` for a first row
+    net: np.ndarray  # sum of the forces, per update
+    after: np.ndarray  # ‖w‖² after the row's last update, NaN where unknown
+    gap: np.ndarray  # bool: the forces of the stretch before the row are unknown
+    change: np.ndarray  # of ‖w‖² since the row before by the forces; over its own span for a first row
+    bridged: np.ndarray  # the same with the measured change in place of what was not logged
+
+
+def _path(table: pd.DataFrame) -> _Path:
+    keys = [name for name in _IDENTITY if name in table]
+    group = _groups(table, keys)
+    step = table["step"].to_numpy(np.int64)
+    order = np.lexsort((step, group))
+    rows = table.iloc[order]
+    group, step = group[order], step[order]
+    span = rows["span"].to_numpy(np.int64)
+    net = rows[list(FORCES)].to_numpy(float).sum(axis=1)
+    norm_sq = rows["norm_sq"].to_numpy(float)
+
+    first = np.append(True, group[1:] != group[:-1])[: len(rows)]
+    updates = np.where(first, span, step - _shift(step))
+    unlogged = updates - span
+    if (unlogged < 0).any():
+        at = int(np.flatnonzero(unlogged < 0)[0])
+        who = rows[keys].iloc[at].to_dict() if keys else "one tensor"
+        raise ValueError(
+            f"table has two rows that both cover update {step[at] - span[at] + 1} of {who}: "
+            f"rows must not overlap; do not join tables of different runs, or of views and their whole"
+        )
+
+    span_i, net_i = _shift(span), _shift(net)
+    between = net_i + (net - net_i) * (span_i + unlogged) / (span_i + span + 2 * unlogged)
+    own = span * net
+    change = own + np.where(unlogged > 0, unlogged * between, 0.0)
+
+    after = rows["norm_sq_after"].to_numpy(float) if "norm_sq_after" in rows else np.full(len(rows), np.nan)
+    meets_next = np.append(~first[1:] & (unlogged[1:] == 0), False)[: len(rows)]
+    after = np.where(np.isnan(after) & meets_next, np.roll(norm_sq, -1), after)
+
+    gap = ~first & (unlogged > 0) & _skips(step)
+    if "numel" in rows:
+        numel = rows["numel"].to_numpy(float)
+        gap |= ~first & (numel != _shift(numel))
+    known = np.where(np.isnan(after), norm_sq + own, after)
+    bridged = norm_sq - _shift(known) + own
+    return _Path(order, first, span, updates, net, after, gap, change, bridged)
+
+
+def _skips(step: np.ndarray) -> np.ndarray:
+    """Whether the way from the row before leaves out steps that the table has, or is too long for its log.
+
+    Too long: longer than the logging intervals on both sides of it. The last one has only one side, and
+    schedules that double their interval end like that, so it may be twice as long.
+    """
+    grid, place = np.unique(step, return_inverse=True)
+    width = np.diff(grid).astype(float)
+    before = np.append(np.nan, width)[: len(width)]
+    after = np.append(width[1:], 2 * before[-1:])[: len(width)]
+    too_long = np.append(False, width > np.fmax(before, after))
+    return (place - _shift(place) != 1) | too_long[place]
+
+
+def _shift(x: np.ndarray) -> np.ndarray:
+    """The value of the row before; the first row keeps its own."""
+    return np.concatenate([x[:1], x[:-1]])
+
+
+def _keys(table: pd.DataFrame, by: By | Sequence[str]) -> list[str]:
+    """Columns to group by; none for the whole model."""
+    asked = [by] if isinstance(by, str) else list(by)
+    allowed = [name for name in _IDENTITY if name in table]
+    unknown = [key for key in asked if key not in (*allowed, "model")]
+    if unknown:
+        raise ValueError(f"by={by!r}: cannot group by {unknown}; use 'model' or any of {allowed}")
+    return [key for key in asked if key != "model"]
+
+
+def _groups(table: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
+    """Number of each row's group, counted in order of appearance."""
+    if not keys:
+        return np.zeros(len(table), dtype=int)
+    return table.groupby(list(keys), dropna=False, observed=True, sort=False).ngroup().to_numpy()
+
+
+def _rows_of(groups: np.ndarray) -> list[np.ndarray]:
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(groups) else []
+
+
+def _force_table(table: pd.DataFrame | RunLog) -> pd.DataFrame:
+    if not isinstance(table, pd.DataFrame) and hasattr(table, "forces"):
+        table = table.forces()
+    checked = check_force_table(table)
+    if checked.empty:
+        raise ValueError("table has no rows: no update was logged")
+    return checked
+
+
+def _check_columns(table: Any, names: Sequence[str]) -> None:
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"table must be a pandas.DataFrame with {list(names)}, got {type(table).__name__}")
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise ValueError(f"table lacks the columns {missing}; it has {list(table.columns)}")
+
+
+def summarize(run: RunLog) -> pd.DataFrame:
+    """One row per role: `phases` of its λ, alignment's share in the rise and at the end, worst closure.
+
+    The share is |ΣA|/(|ΣA| + |ΣI| + |ΣD|) of the forces summed over the role's tensors and over the updates of
+    the rise (up to `half_step` of `phases`; NaN if λ never rose), or over the last tenth of the run.
+    """
+    table = phases(pool_weibull(run.weibull(), by="role")).set_index("role")
+    table = table.reindex([role for role in ROLES if role in table.index]).reset_index()
+    forces = run.forces(by="role")
+    last = int(forces["step"].max())
+
+    def share(role: str, start: float, stop: float) -> float:
+        rows = forces[(forces["role"] == role) & forces["step"].between(start, stop)]
+        totals = rows[list(FORCES)].sum().abs()
+        return totals["alignment"] / totals.sum() if len(rows) else float("nan")
+
+    worst = closure(run).groupby("role", observed=True)["closure"].max()
+    return table.assign(
+        rise_share=[
+            share(role, 1, half) for role, half in zip(table["role"], table["half_step"], strict=True)
+        ],
+        end_share=[share(role, 0.9 * last, last) for role in table["role"]],
+        closure=table["role"].map(worst).astype(float),
+    )

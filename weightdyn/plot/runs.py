@@ -1,0 +1,249 @@
+"""Figures of a run: its forces, its Weibull trajectories, its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
+
+import numpy as np
+import pandas as pd
+
+from weightdyn.core.tables import FORCES, By, aggregate, budget, check_force_table
+from weightdyn.explain.trajectory import phases, pool_weibull
+from weightdyn.plot.style import (
+    DARK,
+    FORCE_COLORS,
+    GREY,
+    LAYERS_IN_LEGEND,
+    ROLE_COLORS,
+    SYMBOLS,
+    check_panels,
+    draw_line,
+    group_name,
+    label_axes,
+    layer_bar,
+    legend_above,
+    line_styles,
+    make_axes,
+    mark_phases,
+    name_panel,
+    split_groups,
+    table_of,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from weightdyn.record.runlog import RunLog
+
+
+Kind = Literal["forces", "shares"]
+
+
+@overload
+def force_budget(
+    run_or_table: RunLog | pd.DataFrame,
+    *,
+    kind: Kind = ...,
+    by: Literal["model"] | None = None,
+    ax: Axes | None = None,
+) -> Axes: ...
+@overload
+def force_budget(
+    run_or_table: RunLog | pd.DataFrame,
+    *,
+    kind: Kind = ...,
+    by: Literal["layer", "component", "role"],
+    ax: Sequence[Axes] | None = None,
+) -> np.ndarray: ...
+def force_budget(
+    run_or_table: RunLog | pd.DataFrame,
+    *,
+    kind: Kind = "forces",
+    by: By | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+) -> Axes | np.ndarray:
+    """Draw what alignment, injection and decay do to ‖w‖² over a run.
+
+    Args:
+        run_or_table: a `RunLog` or a force table; its tensors are summed.
+        kind: "forces" draws the signed contributions to ‖w‖² per update and their net; "shares" draws
+            |F| / (|alignment| + |injection| + |decay|) in percent.
+        by: "layer", "component" or "role" draws one panel for each; None (or "model") sums all in one panel.
+        ax: Axes to draw on, as many as there are panels; None makes a figure.
+
+    Lines of more than 200 rows are the running mean over 2 % of the rows, with the rows themselves in a light
+    tint behind; shares are averaged as shares.
+
+    Returns:
+        The Axes; where there is a panel for each group an array of them, in the order of the panels.
+
+    Raises:
+        TypeError, ValueError: an argument that is not one of the above.
+    """
+    if kind not in ("forces", "shares"):
+        raise ValueError(f"kind must be 'forces' or 'shares', got {kind!r}")
+    table = check_force_table(table_of(run_or_table, "forces"), argument="run_or_table")
+    by = check_panels(table, by or "model")
+    table = budget(aggregate(table, by))
+    panels = split_groups(table, by)
+    axes = make_axes(ax, len(panels))
+    for panel, (name, rows) in zip(axes, panels, strict=True):
+        panel.axhline(0, color=GREY, linewidth=0.6, zorder=0)
+        for force in (*FORCES, "net") if kind == "forces" else FORCES:
+            values = rows[force] if kind == "forces" else 100 * rows[f"{force}_share"]
+            draw_line(panel, rows["step"], values, color=FORCE_COLORS[force], label=force)
+        if kind == "shares":
+            panel.set_ylim(0, 100)
+        if by != "model":
+            name_panel(panel, group_name(by, name))
+    label_axes(axes, ["Δ‖w‖² per update" if kind == "forces" else "budget share (%)"] * len(axes))
+    legend_above(axes[0])
+    return axes[0] if by == "model" else np.array(axes)
+
+
+@overload
+def weibull_trajectory(
+    run_or_table: RunLog | pd.DataFrame,
+    *,
+    value: Literal["lam", "k"],
+    by: By | None = None,
+    ax: Axes | None = None,
+) -> Axes: ...
+@overload
+def weibull_trajectory(
+    run_or_table: RunLog | pd.DataFrame,
+    *,
+    value: None = None,
+    by: By | None = None,
+    ax: Sequence[Axes] | None = None,
+) -> np.ndarray: ...
+def weibull_trajectory(
+    run_or_table: RunLog | pd.DataFrame,
+    *,
+    value: Literal["lam", "k"] | None = None,
+    by: By | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+) -> Axes | np.ndarray:
+    """Draw the Weibull scale λ and shape k of the weights over a run, with the phases of λ marked.
+
+    Args:
+        run_or_table: a `RunLog` or a Weibull table: `step`, `k`, `lam`; `layer`, `role`, `numel`, … if any.
+        value: "lam" or "k" draws that one; None draws λ above k.
+        by: a line for each "layer", "component", "role", or one for the whole "model"; tensors are pooled as in
+            `pool_weibull`. None: by layer where the table has layers, else the model.
+        ax: Axes to draw on: one, or two where `value` is None; None makes a figure.
+
+    A dot marks the peak of each λ that overshoots (`phases`). A band through the panels reaches from the first of
+    these peaks to the last: before it λ rises, behind it λ relaxes.
+
+    Returns:
+        The Axes; where `value` is None an array of two, λ's and k's.
+
+    Raises:
+        TypeError, ValueError: an argument that is not one of the above.
+    """
+    if value not in ("lam", "k", None):
+        raise ValueError(f"value must be 'lam', 'k' or None for both, got {value!r}")
+    table = table_of(run_or_table, "weibull")
+    if by is None:
+        by = "layer" if "layer" in table and table["layer"].notna().any() else "model"
+    pooled = pool_weibull(table, check_panels(table, by))
+    if pooled.empty:
+        raise ValueError("run_or_table holds no Weibull fits; log some (weibull_every=…)")
+    values = ("lam", "k") if value is None else (value,)
+    axes = make_axes(ax, len(values))
+
+    lines = split_groups(pooled, by)
+    styles = line_styles(by, [name for name, _ in lines])
+    found = [phases(rows).iloc[0] for _, rows in lines]
+    peaks = [one["peak_step"] for one in found if one["overshoot"]]
+    few = len(lines) <= LAYERS_IN_LEGEND
+    bar = by == "layer" and not few
+    for panel, column in zip(axes, values, strict=True):
+        for (name, rows), style, phase in zip(lines, styles, found, strict=True):
+            label = None if bar and not pd.isna(name) else group_name(by, name).removeprefix("layer ")
+            panel.plot(rows["step"], rows[column], linewidth=1.1, label=label, **style)
+            if column == "lam" and phase["overshoot"]:
+                color, edge = style["color"], "white" if few else style["color"]
+                size = 4 if few else 2
+                panel.plot(phase["peak_step"], phase["peak"], "o", color=color, mec=edge, mew=0.5, ms=size)
+        if peaks:
+            mark_phases(panel, min(peaks), max(peaks), named=panel is axes[0])
+    label_axes(axes, [SYMBOLS[column] for column in values])
+    if bar:
+        layer_bar(axes, [name for name, _ in lines if not pd.isna(name)])
+    if by != "model":
+        legend_above(axes[0], raised=bool(peaks), title="layer" if by == "layer" and not bar else None)
+    return axes[0] if value is not None else np.array(axes)
+
+
+def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Axes | None = None) -> Axes:
+    """Draw the recorded losses: every column of the metrics with "loss" in its name.
+
+    Args:
+        run_or_table: a `RunLog`, or a table with `step` and columns such as `loss` and `eval_loss`.
+        unit: unit of the loss for the axis, such as "nats per byte".
+        ax: Axes to draw on; None makes a figure.
+
+    Lines of more than 200 rows are the running mean over 2 % of the rows, with the rows themselves in a light
+    tint behind. A loss that was recorded at fewer than half of the steps has a dot for each record.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        TypeError, ValueError: not a run or a table; nothing in it is called a loss.
+    """
+    table = table_of(run_or_table, "metrics")
+    names = [name for name in table if "loss" in str(name).lower() and table[name].notna().any()]
+    if "step" not in table or not names:
+        raise ValueError(f"run_or_table holds no losses by step: its columns are {list(table.columns)}")
+    axes = make_axes(ax, 1)
+    colors = (DARK, *ROLE_COLORS.values())
+    for i, name in enumerate(names):
+        rows = table[["step", name]].dropna()
+        sparse = 2 * len(rows) < len(table)
+        label = str(name).replace("_", " ")
+        draw_line(axes[0], rows["step"], rows[name], color=colors[i % len(colors)], label=label, dots=sparse)
+    label_axes(axes, [f"loss ({unit})" if unit else "loss"])
+    if len(names) > 1:
+        legend_above(axes[0])
+    return axes[0]
+
+
+def overview(run: RunLog, *, role: str = "transmission", ax: Sequence[Axes] | None = None) -> np.ndarray:
+    """Draw the Weibull scale of one role above the forces that move it: rise, overshoot and relaxation.
+
+    λ is pooled over the role's tensors inside the blocks; the forces are summed over all of its tensors. Where
+    λ overshoots, a line through both panels marks its peak: before it the net force is positive, behind it decay
+    outweighs alignment.
+
+    Args:
+        run: a `RunLog` with forces and Weibull fits (`weibull_every=…`).
+        role: "selection", "transmission", "value" or "other".
+        ax: two Axes to draw on; None makes a figure.
+
+    Returns:
+        An array of two Axes, λ's and the forces'.
+
+    Raises:
+        TypeError, ValueError: not a run; nothing of this role in it.
+    """
+    weibull, forces = table_of(run, "weibull"), table_of(run, "forces")
+    for table in (weibull, forces):
+        if role not in set(table["role"]):
+            raise ValueError(f"role must be one that the run has, {sorted(set(table['role']))}, got {role!r}")
+    weibull, forces = weibull[weibull["role"] == role], forces[forces["role"] == role]
+    inside = weibull["layer"].notna()
+    axes = make_axes(ax, 2)
+    weibull_trajectory(weibull[inside] if inside.any() else weibull, value="lam", by="role", ax=axes[0])
+    force_budget(forces, ax=axes[1])
+    peak = phases(pool_weibull(weibull[inside] if inside.any() else weibull, "role")).iloc[0]
+    if peak["overshoot"]:
+        mark_phases(axes[1], peak["peak_step"], peak["peak_step"], named=False)
+    if (legend := axes[0].get_legend()) is not None:  # it would name the role, which the strip does
+        legend.remove()
+    axes[0].set_xlabel("")
+    name_panel(axes[0], role)
+    return np.array(axes)

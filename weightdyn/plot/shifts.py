@@ -1,0 +1,114 @@
+"""Figures of the shifts between paired runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from weightdyn.core.tables import FORCES
+from weightdyn.plot.style import (
+    DARK,
+    FORCE_COLORS,
+    GREY,
+    ROLE_COLORS,
+    label_axes,
+    legend_above,
+    make_axes,
+    small_size,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+# Shifts between paired runs.
+
+
+def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | None = None) -> np.ndarray:
+    """Draw what a rescaling shifts, arm minus control over the updates: force shares, λ, k and loss.
+
+    Bands are the confidence intervals over seeds that the table has; of one seed there are none.
+
+    Args:
+        shift: what `Comparison.shift` returned; `window=` there makes calmer lines.
+        group: which component, role or layer to draw, of a table that has several ("q" of by="component"). The
+            loss is the model's.
+        ax: four Axes to draw on; None makes a figure.
+
+    Returns:
+        An array of four Axes: shares in percentage points, λ, k and losses.
+
+    Raises:
+        TypeError, ValueError: not such a table; it has no such group, or several and none is named.
+
+    >>> row = {"step": [5, 10], "value": 1.0, "control": 1.0, "low": -0.1, "high": 0.1, "seeds": 3}
+    >>> quantities = [*(f"{force}_share" for force in FORCES), "lam", "k", "loss"]
+    >>> table = pd.concat([pd.DataFrame({"quantity": name, "difference": 0.0, **row}) for name in quantities])
+    >>> [panel.get_ylabel() for panel in wisca_shift(table)]
+    ['Δ share (points)', 'Δλ', 'Δk', 'Δ loss']
+    """
+    table = _one_group(shift, group)
+    axes = make_axes(ax, 4)
+    shares = [(f"{force}_share", FORCE_COLORS[force], force) for force in FORCES]
+    names = sorted(
+        {name for name in table["quantity"] if "loss" in str(name)}, key=lambda name: (len(name), name)
+    )
+    losses = [
+        (name, (DARK, *ROLE_COLORS.values())[i], name.replace("_", " ")) for i, name in enumerate(names)
+    ]
+    for panel, lines in zip(axes, (shares, [("lam", DARK, "λ")], [("k", DARK, "k")], losses), strict=True):
+        panel.axhline(0, color=GREY, linewidth=0.6, zorder=0)
+        scale = 100 if lines is shares else 1
+        for name, color, label in lines:
+            rows = table[table["quantity"] == name].sort_values("step")
+            mark = "o" if len(rows) < 10 else None
+            panel.plot(
+                rows["step"],
+                scale * rows["difference"],
+                color=color,
+                lw=1.1,
+                label=label,
+                marker=mark,
+                ms=2.5,
+            )
+            if rows["low"].notna().any():
+                low, high = scale * rows["low"], scale * rows["high"]
+                panel.fill_between(rows["step"], low, high, color=color, alpha=0.18, linewidth=0, zorder=1)
+    label_axes(axes, ["Δ share (points)", "Δλ", "Δk", "Δ loss"])
+    legend_above(axes[0])
+    if len(losses) > 1:
+        axes[3].legend(
+            loc="best", fontsize=small_size(axes[3]), frameon=False, handlelength=1.6, labelspacing=0.3
+        )
+    return np.array(axes)
+
+
+def _one_group(shift: Any, group: Any) -> pd.DataFrame:
+    """The rows of one group of a table of shifts, and those of the losses."""
+    if not isinstance(shift, pd.DataFrame):
+        raise TypeError(
+            f"shift must be the table that Comparison.shift() returns, got {type(shift).__name__}"
+        )
+    own = ("step", "quantity", "value", "control", "difference", "low", "high", "seeds")
+    if missing := [name for name in ("step", "quantity", "difference", "low", "high") if name not in shift]:
+        raise ValueError(f"shift lacks the columns {missing}; Comparison.shift() returns them")
+    keys = [name for name in shift if name not in own]
+    if len(keys) > 1:
+        raise ValueError(
+            f"shift has the groups {keys}; one of them can be drawn: Comparison.shift(…, by={keys[0]!r})"
+        )
+    loss_rows = shift["quantity"].astype(str).str.contains("loss")
+    if not keys:
+        if group is not None:
+            raise ValueError(f"group: the table has one for the whole model only, got {group!r}")
+        return shift
+    column = shift[keys[0]]
+    names = list(column[~loss_rows].dropna().unique())
+    if group is None and len(names) == 1:
+        group = names[0]
+    if group not in names:
+        raise ValueError(f"group must be one of {names}, got {group!r}")
+    return shift[loss_rows | column.eq(group).fillna(False).astype(bool)]

@@ -1,0 +1,771 @@
+"""ForceLogger: a hook on an optimizer that logs the three forces of every tensor while a model trains.
+
+AdamW's moments stand in its state after a step, so three inner products measured then give the forces of that
+step in closed form: no copy of the weights, no second pass over the gradients, and a training loop that does
+not change. The hook is a thin shell: `moments` does the arithmetic, `runlog` keeps the rows.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import json
+import operator
+import os
+import re
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weightdyn.core.forces import before_step
+from weightdyn.core.naming import TensorName, describe
+from weightdyn.core.tables import force_table
+from weightdyn.files.durable import write_file
+from weightdyn.record.moments import PRODUCTS, Adam, Plan
+from weightdyn.record.optimizers import (
+    check_optimizer,
+    decoupled_decay,
+    fresh_state,
+    is_decoupled,
+    is_remote,
+    optimizer_info,
+    own_names,
+    signature,
+    updates_made,
+    with_gradient,
+)
+from weightdyn.record.runlog import STORED, RunLog, RunWriter
+from weightdyn.weibull.fit import fit_weibull
+
+Every = int | Callable[[int], bool]
+Params = nn.Module | Iterable[tuple[str, Tensor]]
+Tensors = str | Callable[[str, Tensor], bool]
+_Waiting = tuple[str, list[int], Tensor]  # what was measured, for which rows, the values on their device
+
+_FLUSH_ROWS = 50_000
+_FLUSH_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Tracked:
+    """One tensor of the optimizer, and its rows in the log."""
+
+    parameter: Tensor
+    group: int
+    name: TensorName
+    rows: range
+
+
+@dataclass
+class _Record:
+    """One logged update: what is still on the devices, and what the host knows."""
+
+    step: int
+    lr: np.ndarray  # (rows,), NaN where it is a tensor on a device
+    weight_decay: np.ndarray
+    moved: np.ndarray  # (rows,), false for a tensor that this update left alone
+    waiting: list[_Waiting] = field(default_factory=list)
+    skipped: Tensor | None = None  # updates that a GradScaler skipped up to here, on the device
+
+
+@dataclass
+class _Before:
+    """What is kept of the state before a logged update."""
+
+    counts: list[float | Tensor]  # updates that each tensor has had
+    copies: dict[int, Tensor] = field(default_factory=dict)  # weights, where the method needs them
+    ahead: list[int] = field(default_factory=list)  # tensors measured before the update
+    waiting: list[_Waiting] = field(default_factory=list)
+
+
+class ForceLogger:
+    """Log the forces of an optimizer's tensors, from its own state, while it trains.
+
+    Attach it and leave the loop alone; it is a context manager, and a plain object with `close()`:
+
+        with wd.ForceLogger(optimizer, model, every=10, out="runs/mine"):
+            train(...)
+
+    For each selected tensor and logged update t it records ⟨w,u⟩, ‖u‖² and ‖w‖² with u = m̂/(√v̂+ε), from which
+    `RunLog.forces()` computes alignment, injection and decay (see `forces_from_products`). The products are
+    measured after the step and carried back over it in closed form (`before_step`); parameters below 32 bits,
+    whose steps rounding may swallow, are measured before the step from the gradient instead.
+
+    Args:
+        optimizer: `torch.optim.AdamW` or `Adam` (single-tensor, foreach, fused or capturable; amsgrad,
+            maximize); with `source="displacement"` any optimizer.
+        params: a model, or (name, parameter) pairs; they give the tensors their names. By default the names
+            that the optimizer was made with, else names made from group, position and shape.
+        every: log every n-th update, or those for which `every(t)` is true. Default: all.
+        out: run directory, made if it does not exist. None keeps the log in memory.
+        tensors: which to log: a regular expression searched in the name, or a function of name and parameter.
+            Default: all.
+        views: True logs q, k and v of a fused tensor apart, "head" each head of q, k and v, False leaves
+            tensors whole.
+        source: "moments" reads Adam's state. "displacement" copies the selected weights before a logged step
+            and takes u = ((1−ηλ)w − w')/η, for any optimizer with decoupled decay (SGD, Lion, Muon).
+        weibull_every: fit a Weibull law to the magnitudes every n-th update (or by function), and at the start.
+        snapshot_every: store w, m and v of the selected tensors every n-th update as
+            `snapshots/step-….safetensors`. Needs `out`.
+        audit_every: log every n-th update with ‖w‖² measured before the step as well; the table's `residual`
+            is the change of ‖w‖² that the forces do not explain: rounding.
+        start_step: updates made before this logger. Default: what the optimizer's state says, kept up to date
+            when a state dict is loaded.
+        config: configuration of the model (transformers', or a dict), for the heads of fused tensors. Default:
+            the model's own.
+        rules: {regular expression: component} for names that weightdyn does not know, tried first.
+
+    Raises:
+        TypeError: the optimizer is not Adam-like (and the source is "moments"), or a parameter is sharded,
+            sparse or complex.
+        ValueError: an argument is not one of those accepted, or nothing is selected.
+
+    Under data parallelism attach it on rank 0 only: the ranks make the same updates. A hook of your own that
+    changes gradients before the step must be registered before the logger where parameters are below 32 bits.
+
+    On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
+    flushed, every 60 s or 50,000 rows, and after each Weibull fit. A NaN or inf is recorded as it is and warned
+    of once. A full disk is warned of, and the rows kept, until they can be written.
+
+    Source: arXiv 2606.19367 for the forces; the closed form is `before_step`'s.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: Params | None = None,
+        *,
+        every: Every = 1,
+        out: str | Path | None = None,
+        tensors: Tensors | None = None,
+        views: bool | Literal["head"] = True,
+        source: Literal["moments", "displacement"] = "moments",
+        weibull_every: Every | None = None,
+        snapshot_every: Every | None = None,
+        audit_every: Every | None = None,
+        start_step: int | None = None,
+        config: Any = None,
+        rules: Mapping[str, str] | None = None,
+    ):
+        check_optimizer(optimizer, source)
+        if views not in (True, False, "head"):
+            raise ValueError(f"views must be True, False or 'head', got {views!r}")
+        if snapshot_every is not None and out is None:
+            raise ValueError("snapshot_every writes files: give it a run directory with out=")
+        if start_step is not None and (not isinstance(start_step, int) or start_step < 0):
+            raise ValueError(
+                f"start_step must be the number of updates made before, 0 or more, got {start_step!r}"
+            )
+        self._every = _schedule("every", every)
+        self._weibull_every = _schedule("weibull_every", weibull_every)
+        self._snapshot_every = _schedule("snapshot_every", snapshot_every)
+        self._audit_every = _schedule("audit_every", audit_every)
+        self._source = source
+        self._optimizer = optimizer
+        self._given = _names(_given_pairs(optimizer, params))
+        self._select = _selector(tensors)
+        self._views = views
+        self._config = config if config is not None else _config(params)
+        self._rules = rules
+        self._plans: dict[tuple[torch.device | int, ...], Plan] = {}
+        self._pending: list[_Record] = []
+        self._notes: list[tuple[str, dict[str, Any], Tensor]] = []  # metrics whose step the device knows
+        self._skipped: Tensor | None = None
+        self._last = pd.DataFrame(columns=[*STORED["forces"]])
+        self._flushed_at = time.monotonic()
+        self._warned: set[str] = set()
+        self._before: _Before | None = None
+        self._had_gradient: set[Tensor] = set()
+        self._begun = False
+        self._step = updates_made(optimizer) if start_step is None else start_step
+        self._writer = RunWriter(out, self._step, {"optimizer": optimizer_info(optimizer), "source": source})
+        try:
+            self._track()
+        except BaseException:
+            self._writer.close()
+            raise
+        self._closed = False
+        self._process = os.getpid()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._on_step_begin),
+            optimizer.register_step_post_hook(self._on_step_end),
+            optimizer.register_load_state_dict_post_hook(self._on_load),
+        ]
+        # A script that ends without close(), by an error for one, still keeps its rows.
+        self._at_exit = functools.partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    # ------------------------------------------------------------------ what users call
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return self._step
+
+    @property
+    def run(self) -> RunLog:
+        """The log up to now, flushed."""
+        if not self._closed:
+            self.flush()
+        return self._writer.run()
+
+    def record(self, step: int | None = None, **metrics: Any) -> None:
+        """Keep numbers beside the forces (loss=…, grad_norm=…), by default at the present update.
+
+        Tensors of one element are read with `.item()`, which waits for a GPU.
+        """
+        values = {name: _number(name, value) for name, value in metrics.items()}
+        if step is None and self._skipped is not None:
+            self._notes.append(("metrics", {"step": self._step, **values}, self._skipped))
+        else:
+            self._writer.append("metrics", {"step": self._step if step is None else step, **values})
+
+    def latest(self) -> pd.DataFrame:
+        """Force table of the last logged update (empty before the first). Waits for a GPU."""
+        self._bring_over()
+        return force_table(self._last, self._labels)
+
+    def flush(self) -> None:
+        """Bring the results over from the devices and write what is not yet written."""
+        self._bring_over()
+        self._flushed_at = time.monotonic()
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer and write what is left. Closing twice does no harm."""
+        if self._closed:
+            return
+        for handle in self._handles:
+            handle.remove()
+        atexit.unregister(self._at_exit)
+        self.flush()
+        self._writer.close()
+        self._closed = True
+
+    def __enter__(self) -> ForceLogger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            message = f"ForceLogger: the last rows could not be written: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def __repr__(self) -> str:
+        where = self._writer.path or "memory"
+        kind = type(self._optimizer).__name__
+        return f"ForceLogger({kind}, {len(self._tracked)} tensors, at update {self._step}, into {where})"
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            _close(lambda: self)
+
+    # ------------------------------------------------------------------ the hooks
+
+    @torch.no_grad()
+    def _on_step_begin(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self._begun:
+            self._begin()
+        self._before = None
+        self._had_gradient = with_gradient(optimizer)  # before and after: another hook may clear them
+        t = self._step + 1
+        audit = _due(self._audit_every, t)
+        if not audit and not _due(self._every, t):
+            return
+        if self._signature != signature(optimizer):
+            self._bring_over()
+            self._track()
+        everything = range(len(self._tracked))
+        before = _Before(_counts(optimizer, self._tracked))
+        if audit:
+            before.waiting += self._measure_norms("norm_sq_audit", everything)
+        narrow = [i for i in everything if self._tracked[i].parameter.dtype.itemsize < 4]
+        closure = len(args) > 1 or kwargs.get("closure") is not None
+        if self._source == "displacement" or closure:  # a closure makes the gradients inside the step
+            wanted = everything if self._source == "displacement" else narrow
+            before.copies = {i: self._tracked[i].parameter.detach().clone() for i in wanted}
+        else:
+            before.ahead = [i for i in narrow if self._tracked[i].parameter.grad is not None]
+            before.waiting += self._measure_moments("before", before.ahead, before.counts, ahead=True)
+        self._before = before
+
+    @torch.no_grad()
+    def _on_step_end(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        before, self._before = self._before, None
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused step under a GradScaler may move nothing
+        if isinstance(found_inf, Tensor):
+            if is_remote(found_inf):
+                self._skipped = found_inf.double() + (0 if self._skipped is None else self._skipped)
+            elif found_inf.item():
+                return
+        self._had_gradient |= with_gradient(optimizer)
+        if not self._had_gradient:
+            return
+        self._step += 1
+        if before is not None:
+            self._log(before, found_inf)
+        if _due(self._snapshot_every, self._step):
+            self._snapshot()
+        fit = _due(self._weibull_every, self._step)
+        if fit:
+            self._fit()
+        overdue = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
+        if fit or overdue or len(self._pending) * len(self._labels) > _FLUSH_ROWS:
+            self._bring_over()
+        if overdue or self._writer.buffered > _FLUSH_ROWS:
+            self._store()
+
+    def _on_load(self, optimizer: torch.optim.Optimizer) -> None:
+        """Follow the optimizer to the update at which a loaded state dict stands."""
+        made = updates_made(optimizer, default=self._step)
+        if made != self._step:
+            self._bring_over()
+            self._store()
+            self._step = made
+            self._writer.restart(made)
+
+    def _begin(self) -> None:
+        """Before the first update: refuse a directory that is in use, fit the weights as they are."""
+        self._writer.begin()
+        self._begun = True
+        if self._weibull_every is not None and self._step == 0:
+            self._fit()
+
+    # ------------------------------------------------------------------ measuring
+
+    def _track(self) -> None:
+        """List the selected tensors and number their rows."""
+        self._signature = signature(self._optimizer)
+        self._tracked: list[_Tracked] = []
+        self._labels: dict[str, dict[str, Any]] = {}
+        self._plans.clear()
+        self._names = {**_names(own_names(self._optimizer)), **self._given}
+        for index, group in enumerate(self._optimizer.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                shape = "x".join(map(str, parameter.shape))
+                name = self._names.get(parameter, f"group{index}.{position}({shape})")
+                if parameter.numel() and self._select(name, parameter):
+                    _check_parameter(name, parameter)
+                    self._add(index, name, parameter)
+        whole = [
+            each.name.name for each in self._tracked if each.name.component == "qkv" and not each.name.views
+        ]
+        if whole and self._views and self._config is None:
+            self._warn_once(
+                "config", f"q, k and v of {whole[0]} stay together: pass config= to tell its heads"
+            )
+        if not self._tracked:
+            raise ValueError("tensors: selects none of the optimizer's parameters")
+        sizes = [len(each.rows) for each in self._tracked]
+        self._row_group = np.repeat([each.group for each in self._tracked], sizes)
+        self._describe(tensors=self._labels)
+
+    def _add(self, group: int, name: str, parameter: Tensor) -> None:
+        shape = tuple(parameter.shape)
+        label = describe(name, shape, self._config, per_head=self._views == "head", rules=self._rules)
+        if not self._views:
+            label = dataclasses.replace(label, views=())
+        first = len(self._labels)
+        for part in label.views or (None,):
+            key = name if part is None else f"{name}[{part.name}]"
+            if key in self._labels:
+                raise ValueError(f"params: two parameters are named {name!r}; names must differ")
+            self._labels[key] = {
+                "layer": label.layer,
+                "component": (part or label).component,
+                "role": (part or label).role,
+                "numel": parameter.numel() if part is None else part.numel(shape),
+                "shape": list(shape),
+                "parameter": name,
+            }
+        self._tracked.append(_Tracked(parameter, group, label, range(first, len(self._labels))))
+
+    def _log(self, before: _Before, found_inf: Tensor | None) -> None:
+        """Measure the update that was just made; what is on a device stays there."""
+        optimizer = self._optimizer
+        waiting = list(before.waiting)
+        moved = np.zeros(len(self._labels), dtype=bool)
+        active = []
+        counts = _counts(optimizer, self._tracked)
+        for i, (each, count, earlier) in enumerate(zip(self._tracked, counts, before.counts, strict=True)):
+            if self._source == "displacement":
+                if each.parameter not in self._had_gradient:
+                    continue
+            elif isinstance(count, Tensor):  # known on the device only: decided when the rows come over
+                rows = list(each.rows)
+                waiting.append(("moved", rows, (count - earlier).double().expand(len(rows))))
+            elif count <= cast(float, earlier):
+                continue
+            moved[each.rows] = True
+            active.append(i)
+        if found_inf is not None and is_remote(found_inf):
+            rows = list(range(len(moved)))
+            waiting.append(("moved", rows, (1 - found_inf.double()).expand(len(rows))))
+
+        lrs, decays = [], []
+        for index, group in enumerate(optimizer.param_groups):
+            lr = group["lr"]
+            if is_remote(lr):
+                rows = np.flatnonzero(self._row_group == index).tolist()
+                waiting.append(("lr", rows, lr.double().reshape(()).clone().expand(len(rows))))
+                lr = np.nan
+            lrs.append(float(lr))
+            decays.append(decoupled_decay(optimizer, group))
+
+        copied = [i for i in active if i in before.copies]
+        inverted = [i for i in active if i not in before.copies and i not in before.ahead]
+        if self._source == "displacement":
+            waiting += self._measure_displacement(copied, before.copies)
+        else:
+            waiting += self._measure_moments("after", inverted, counts)
+            waiting += self._measure_moments("before", copied, counts, copies=before.copies)
+        waiting += self._measure_norms("norm_sq_after", [i for i in active if i not in inverted])
+
+        lr, decay = np.array(lrs)[self._row_group], np.array(decays)[self._row_group]
+        self._pending.append(_Record(self._step, lr, decay, moved, waiting, self._skipped))
+
+    def _measure_norms(self, what: str, indices: Iterable[int]) -> list[_Waiting]:
+        return [
+            (what, rows, plan.norms([self._tracked[i].parameter.detach() for i in chosen]))
+            for chosen, rows, plan in self._by_device(indices)
+        ]
+
+    def _measure_displacement(self, indices: Iterable[int], copies: Mapping[int, Tensor]) -> list[_Waiting]:
+        waiting = []
+        for chosen, rows, plan in self._by_device(indices):
+            groups = [self._optimizer.param_groups[self._tracked[i].group] for i in chosen]
+            products = plan.displacement(
+                [copies[i] for i in chosen],
+                [self._tracked[i].parameter.detach() for i in chosen],
+                [group["lr"] for group in groups],
+                [decoupled_decay(self._optimizer, group) for group in groups],
+            )
+            waiting.append(("before", rows, products))
+        return waiting
+
+    def _measure_moments(
+        self,
+        what: str,
+        indices: Iterable[int],
+        counts: Sequence[float | Tensor],
+        copies: Mapping[int, Tensor] | None = None,
+        ahead: bool = False,
+    ) -> list[_Waiting]:
+        """Products from Adam's state as it is after the step or, from the gradient, `ahead` of it."""
+        waiting = []
+        for chosen, rows, plan in self._by_device(indices):
+            parameters = [self._tracked[i].parameter for i in chosen]
+            groups = [self._optimizer.param_groups[self._tracked[i].group] for i in chosen]
+            states = [
+                self._optimizer.state.get(parameter) or fresh_state(parameter) for parameter in parameters
+            ]
+            tops = [
+                state.get("max_exp_avg_sq", state["exp_avg_sq"]) if group["amsgrad"] else None
+                for state, group in zip(states, groups, strict=True)
+            ]
+            second = [state["exp_avg_sq"] for state in states]
+            more: dict[str, Any] = {}
+            if ahead:
+                scale = getattr(self._optimizer, "grad_scale", None)
+                unscale = 1.0 if scale is None else 1 / scale
+                more["grads"] = [cast(Tensor, parameter.grad).detach() for parameter in parameters]
+                more["grad_factors"] = [-unscale if group["maximize"] else unscale for group in groups]
+                more["coupled_decays"] = [
+                    0.0 if is_decoupled(self._optimizer, group) else float(group["weight_decay"])
+                    for group in groups
+                ]
+                if any(top is not None for top in tops):
+                    nothing = [fresh_state(parameter)["exp_avg_sq"] for parameter in parameters]
+                    more["max_exp_avg_sqs"] = _first_given(tops, nothing)
+            else:
+                second = _first_given(tops, second)
+            adams = [
+                Adam(group["betas"][0], group["betas"][1], group["eps"], counts[i] + ahead)
+                for i, group in zip(chosen, groups, strict=True)
+            ]
+            weights = [
+                p.detach() if copies is None else copies[i] for i, p in zip(chosen, parameters, strict=True)
+            ]
+            first = [state["exp_avg"] for state in states]
+            waiting.append((what, rows, plan.moments(weights, first, second, adams, **more)))
+        return waiting
+
+    def _by_device(self, indices: Iterable[int]) -> list[tuple[list[int], list[int], Plan]]:
+        """The tensors of each device and type, their rows, and the plan that reads them."""
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i in indices:
+            parameter = self._tracked[i].parameter
+            groups.setdefault((parameter.device, parameter.dtype), []).append(i)
+        found = []
+        for (device, _), chosen in groups.items():
+            key = (device, *chosen)
+            if key not in self._plans:
+                if len(self._plans) >= 16:  # which tensors move may change from step to step
+                    self._plans.clear()
+                tracked = [self._tracked[i] for i in chosen]
+                shapes = [tuple(each.parameter.shape) for each in tracked]
+                self._plans[key] = Plan(shapes, [each.name.views for each in tracked], device)
+            found.append((chosen, [row for i in chosen for row in self._tracked[i].rows], self._plans[key]))
+        return found
+
+    # ------------------------------------------------------------------ from the devices into the log
+
+    def _bring_over(self) -> None:
+        """Turn what was measured since the last time into rows: one copy from each device."""
+        if self._pending:
+            pending, self._pending = self._pending, []
+            rows = self._rows(pending)
+            if len(rows):
+                self._last = rows[rows["step"] == rows["step"].iloc[-1]]
+                self._writer.append("forces", rows)
+                self._flag_non_finite(rows)
+        notes, self._notes = self._notes, []
+        for kind, columns, skipped in notes:
+            self._writer.append(kind, {**columns, "step": columns["step"] - int(skipped.item())})
+        if self._skipped is not None:
+            self._step -= int(self._skipped.item())
+            self._skipped = None
+
+    def _store(self) -> None:
+        """Write in mid-training: a full disk must not end it, and the rows are kept for the next time."""
+        self._flushed_at = time.monotonic()
+        try:
+            self._writer.flush()
+        except OSError as error:
+            self._warn_once("disk", f"the log could not be written and is kept in memory for now: {error}")
+
+    def _rows(self, records: Sequence[_Record]) -> pd.DataFrame:
+        """The stored columns of logged updates, as `RunLog` reads them."""
+        shape = (len(records), len(records[0].moved))
+        fetched = _to_host([values for record in records for *_, values in record.waiting])
+        raw = {
+            "lr": np.stack([record.lr for record in records]),
+            "weight_decay": np.stack([record.weight_decay for record in records]),
+            "norm_sq_after": np.full(shape, np.nan),
+            "norm_sq_audit": np.full(shape, np.nan),
+        }
+        products = np.full((*shape, len(PRODUCTS)), np.nan)
+        moved = np.stack([record.moved for record in records])
+        inverted = np.zeros(shape, dtype=bool)
+        steps = np.array([record.step for record in records])
+        for i, record in enumerate(records):
+            for what, rows, _ in record.waiting:
+                values = next(fetched)
+                if what == "moved":
+                    moved[i, rows] &= values > 0
+                elif what in ("before", "after"):
+                    products[i, rows] = values.reshape(-1, len(PRODUCTS))
+                    inverted[i, rows] = what == "after"
+                else:
+                    raw[what][i, rows] = values
+            if record.skipped is not None:
+                steps[i] -= int(record.skipped.item())
+        raw.update(zip(PRODUCTS, np.moveaxis(products, -1, 0), strict=True))
+        dot_wu, u_sq, w_sq = (raw.pop(name) for name in ("dot_wu", "u_sq", "w_sq"))
+        with np.errstate(all="ignore"):  # what is not finite is recorded as it is
+            undone = before_step(dot_wu, u_sq, w_sq, raw["lr"], raw["weight_decay"])
+        raw["norm_sq_after"] = np.where(inverted, w_sq, raw["norm_sq_after"])
+        raw["dot_wu"] = np.where(inverted, undone.dot_wu, dot_wu)
+        raw["norm_sq"] = np.where(inverted, np.maximum(undone.w_sq, 0), w_sq)  # rounding around 0
+        raw["u_sq"] = u_sq
+        tensor = pd.Categorical.from_codes(np.tile(np.arange(shape[1]), shape[0]), list(self._labels))
+        columns = {name: values.ravel() for name, values in raw.items()}
+        rows = pd.DataFrame({"step": np.repeat(steps, shape[1]), "span": 1, "tensor": tensor, **columns})
+        return rows[moved.ravel()]
+
+    def _flag_non_finite(self, rows: pd.DataFrame) -> None:
+        bad = rows[~np.isfinite(rows[["dot_wu", "u_sq", "norm_sq", "norm_sq_after"]]).all(axis=1)]
+        if len(bad) and "finite" not in self._warned:
+            first = {"step": int(bad["step"].iloc[0]), "tensor": str(bad["tensor"].iloc[0])}
+            self._describe(flags={"first_non_finite": first})
+            self._warn_once(
+                "finite", f"{first['tensor']} has NaN or inf at update {first['step']}; recorded as it is"
+            )
+
+    def _describe(self, **sections: Any) -> None:
+        try:
+            self._writer.describe(**sections)
+        except OSError as error:  # the next flush tries again
+            self._warn_once("disk", f"the log could not be written and is kept in memory for now: {error}")
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"ForceLogger: {message}", RuntimeWarning, stacklevel=3)
+
+    def _fit(self) -> None:
+        """Weibull fits of the matrices as they are now."""
+        self._bring_over()  # which may correct the number of the update
+        fits = []
+        for each in self._tracked:
+            weights = each.parameter.detach()
+            if weights.ndim < 2:
+                continue
+            for row, part in zip(each.rows, each.name.views or (None,), strict=True):
+                fit = fit_weibull(weights if part is None else part.of(weights))
+                fits.append((list(self._labels)[row], fit.k, fit.lam, fit.r_squared, fit.ks, fit.n))
+        if fits:
+            columns = zip(
+                ("tensor", "k", "lam", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
+            )
+            self._writer.append(
+                "weibull", {"step": self._step, **{name: list(each) for name, each in columns}}
+            )
+
+    def _snapshot(self) -> None:
+        """Full w, m and v of the selected tensors, beside the log."""
+        self._bring_over()  # which may correct the number of the update
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        for each in self._tracked:
+            group = self._optimizer.param_groups[each.group]
+            name, state = each.name.name, self._optimizer.state.get(each.parameter, {})
+            tensors[name] = each.parameter.detach().contiguous()
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                if key in state:
+                    tensors[f"{name}.{key}"] = state[key].contiguous()
+            facts[name] = {
+                "step": float(state.get("step", self._step)),
+                "lr": float(group["lr"]),
+                "weight_decay": decoupled_decay(self._optimizer, group),
+                "betas": [float(beta) for beta in group.get("betas", ())],
+                "eps": float(group.get("eps", 0.0)),
+            }
+        folder = cast(Path, self._writer.path) / "snapshots"
+        path = folder / f"step-{self._step:06d}.safetensors"
+        metadata = {"step": str(self._step), "tensors": json.dumps(facts)}
+        try:
+            folder.mkdir(exist_ok=True)
+            write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+        except (OSError, SafetensorError) as error:
+            self._warn_once("snapshot", f"the snapshot of update {self._step} could not be written: {error}")
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    if parameter.device.type == "mps":
+        raise TypeError(
+            f"parameter {name} is on MPS, which has no float64 to sum in; log on a CPU or CUDA device"
+        )
+    sharded = type(parameter.data).__name__ == "DTensor"
+    if sharded or parameter.layout != torch.strided or not parameter.is_floating_point():
+        kind = "a DTensor (sharded)" if sharded else f"{parameter.layout} of {parameter.dtype}"
+        raise TypeError(
+            f"parameter {name} is {kind}; whole, dense, real tensors can be logged. Leave it out with tensors="
+        )
+
+
+def _given_pairs(optimizer: torch.optim.Optimizer, params: Params | None) -> list[tuple[str, Tensor]]:
+    if params is None:
+        return []
+    pairs: Any = params.named_parameters() if isinstance(params, nn.Module) else params
+    pairs = list(pairs) if isinstance(pairs, Iterable) else [pairs]
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise TypeError("params must be a model or (name, parameter) pairs, such as model.named_parameters()")
+    given = {parameter for _, parameter in pairs}
+    if not any(parameter in given for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("params has none of the optimizer's parameters: is it another model's, or a copy?")
+    return pairs
+
+
+def _names(pairs: Sequence[tuple[str, Tensor]]) -> dict[Tensor, str]:
+    """Parameters with their names, less what a wrapper (DDP, torch.compile) puts before every one of them."""
+    names = [name for name, _ in pairs]
+    for wrapper in ("module.", "_orig_mod.", "module."):
+        if all(name.startswith(wrapper) for name in names):
+            names = [name.removeprefix(wrapper) for name in names]
+    return {parameter: name for name, (_, parameter) in zip(names, pairs, strict=True)}
+
+
+def _config(model: Any) -> Any:
+    """The configuration of a model, also of one that a wrapper holds."""
+    while model is not None and getattr(model, "config", None) is None:
+        model = getattr(model, "module", None)
+    return getattr(model, "config", None)
+
+
+def _selector(tensors: Tensors | None) -> Callable[[str, Tensor], bool]:
+    if tensors is None:
+        return lambda name, parameter: True
+    if isinstance(tensors, str):
+        try:
+            pattern = re.compile(tensors)
+        except re.error as error:
+            raise ValueError(f"tensors must be a regular expression, got {tensors!r}: {error}") from None
+        return lambda name, parameter: pattern.search(name) is not None
+    if callable(tensors):
+        return tensors
+    raise TypeError(f"tensors must be a regular expression or a function, got {type(tensors).__name__}")
+
+
+def _schedule(argument: str, every: Any) -> Every | None:
+    if every is None or callable(every):
+        return cast("Every | None", every)
+    try:
+        number = 0 if isinstance(every, bool) else operator.index(every)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(
+            f"{argument} must be a positive int or a function of the update's number, got {every!r}"
+        )
+    return number
+
+
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"metric {name!r} must be one number, got a tensor of shape {tuple(value.shape)}"
+            )
+        return value.item()
+    return value
+
+
+def _due(every: Every | None, step: int) -> bool:
+    if every is None:
+        return False
+    return bool(every(step)) if callable(every) else step % every == 0
+
+
+def _counts(optimizer: torch.optim.Optimizer, tracked: Sequence[_Tracked]) -> list[float | Tensor]:
+    """Updates that each parameter has had: a number, or a copy of the counter where it lives on a device."""
+    steps = [optimizer.state.get(each.parameter, {}).get("step", 0.0) for each in tracked]
+    if all(isinstance(step, Tensor) and not is_remote(step) for step in steps):
+        return torch.stack(steps).tolist()
+    return [step.clone() if is_remote(step) else float(step) for step in steps]
+
+
+def _first_given(values: Sequence[Tensor | None], otherwise: Sequence[Tensor]) -> list[Tensor]:
+    return [other if value is None else value for value, other in zip(values, otherwise, strict=True)]
+
+
+def _to_host(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
+    """The values of float64 tensors, flat, in their order, with one copy from each device."""
+    devices = {tensor.device for tensor in tensors}
+    flat = {d: torch.cat([t.reshape(-1) for t in tensors if t.device == d]).cpu().numpy() for d in devices}
+    taken = dict.fromkeys(devices, 0)
+    for tensor in tensors:
+        start = taken[tensor.device]
+        taken[tensor.device] = start + tensor.numel()
+        yield flat[tensor.device][start : start + tensor.numel()]
+
+
+def _close(reference: Callable[[], ForceLogger | None]) -> None:
+    logger = reference()
+    if logger is not None and logger._process == os.getpid():  # a forked child leaves the log to its parent
+        logger.close()

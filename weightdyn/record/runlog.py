@@ -1,0 +1,846 @@
+"""A run directory: written while a model trains, read at any time, resumed after any death.
+
+Rows are appended in memory and stored by `flush` as small Parquet files, *parts*: written to a temporary
+name, synced, renamed. So a file is there whole or not at all, a reader needs no lock, and a killed process
+loses at most the rows that were not flushed. Nothing that was stored is ever changed or deleted.
+
+Training goes back when it resumes from a checkpoint. Every such start opens a new *session*, which supersedes
+what earlier sessions recorded behind the update it starts from, from the moment its first part is stored.
+
+    run.json                              format, versions, optimizer, tensor table, sessions
+    forces/part-<session>-<seq>.parquet   and the same in weibull/ and metrics/
+
+What is stored of the forces are the three inner products after the step. The forces are computed from them
+when they are read (`force_table`), so their formula stands in one place, `weightdyn.forces`.
+"""
+
+from __future__ import annotations
+
+import errno
+import html
+import json
+import math
+import operator
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _installed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from weightdyn.core.forces import At, Order
+from weightdyn.core.tables import FORCE_TABLE, By, aggregate, force_table, in_model_order, named_columns
+from weightdyn.files.durable import sync_folder, write_file
+
+if TYPE_CHECKING:
+    import filelock
+
+
+KINDS = ("forces", "weibull", "metrics")
+"""What a run holds, each in a folder of its own."""
+
+FORMAT = 1
+"""Version of the layout of a run directory; a reader refuses a newer one."""
+
+_TENSOR = pa.dictionary(pa.int32(), pa.string())
+
+
+def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"meaning": meaning})
+
+
+_SCHEMAS = {
+    "forces": pa.schema(
+        [
+            _field("step", pa.int64(), FORCE_TABLE["step"]),
+            _field("span", pa.int32(), FORCE_TABLE["span"]),
+            _field("tensor", _TENSOR, FORCE_TABLE["tensor"]),
+            _field("lr", pa.float64(), FORCE_TABLE["lr"]),
+            _field("weight_decay", pa.float64(), FORCE_TABLE["weight_decay"]),
+            _field("dot_wu", pa.float64(), "⟨w,u⟩ with w before the update and u = m̂/(√v̂+ε) of it"),
+            _field("u_sq", pa.float64(), "‖u‖²"),
+            _field("norm_sq", pa.float64(), FORCE_TABLE["norm_sq"]),
+            _field("norm_sq_after", pa.float64(), "‖w'‖², after the update"),
+            _field("norm_sq_audit", pa.float64(), "‖w‖² measured before the update; NaN unless audited"),
+            _field("m_rms", pa.float32(), "root mean square of m̂, in units of the gradient"),
+            _field("v_mean", pa.float32(), "mean of v̂, in squared units of the gradient"),
+            _field("u_max", pa.float32(), "max |u|"),
+        ]
+    ),
+    "weibull": pa.schema(
+        [
+            _field("step", pa.int64(), "updates done when the weights were fitted; 0 is the initialization"),
+            _field("tensor", _TENSOR, FORCE_TABLE["tensor"]),
+            _field("k", pa.float64(), "shape k of the Weibull law of |w|"),
+            _field("lam", pa.float64(), "scale λ of the Weibull law of |w|, in units of the weights"),
+            _field("r_squared", pa.float64(), "R² of the straight line in the probability plot"),
+            _field("ks", pa.float64(), "Kolmogorov-Smirnov distance between the law and the weights"),
+            _field("n", pa.int64(), "number of magnitudes behind the fit"),
+        ]
+    ),
+}
+
+STORED = {kind: tuple(schema.names) for kind, schema in _SCHEMAS.items()}
+"""Names of the stored columns of each kind with a fixed schema."""
+
+_DEFAULTS = {"span": 1, "norm_sq_audit": math.nan, "m_rms": math.nan, "v_mean": math.nan, "u_max": math.nan}
+"""Columns that a writer may leave out."""
+
+
+_OWN_SECTIONS = ("format", "weightdyn", "created", "versions", "sessions")
+
+
+class RunLogError(ValueError):
+    """A run directory that cannot be read or written as it is; the message names the file and the remedy."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Where a run lives: a folder, or memory. Both store whole parts, by session, number and kind, and run.json.
+
+
+class _Part(NamedTuple):
+    session: int
+    seq: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}/part-{self.session:04d}-{self.seq:06d}.parquet"
+
+
+class _Memory:
+    """The parts of a run that has no directory."""
+
+    path = None
+
+    def __init__(self) -> None:
+        self._info = ""
+        self._parts: dict[_Part, pa.Table] = {}
+
+    def info(self) -> dict[str, Any]:
+        return json.loads(self._info)
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        self._info = json.dumps(info)
+
+    def parts(self, kind: str) -> list[_Part]:
+        return sorted(part for part in self._parts if part.kind == kind)
+
+    def read(self, part: _Part, columns: Sequence[str] | None = None) -> pa.Table:
+        table = self._parts[part]
+        return table if columns is None else table.select(columns)
+
+    def write(self, part: _Part, table: pa.Table) -> None:
+        self._parts[part] = table
+
+
+class _Folder:
+    """The parts of a run in a directory."""
+
+    _PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
+    _TEMPORARY = re.compile(r"\.(run\.json|part-\d{4,}-\d{6,}\.parquet)\.tmp")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.info_path = path / "run.json"
+
+    def info(self) -> dict[str, Any]:
+        try:
+            info = json.loads(self.info_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(_no_run(self.path)) from None
+        except ValueError as error:
+            raise RunLogError(
+                f"{self.info_path} is cut short or damaged ({error}): copy it again from where the run was "
+                "written, or from a backup. The parts beside it are files of their own and not affected; "
+                "pandas.read_parquet reads each"
+            ) from None
+        if not isinstance(info, dict) or "weightdyn" not in info or not isinstance(info.get("format"), int):
+            raise RunLogError(
+                f"{self.info_path} was not written by weightdyn (it lacks 'format' and 'weightdyn'): "
+                "give the directory of a run, or record into another one"
+            )
+        if info["format"] > FORMAT:
+            raise RunLogError(
+                f"{self.info_path} has format {info['format']}, written by weightdyn {info['weightdyn']}; this is "
+                f"weightdyn {_version('weightdyn')}, which knows formats up to {FORMAT}: "
+                "pip install --upgrade weightdyn"
+            )
+        return info
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        text = json.dumps(info, indent=1) + "\n"
+        write_file(self.info_path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def parts(self, kind: str) -> list[_Part]:
+        try:
+            names = os.listdir(self.path / kind)
+        except FileNotFoundError:
+            return []
+        matches = filter(None, map(self._PART.fullmatch, names))
+        return sorted(_Part(int(match[1]), int(match[2]), kind) for match in matches)
+
+    def read(self, part: _Part, columns: Sequence[str] | None = None) -> pa.Table:
+        path = self.path / part.name
+        data = path.read_bytes()
+        try:
+            # One thread: parts are small, and handing them to a pool costs more than it saves.
+            table = pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise RunLogError(
+                f"{path} is cut short or damaged ({error}): copy it again from where the run was written, or "
+                "move it out of the directory to read the run without its rows"
+            ) from None
+        missing = [name for name in columns or () if name not in table.column_names]
+        if missing:
+            raise RunLogError(
+                f"{path} lacks the columns {missing}, so it is no part of a run: move it out of the directory"
+            )
+        return table
+
+    def write(self, part: _Part, table: pa.Table) -> None:
+        path = self.path / part.name
+        if not path.parent.is_dir():
+            path.parent.mkdir()
+            sync_folder(self.path)
+        write_file(path, lambda temporary: pq.write_table(table, temporary))
+
+    def remove_leftovers(self) -> None:
+        """Delete the temporary files of writers that were killed; only the holder of the lock may."""
+        for folder in (self.path, *(self.path / kind for kind in KINDS)):
+            names = os.listdir(folder) if folder.is_dir() else []
+            for name in filter(self._TEMPORARY.fullmatch, names):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _no_run(path: Path) -> str:
+    if not path.exists():
+        return f"{path} does not exist: give the directory that a run was recorded into"
+    return f"{path / 'run.json'} does not exist, so {path} is no run: give the directory passed as `out`"
+
+
+def _lock(folder: Path) -> filelock.BaseFileLock | None:
+    """Hold `folder` for one writer; None where the file system knows no locks."""
+    import filelock  # here, for it takes a fifth of a second and readers do without
+
+    lock = filelock.FileLock(folder / ".lock", timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunLogError(
+            f"{folder} is being written by another logger, which holds {folder / '.lock'}: close that one, or "
+            "choose another out (under data parallelism, log on rank 0 only). If nothing writes there (file "
+            "systems without locks), delete .lock"
+        ) from None
+    except NotImplementedError:
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        return None
+    return lock
+
+
+def _version(name: str) -> str:
+    try:
+        return _installed(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rows on their way in: mappings of columns become arrays, arrays become an Arrow table.
+
+
+def _rows(kind: str, columns: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Check the columns of one `append` and bring them to one length; scalars are repeated."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if kind == "metrics":
+        if "step" not in columns:
+            raise ValueError(f"metrics need a step, got only {list(columns)}")
+        arrays = {_text(name): _metric(name, value) for name, value in columns.items() if name != "step"}
+        step = _column(kind, _SCHEMAS["forces"].field("step"), columns["step"])
+        lists = [name for name, array in arrays.items() if array.ndim and not step.ndim]
+        if lists:
+            raise TypeError(
+                f"metrics {lists} have several values for the one step {step}: record one number each"
+            )
+        arrays = {"step": step, **arrays}
+    else:
+        schema = _SCHEMAS[kind]
+        missing = [name for name in schema.names if name not in columns and name not in _DEFAULTS]
+        unknown = [name for name in columns if name not in schema.names]
+        if missing or unknown:
+            raise ValueError(
+                f"{kind} rows have the columns {schema.names}; missing {missing}, unknown {unknown}"
+            )
+        values = {**_DEFAULTS, **columns}
+        arrays = {field.name: _column(kind, field, values[field.name]) for field in schema}
+    lengths = {name: len(array) for name, array in arrays.items() if array.ndim}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns of {kind} must have one length or be scalars, got the lengths {lengths}")
+    length = next(iter(lengths.values()), 1)
+    return {name: np.broadcast_to(array, (length,)) for name, array in arrays.items()}
+
+
+def _column(kind: str, field: pa.Field, value: Any) -> np.ndarray:
+    """Copy of `value` (the caller may reuse its array) in the type of `field`, 0- or 1-dimensional."""
+    if field.type == _TENSOR:
+        array = np.array(value, dtype=object)
+        if wrong := [name for name in array.flat if not isinstance(name, str)]:
+            raise TypeError(f"{kind} column 'tensor' must hold strings, got {wrong[0]!r}")
+    else:
+        array = np.asarray(value)
+        dtype = np.dtype(field.type.to_pandas_dtype())
+        if array.size and not np.can_cast(array.dtype, dtype, casting="same_kind"):
+            raise TypeError(
+                f"{kind} column {field.name!r} must hold {field.type}, got {array.dtype}: {value!r}"
+            )
+        with np.errstate(over="ignore"):  # beyond float32 is inf, which is what was recorded
+            array = array.astype(dtype)
+    if array.ndim > 1:
+        raise ValueError(f"{kind} column {field.name!r} must be a scalar or 1-D, got the shape {array.shape}")
+    return array
+
+
+def _metric(name: str, value: Any) -> np.ndarray:
+    """Values of a metric as an object array, 0- or 1-dimensional; None stands for not recorded."""
+    if hasattr(value, "tolist"):  # NumPy, pandas, torch
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        return np.array(_number_or_text(name, value), dtype=object)
+    array = np.empty(len(value), dtype=object)
+    array[:] = [_number_or_text(name, item) for item in value]
+    return array
+
+
+def _number_or_text(name: str, value: Any) -> bool | int | float | str | None:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | float):
+        return value
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(
+                f"metric {name!r} is {value}, which needs more than 64 bits: record it as a string"
+            )
+        return value
+    if isinstance(value, str):
+        return _text(value)
+    raise TypeError(
+        f"metric {name!r} must be a number, a string or None, got {type(value).__name__}: {value!r}"
+    )
+
+
+def _text(value: str) -> str:
+    """`value` without what UTF-8 cannot hold, which would make every later flush fail."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+_METRIC_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+"""Types of a metric, each wide enough for those before it."""
+
+
+def _widest(types: Iterable[pa.DataType]) -> pa.DataType:
+    return max(types, key=list(_METRIC_TYPES.values()).index)
+
+
+def _arrow_table(kind: str, chunks: list[dict[str, np.ndarray]]) -> pa.Table:
+    """One Arrow table of the rows of all chunks, in order."""
+    if kind == "metrics":
+        return _metrics_table(chunks)
+    arrays = []
+    for field in _SCHEMAS[kind]:
+        values = np.concatenate([chunk[field.name] for chunk in chunks])
+        if field.type == _TENSOR:
+            arrays.append(pa.array(values, pa.string()).dictionary_encode())
+        else:
+            arrays.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(arrays, schema=_SCHEMAS[kind])
+
+
+def _metrics_table(chunks: list[dict[str, np.ndarray]]) -> pa.Table:
+    """The same for metrics: each chunk has its own columns, and each column the widest type of its values."""
+    fields = [_SCHEMAS["forces"].field("step")]
+    arrays = [pa.array(np.concatenate([chunk["step"] for chunk in chunks]))]
+    for name in dict.fromkeys(name for chunk in chunks for name in chunk if name != "step"):
+        values = [item for chunk in chunks for item in chunk.get(name, [None] * len(chunk["step"]))]
+        python_types = [next(t for t in _METRIC_TYPES if isinstance(v, t)) for v in values if v is not None]
+        if not python_types:
+            continue
+        python_type = max(python_types, key=list(_METRIC_TYPES).index)
+        field = _field(name, _METRIC_TYPES[python_type], "as recorded by the training script")
+        fields.append(field)
+        arrays.append(pa.array([None if v is None else python_type(v) for v in values], field.type))
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+class RunWriter:
+    """Records one run: one writer for a directory at a time, any number of readers beside it.
+
+    Args:
+        path: the run directory, made if it does not exist; None keeps the run in memory.
+        start_step: updates done before this training starts (0: from the beginning). Rows of earlier sessions
+            behind it are superseded once the first rows of this session are stored.
+        info: first sections for `describe`.
+
+    Raises:
+        RunLogError: another writer holds the directory, or it is not (readable as) a run's.
+        NotADirectoryError: `path` is a file.
+        ValueError: `start_step` is negative.
+
+    >>> writer = RunWriter(None)
+    >>> writer.append("metrics", {"step": 1, "loss": 5.5})
+    >>> writer.run().metrics()
+       step  loss
+    0     1   5.5
+    """
+
+    def __init__(
+        self, path: str | Path | None, start_step: int = 0, info: dict[str, Any] | None = None
+    ) -> None:
+        self._buffers: dict[str, list[dict[str, np.ndarray]]] = {kind: [] for kind in KINDS}
+        self._closed = False
+        self._lock: filelock.BaseFileLock | None = None
+        self._store: _Memory | _Folder = _Memory() if path is None else _Folder(Path(path).absolute())
+        self._open_session(start_step)
+        try:
+            self._info = self._opened()
+            # A start at 0 may still become a resume (the optimizer's state is often loaded later), so whether
+            # it is allowed on top of stored rows is decided when the first row comes.
+            self._undecided = self._start == 0 and bool(_all_parts(self._store))
+            self.describe(**(info or {}))
+        except BaseException:
+            self._release()
+            raise
+
+    def _opened(self) -> dict[str, Any]:
+        """Take hold of the store; return the content of its run.json, or of a new one."""
+        packages = {name: _version(name) for name in ("torch", "numpy")}
+        present = {
+            "weightdyn": _version("weightdyn"),
+            "versions": {**packages, "python": platform.python_version()},
+        }
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        new = {"format": FORMAT, **present, "created": now, "sessions": []}
+        if isinstance(self._store, _Memory):
+            return new
+        folder, info_path = self._store.path, self._store.info_path
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file, and a run needs a directory: choose another out")
+        if info_path.exists():
+            self._store.info()  # a foreign directory stays untouched, without even a lock
+        elif strays := _all_parts(self._store):
+            raise RunLogError(
+                f"{info_path} does not exist, but {strays[0].name} does: copy run.json again from where the "
+                "run was written, or choose another out"
+            )
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync_folder(folder.parent)
+        self._lock = _lock(folder)
+        if self._lock is not None:
+            self._store.remove_leftovers()
+        return {**self._store.info(), **present} if info_path.exists() else new
+
+    def _open_session(self, start_step: int) -> None:
+        start_step = operator.index(start_step)
+        if start_step < 0:
+            raise ValueError(
+                f"start_step must be the number of updates already done, 0 or more, got {start_step}"
+            )
+        self._start = start_step
+        self._session: int | None = None  # its number, once run.json knows it
+        self._next_seq: dict[str, int] = dict.fromkeys(KINDS, 0)
+
+    @property
+    def path(self) -> Path | None:
+        """The run directory, or None for a run in memory."""
+        return self._store.path
+
+    @property
+    def buffered(self) -> int:
+        """Rows that were appended and not yet flushed."""
+        return sum(len(chunk["step"]) for chunks in self._buffers.values() for chunk in chunks)
+
+    def describe(self, **sections: Any) -> None:
+        """Merge sections into run.json, durably: `tensors` key by key, every other one as a whole.
+
+        Args:
+            sections: whatever JSON can hold; arrays become lists and other objects their `str`. The library
+                itself uses `optimizer` (with its "name"), `train`, and `tensors`: for each label the "layer",
+                "component", "role", "numel", "shape", "parameter".
+        """
+        self._check_open()
+        if own := [name for name in _OWN_SECTIONS if name in sections]:
+            raise ValueError(f"the sections {own} of run.json are the writer's own: choose other names")
+        plain = json.loads(json.dumps(sections, default=_plain))
+        if "tensors" in plain:
+            plain["tensors"] = {**self._info.get("tensors", {}), **plain["tensors"]}
+        self._info = {**self._info, **plain}
+        self._unsaved = True
+        if not self._undecided:
+            self._save_info()
+
+    def _save_info(self) -> None:
+        self._store.write_info(self._info)
+        self._unsaved = False
+
+    def begin(self) -> None:
+        """Refuse a training from 0 on in a directory that holds updates; `append` does it at the first row.
+
+        Raises:
+            FileExistsError: it holds updates.
+        """
+        if not self._undecided:
+            return
+        steps = RunLog._of(self._store)._steps()
+        updates = steps[steps > 0]
+        if len(updates):
+            first, last = updates[0], updates[-1]
+            raise FileExistsError(
+                f"{self.path} already holds updates {first}–{last}: choose another out, or resume (load the "
+                f"optimizer's state, or pass start_step={last} to go on counting)"
+            )
+        self._undecided = False
+
+    def append(self, kind: str, columns: Mapping[str, Any]) -> None:
+        """Take rows into the buffer; `flush` stores them.
+
+        Args:
+            kind: "forces", "weibull" or "metrics".
+            columns: name -> scalar or 1-D array (copied), all of one length; scalars are repeated. `step` is
+                always there.
+                forces: tensor, lr, weight_decay, dot_wu, u_sq, norm_sq, norm_sq_after, and optionally span (1),
+                norm_sq_audit, m_rms, v_mean, u_max (NaN).
+                weibull: tensor, k, lam, r_squared, ks, n.
+                metrics: anything; numbers, strings, or None for not recorded.
+
+        Raises:
+            FileExistsError: the first row of a training from 0 on meets a directory that holds updates.
+            TypeError, ValueError: the columns are not those of `kind`.
+        """
+        self._check_open()
+        rows = _rows(kind, columns)
+        self.begin()
+        if len(rows["step"]):
+            self._buffers[kind].append(rows)
+
+    def restart(self, start_step: int) -> None:
+        """Training went back to update `start_step`, or on from it: a new session begins.
+
+        What was recorded behind that update is superseded once the new session's first rows are stored; on
+        disk it stays. restart(0), said explicitly, begins again in a directory that holds updates.
+        """
+        self._check_open()
+        self._open_session(start_step)
+        self._undecided = False
+        for kind, chunks in self._buffers.items():
+            kept = (
+                {name: array[chunk["step"] <= self._start] for name, array in chunk.items()}
+                for chunk in chunks
+            )
+            self._buffers[kind] = [chunk for chunk in kept if len(chunk["step"])]
+
+    def flush(self) -> None:
+        """Store the buffered rows, one part for each kind that has some; from then on they survive any kill.
+
+        Raises:
+            OSError: the disk is full, or another failure to write. The rows that could not be stored stay in
+                the buffer, and a later flush stores them.
+        """
+        self._check_open()
+        if self._undecided:
+            return  # no row was let in yet
+        if self._session is None and self.buffered:
+            self._session = self._begin_session()
+        if self._unsaved:
+            self._save_info()
+        for kind, chunks in self._buffers.items():
+            if not chunks or self._session is None:
+                continue
+            metadata = {
+                "format": str(FORMAT),
+                "kind": kind,
+                "session": str(self._session),
+                "start_step": str(self._start),
+                "weightdyn": self._info["weightdyn"],
+            }
+            table = _arrow_table(kind, chunks).replace_schema_metadata(metadata)
+            self._store.write(_Part(self._session, self._next_seq[kind], kind), table)
+            # In this order: an interrupt between the two stores the rows twice, which reading undoes; the
+            # other way round the next part would replace this one.
+            self._next_seq[kind] += 1
+            self._buffers[kind] = []
+
+    def _begin_session(self) -> int:
+        """Enter the session into run.json's content; its number is one that no part carries yet."""
+        parts = _all_parts(self._store)
+        starts = _start_steps(self._store, self._info, parts)
+        number = max(starts, default=-1) + 1
+        sessions = [*self._info["sessions"]]
+        sessions += [{"start_step": starts.get(i, 0)} for i in range(len(sessions), number)]
+        self._info = {**self._info, "sessions": [*sessions, {"start_step": self._start}]}
+        self._unsaved = True
+        return number
+
+    def close(self) -> None:
+        """Flush and let the directory go. If the flush fails the writer stays open, with its rows."""
+        if self._closed:
+            return
+        self.flush()
+        self._closed = True
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"the writer of {self.path or 'the run in memory'} is closed: open a new one")
+
+    def run(self) -> RunLog:
+        """The run so far, buffered rows included: they are flushed first."""
+        if not self._closed:
+            self.flush()
+        return RunLog._of(self._store)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rows on their way out.
+
+
+def _all_parts(store: _Memory | _Folder) -> list[_Part]:
+    return [part for kind in KINDS for part in store.parts(kind)]
+
+
+def _start_steps(store: _Memory | _Folder, info: Mapping[str, Any], parts: Sequence[_Part]) -> dict[int, int]:
+    """Session number -> the update it started from, by run.json.
+
+    A copy made of a run while it was being written can hold parts of a session that its run.json does not know
+    yet; such a session's first part says.
+    """
+    starts = {number: session["start_step"] for number, session in enumerate(info.get("sessions", []))}
+    for part in parts:
+        if part.session not in starts:
+            starts[part.session] = int(store.read(part).schema.metadata[b"start_step"])
+    return starts
+
+
+def _limits(starts: Mapping[int, int]) -> dict[int, float]:
+    """Last update that counts of each session: the lowest start of all later ones.
+
+    >>> _limits({0: 0, 1: 200, 2: 100})
+    {2: inf, 1: 100, 0: 100}
+    """
+    limits, limit = {}, math.inf
+    for session in sorted(starts, reverse=True):
+        limits[session] = limit
+        limit = min(limit, starts[session])
+    return limits
+
+
+class RunLog:
+    """A recorded run, finished or still being written: every method reads what is stored by then.
+
+    Args:
+        path: the run directory.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        RunLogError: it is damaged, not a run's, or of a newer format; the message names the file and what to
+            do. A damaged part is found when its rows are read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._store: _Memory | _Folder = _Folder(Path(path))
+        if self._store.path.is_file():
+            raise RunLogError(f"{path} is a file: give the directory that a run was recorded into")
+        self._store.info()
+
+    @classmethod
+    def _of(cls, store: _Memory | _Folder) -> RunLog:
+        run = cls.__new__(cls)
+        run._store = store
+        return run
+
+    @property
+    def path(self) -> Path | None:
+        """The run directory, or None for a run in memory."""
+        return self._store.path
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """run.json: format, versions, optimizer, tensors, sessions, and what else was described."""
+        return self._store.info()
+
+    def forces(
+        self, by: By | Sequence[str] | None = None, *, order: Order = "exact", at: At = "before"
+    ) -> pd.DataFrame:
+        """The force table of the run, sorted by step and in the order of the model's tensors.
+
+        Args:
+            by: sum over the tensors of each "layer", "component", "role", over all of the "model", or over a
+                list of such columns, as `weightdyn.aggregate` does; None gives one row per update and tensor,
+                with all columns of `force_table`.
+            order, at: as in `force_table`.
+        """
+        products, info = self._read("forces", _SCHEMAS["forces"].names)
+        table = force_table(products, info.get("tensors", {}), order=order, at=at)
+        return table if by is None else aggregate(table, by)
+
+    def weibull(self) -> pd.DataFrame:
+        """The Weibull fits: step, tensor, layer, component, role, numel, k, lam, r_squared, ks, n."""
+        rows, info = self._read("weibull", _SCHEMAS["weibull"].names)
+        names = named_columns(rows["tensor"].array, info.get("tensors", {}))
+        values = {name: rows[name] for name in ("k", "lam", "r_squared", "ks", "n")}
+        return pd.DataFrame({"step": rows["step"], "tensor": rows["tensor"], **names, **values})
+
+    def metrics(self) -> pd.DataFrame:
+        """What was recorded beside the forces: a row for each step, a column for each name, oldest first.
+
+        Values recorded for one step at different times stand in one row; a later value of the same name wins.
+        What was not recorded is NaN (<NA> among integers and booleans).
+        """
+        tables, _ = self._tables("metrics")
+        names = list(dict.fromkeys(name for table in tables for name in table.column_names if name != "step"))
+        every = _concat([table.column("step") for table in tables], pa.int64()).to_numpy()
+        columns = {"step": np.unique(every)}
+        for name in names:
+            having = [table for table in tables if name in table.column_names]
+            column_type = _widest(table.schema.field(name).type for table in having)
+            steps = _concat([table.column("step") for table in having], pa.int64())
+            values = _concat(
+                [table.column(name).cast(column_type, safe=False) for table in having], column_type
+            )
+            recorded = values.is_valid()
+            series = values.filter(recorded).to_pandas()
+            series.index = steps.filter(recorded).to_numpy()
+            series = series[~series.index.duplicated(keep="last")]
+            if len(series) < len(columns["step"]) and column_type in (pa.int64(), pa.bool_()):
+                series = series.astype("Int64" if column_type == pa.int64() else "boolean")
+            columns[name] = series.reindex(columns["step"]).array
+        return pd.DataFrame(columns)
+
+    def _tables(
+        self, kind: str, columns: Sequence[str] | None = None
+    ) -> tuple[list[pa.Table], dict[str, Any]]:
+        """Tables of all parts of a kind, oldest first, without what later sessions superseded; and run.json.
+
+        run.json is read behind the list of parts, so it knows each of their sessions and tensors. A session
+        counts from its first part on, of whatever kind: one that died before changes nothing.
+        """
+        everything = _all_parts(self._store)
+        info = self.info
+        live = {part.session for part in everything}
+        starts = _start_steps(self._store, info, everything)
+        limits = _limits({session: starts[session] for session in live})
+        tables = []
+        for part in everything:
+            if part.kind == kind:
+                table = self._store.read(part, columns)
+                if limits[part.session] < math.inf:
+                    table = table.filter(pc.less_equal(table.column("step"), limits[part.session]))
+                tables.append(table)
+        return tables, info
+
+    def _read(self, kind: str, columns: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+        """One row (the latest) for each step and tensor, sorted by step, then in the model's order; run.json."""
+        tables, info = self._tables(kind, columns)
+        schema = pa.schema([_SCHEMAS[kind].field(name) for name in columns]).remove_metadata()
+        table = pa.concat_tables([schema.empty_table(), *(t.replace_schema_metadata() for t in tables)])
+        table = table.unify_dictionaries()
+        values = {name: _concat([table.column(name)], schema.field(name).type) for name in columns}
+        step = values["step"].to_numpy()
+        labels = values["tensor"].dictionary.to_pylist()
+        labels_sorted = in_model_order(labels, info.get("tensors", {}))
+        code_of = {label: code for code, label in enumerate(labels_sorted)}
+        recode = np.array([code_of[label] for label in labels], dtype=np.int64)
+        codes = recode[values["tensor"].indices.to_numpy()]
+        order = np.lexsort((codes, step))  # stable: of equal keys the latest stays last
+        sorted_step, sorted_codes = step[order], codes[order]
+        last = np.ones(len(order), dtype=bool)
+        last[:-1] = (np.diff(sorted_step) != 0) | (np.diff(sorted_codes) != 0)
+        order = order[last]
+        frame = {}
+        for name in columns:
+            if name == "tensor":
+                frame[name] = pd.Categorical.from_codes(codes[order], categories=labels_sorted)
+            else:
+                array = values[name].to_numpy()[order]
+                frame[name] = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+        return pd.DataFrame(frame, copy=False), info
+
+    def _steps(self) -> np.ndarray:
+        """Distinct steps with rows of any kind, ascending."""
+        columns = [table.column("step") for kind in KINDS for table in self._tables(kind, ["step"])[0]]
+        return np.unique(_concat(columns, pa.int64()).to_numpy())
+
+    def _summary(self) -> dict[str, str]:
+        info = self.info
+        optimizer = info.get("optimizer") or {}
+        summary = {
+            "optimizer": str(optimizer.get("name", "")) if isinstance(optimizer, dict) else str(optimizer)
+        }
+        tensors = info.get("tensors", {})
+        weights = sum(entry.get("numel") or 0 for entry in tensors.values())
+        summary["tensors"] = f"{len(tensors):,} with {weights:,} weights" if tensors else ""
+        for kind in KINDS:
+            try:
+                summary[kind] = self._count(kind)
+            except RunLogError as error:  # to look at a damaged run must not fail
+                summary[kind] = str(error)
+        if self.path is not None:
+            own = {"run.json", *KINDS}
+            names = (name for name in sorted(os.listdir(self.path)) if name[0] != "." and name not in own)
+            summary["beside them"] = ", ".join(names)
+        return {name: text for name, text in summary.items() if text}
+
+    def _count(self, kind: str) -> str:
+        if kind == "metrics":
+            table = self.metrics()
+            text = f": {', '.join(map(str, table.columns[1:]))}"
+        else:
+            table = self._read(kind, ["step", "tensor"])[0]
+            text = ""
+        if not len(table):
+            return ""
+        steps = table["step"]
+        covered = f"updates {steps.min():,}–{steps.max():,} ({steps.nunique():,} recorded)"
+        return f"{len(table):,} rows, {covered}{text}"
+
+    def __repr__(self) -> str:
+        lines = (f"  {name:<12}{text}" for name, text in self._summary().items())
+        return "\n".join([self._title(), *lines])
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
+            for name, text in self._summary().items()
+        )
+        return f"<b>{html.escape(self._title())}</b><table>{''.join(rows)}</table>"
+
+    def _title(self) -> str:
+        return "RunLog in memory" if self.path is None else f"RunLog('{self.path}')"
+
+
+def _concat(columns: Iterable[pa.ChunkedArray], column_type: pa.DataType) -> pa.Array:
+    """One contiguous array of all columns, also of none."""
+    chunks = [chunk for column in columns for chunk in column.chunks]
+    return pa.concat_arrays(chunks) if chunks else pa.array([], column_type)

@@ -1,0 +1,1 @@
+"""The Weibull law of weight magnitudes: histograms, fits, rival laws, whole models, a diagnosis."""

@@ -1,0 +1,442 @@
+"""Weibull fits of whole models: one row per matrix, or per group of matrices pooled.
+
+A model, a state dict or a checkpoint file is read once, one matrix at a time: names say what each is
+(`weightdyn.naming`), fused matrices fall into their parts, and every part is fitted and measured. Trajectories of
+such fits say how far k drifted, and whether k or λ made the weights grow.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, reduce
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import pandas as pd
+import scipy
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from weightdyn.core.naming import TensorName, View, describe
+from weightdyn.core.tables import FIT_TABLE, By
+from weightdyn.weibull.fit import SORTED, Method, fit_weibull
+from weightdyn.weibull.laws import Tails, tails
+from weightdyn.weibull.magnitudes import MagnitudeHistogram
+
+Weights = torch.nn.Module | Mapping[str, Tensor] | str | PathLike[str]
+
+
+class Matrix(NamedTuple):
+    """One weight matrix of a model, not read yet."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+
+class _Common(NamedTuple):
+    """What histograms need to share to be pooled."""
+
+    dtype: torch.dtype
+    exact: bool
+
+
+def fit_weights(
+    source: Weights,
+    *,
+    config: Any = None,
+    rules: Mapping[str, str] | None = None,
+    per_head: bool = False,
+    views: bool = True,
+    tensors: str | None = None,
+    pool: By | None = None,
+    method: Method = "plot",
+    trim: tuple[float, float] = (0.1, 0.9),
+    n_jobs: int = -1,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Fit a Weibull law to every weight matrix of a model.
+
+    Args:
+        source: a model, a state dict, a checkpoint file (safetensors, or what torch.save wrote), a folder with
+            one checkpoint, sharded or not, or a run directory, of which the last checkpoint is taken. Norms,
+            biases and everything that is not float are left out.
+        config: the model's config (of transformers, or a dict), which says how fused matrices are split. None:
+            that of the model, the config.json beside the checkpoint, or the record of the run it belongs to.
+        rules: {regular expression: component} for names that are not known, as in `naming.describe`.
+        per_head: one row for each head of q, k and v.
+        views: split fused matrices; False fits them whole.
+        tensors: a regular expression; only the matrices in whose name it is found. None: all.
+        pool: fit the weights of each "layer", "component", "role" or of the whole "model" as one sample.
+        method: "plot", "mle" or "moments", as in `fit_weibull`.
+        trim: as in `fit_weibull`.
+        n_jobs: matrices that are fitted at a time, by threads; -1 for as many as there are cores. Each holds
+            one matrix. Under `joblib.parallel_config` another backend takes over.
+        progress: show a bar; None shows it in terminals only.
+
+    Returns:
+        The columns of `FIT_TABLE`, one row per matrix or part of one, in the model's order (of a safetensors
+        file: by name). Pooled: one row per group, with the group's columns (`layer`; `component` and `role`;
+        `role`; none) and `tensors`, the number of matrices in it, for `tensor`, `layer`, `component`, `role`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: source is none of these, or holds no float matrix.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32))
+    >>> fit_weights(model)["numel"].tolist()
+    [4096, 2048]
+    """
+    if pool is not None and pool not in get_args(By):
+        raise ValueError(f"pool must be None or one of {get_args(By)}, got {pool!r}")
+    matrices, config = read_matrices(source, config)
+    if tensors is not None:
+        listed = [m.name for m in matrices]
+        try:
+            matrices = [m for m in matrices if re.search(tensors, m.name)]
+        except re.error as error:
+            raise ValueError(f"tensors={tensors!r} is not a regular expression: {error}") from error
+        if not matrices:
+            raise ValueError(
+                f"tensors={tensors!r} is found in none of {listed[:5]} … ({len(listed)} matrices)"
+            )
+    names = [describe(m.name, m.shape, config, per_head=per_head, rules=rules) for m in matrices]
+    total = sum(_numel(m.shape) for m in matrices)
+    common = None
+    if pool:
+        common = _Common(reduce(torch.promote_types, {m.dtype for m in matrices}), total <= SORTED)
+    from joblib import Parallel, delayed  # where it is used: it is slow to load
+
+    work = Parallel(n_jobs=n_jobs, prefer="threads", return_as="generator")(
+        delayed(_measure)(m, name.views if views else (), method, trim, common)
+        for m, name in zip(matrices, names, strict=True)
+    )
+    rows: list[dict[str, Any]] = []
+    with tqdm(
+        total=total, unit="w", unit_scale=True, disable=None if progress is None else not progress
+    ) as bar:
+        for matrix, name, measured in zip(matrices, names, work, strict=True):
+            parts: Sequence[TensorName | View] = (name.views if views else ()) or (name,)
+            for part, found in zip(parts, measured, strict=True):
+                rows.append({**_identity(matrix, name, part), **found})
+            bar.update(_numel(matrix.shape))
+    if pool:
+        return _pooled(rows, pool, method, trim)
+    table = pd.DataFrame(rows, columns=list(FIT_TABLE))
+    return _typed(table)
+
+
+def _numel(shape: Iterable[int]) -> int:
+    return int(np.prod(list(shape)))
+
+
+def _identity(matrix: Matrix, name: TensorName, part: TensorName | View) -> dict[str, Any]:
+    whole = part is name
+    return {
+        "tensor": matrix.name if whole else f"{matrix.name}[{part.name}]",
+        "layer": name.layer,
+        "component": part.component,
+        "role": part.role,
+    }
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    kinds = {"layer": "Int64", "tensor": "category", "component": "category", "role": "category"}
+    return table.astype({name: kind for name, kind in kinds.items() if name in table})
+
+
+def _measure(
+    matrix: Matrix,
+    views: tuple[View, ...],
+    method: Method,
+    trim: tuple[float, float],
+    common: _Common | None,
+) -> list[dict[str, Any]]:
+    """The fit of each view of a matrix; its histogram instead where all are to be pooled."""
+    tensor = matrix.load().detach()
+    parts = (view.of(tensor) for view in views) if views else (tensor,)
+    if common is not None:
+        return [
+            {"histogram": MagnitudeHistogram.from_tensor(part.to(common.dtype), exact=common.exact)}
+            for part in parts
+        ]
+    return [
+        _summary(MagnitudeHistogram.from_tensor(part, exact=part.numel() <= SORTED), method, trim)
+        for part in parts
+    ]
+
+
+def _summary(histogram: MagnitudeHistogram, method: Method, trim: tuple[float, float]) -> dict[str, Any]:
+    """The columns of `FIT_TABLE` from `numel` on."""
+    fit = fit_weibull(histogram, method, trim)
+    finite = histogram.n + histogram.n_zero
+    squares = histogram.sums.squares if histogram.sums else np.nan
+    rms = float(np.sqrt(squares / finite)) if finite else np.nan
+    measures = tails(histogram)
+    return {
+        "numel": finite + histogram.n_nonfinite,
+        **{name: getattr(fit, name) for name in ("k", "lam", "r_squared", "ks", "n")},
+        "rms": rms,
+        "lam_over_rms": fit.lam / rms if rms else np.nan,
+        **{name: getattr(measures, name) for name in Tails._fields},
+        "note": fit.note,
+    }
+
+
+_GROUPS: dict[str, list[str]] = {
+    "layer": ["layer"],
+    "component": ["component", "role"],
+    "role": ["role"],
+    "model": [],
+}
+
+
+def _pooled(rows: list[dict[str, Any]], pool: By, method: Method, trim: tuple[float, float]) -> pd.DataFrame:
+    groups: dict[tuple[Any, ...], list[MagnitudeHistogram]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in _GROUPS[pool]), []).append(row["histogram"])
+    return _typed(
+        pd.DataFrame(
+            {
+                **dict(zip(_GROUPS[pool], key, strict=True)),
+                "tensors": len(histograms),
+                **_summary(reduce(lambda a, b: a + b, histograms), method, trim),
+            }
+            for key, histograms in groups.items()
+        )
+    )
+
+
+# Where weights come from.
+
+
+def read_matrices(source: Weights, config: Any = None) -> tuple[list[Matrix], Any]:
+    """List the float matrices of a model, state dict, checkpoint file or folder, each with a way to load it.
+
+    Args:
+        source: as for `fit_weights`.
+        config: the model's config; None looks for it at the source.
+
+    Returns:
+        The matrices (two or more dimensions; tied ones once), and the config or None.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as for `fit_weights`.
+    """
+    if isinstance(source, torch.nn.Module):
+        config = getattr(source, "config", None) if config is None else config
+        found = _of_mapping(dict(source.named_parameters()))
+    elif isinstance(source, Mapping):
+        found = _of_mapping(source)
+    elif isinstance(source, str | PathLike):
+        path = newest_checkpoint(source)
+        files = _files(path)
+        config = _config_beside(path) if config is None else config
+        found = [matrix for file in files for matrix in _read(file)]
+        if files[0].suffix == ".safetensors":  # which sorts its tensors by their names' letters
+            found.sort(key=lambda matrix: _natural(matrix.name))
+    else:
+        raise TypeError(
+            "source must be a torch.nn.Module, a state dict, or the path of a checkpoint file or folder; "
+            f"got {type(source).__name__}"
+        )
+    if not found:
+        what = str(source) if isinstance(source, str | PathLike) else type(source).__name__
+        raise ValueError(f"source holds no matrix of a float type that can be counted: {what}")
+    return found, config
+
+
+def newest_checkpoint(path: str | PathLike[str]) -> Path:
+    """The checkpoint with the highest step in a run directory; any other path as it is.
+
+    Raises:
+        FileNotFoundError: the run holds no checkpoints.
+    """
+    path = Path(path)
+    if not (path / "run.json").is_file():
+        return path
+    saved = sorted((path / "checkpoints").glob("step-*.safetensors"), key=lambda file: _natural(file.name))
+    if not saved:
+        raise FileNotFoundError(
+            f"source: the run {path} holds no checkpoints/step-*.safetensors to fit; give the model, or a file "
+            "with its weights. The fits that were logged are RunLog(path).weibull()"
+        )
+    return saved[-1]
+
+
+def _config_beside(path: Path) -> Any:
+    """What config.json beside a checkpoint holds, or the run that it belongs to; None if there is neither."""
+    folder = path if path.is_dir() else path.parent
+    for file in (folder / "config.json", folder / "run.json", folder.parent / "run.json"):
+        if file.is_file():
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file} is no JSON ({error}): mend it, or pass config=") from error
+            return found if file.name == "config.json" else found.get("train", {}).get("architecture")
+    return None
+
+
+def _natural(name: str) -> list[Any]:
+    """Key under which names with numbers sort by the numbers' values."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _of_mapping(tensors: Mapping[str, Any]) -> list[Matrix]:
+    found: list[Matrix] = []
+    seen = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.ndim < 2 or tensor.dtype not in _FLOATS.values():
+            continue
+        storage = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if storage in seen and tensor.data_ptr():
+            continue
+        seen.add(storage)
+        found.append(Matrix(name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor)))
+    return found
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _read(path: Path) -> list[Matrix]:
+    try:
+        return _of_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises whatever a foreign file makes the unpickler do
+        reason = str(error).split(". ")[0].split("\n")[0]  # what follows is torch's advice to trust the file
+        raise ValueError(
+            f"source: {path} must be a whole safetensors file, or a state dict of tensors that torch.save wrote; "
+            f"reading it gives {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _of_file(path: Path) -> list[Matrix]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+            return [
+                Matrix(
+                    name, tuple(header.get_shape()), _FLOATS[header.get_dtype()], partial(_load, path, name)
+                )
+                for name, header in headers.items()
+                if len(header.get_shape()) > 1 and header.get_dtype() in _FLOATS
+            ]
+    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    for key in ("model", "state_dict", "module"):
+        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
+            stored = stored[key]
+    if not isinstance(stored, Mapping):
+        raise TypeError(f"it holds a {type(stored).__name__}")
+    return _of_mapping(stored)
+
+
+def _load(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of the one checkpoint at a path."""
+    if not path.exists():
+        raise FileNotFoundError(f"source: there is no file or folder {path}")
+    if path.is_file():
+        return [path]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [path / shard for shard in dict.fromkeys(shards)]
+        if (path / name).is_file():
+            return [path / name]
+    found = sorted(file for kind in ("safetensors", "bin", "pt", "pth") for file in path.glob(f"*.{kind}"))
+    if len(found) != 1:
+        listed = ", ".join(file.name for file in found[:5]) or "none"
+        raise ValueError(
+            f"source: {path} must hold one checkpoint (model.safetensors, pytorch_model.bin, their shards with an "
+            f"index, or a single file); it holds {len(found)} weight files: {listed}. Name the file."
+        )
+    return found
+
+
+# Trajectories.
+
+INVARIANT, STRONG = 0.01, 0.30
+"""|Δk|/k under which a shape counts as invariant, and above which its drift counts as strong."""
+
+
+def drift(table: pd.DataFrame) -> pd.DataFrame:
+    """How far k drifted from the first to the last step, and which of k and λ made σ grow.
+
+    A Weibull law has σ = rms = λ√Γ(1 + 2/k), so the growth splits exactly:
+
+        ln σ₁/σ₀  =  ln λ₁/λ₀  +  ½ ln Γ(1 + 2/k₁)/Γ(1 + 2/k₀)
+        sigma_growth  lam_growth     k_growth
+
+    Args:
+        table: a trajectory of fits with `step`, `k`, `lam`, and whichever of `tensor`, `layer`, `component`,
+            `role` tell its groups apart, such as `RunLog.weibull()`.
+
+    Returns:
+        One row per group, in the table's order: the group's columns, `start_step`, `k_start`, `end_step`, `k_end`,
+        `k_drift` (relative), `severity` ("invariant" under 1 %, "mild" up to 30 %, "strong"), the three growths,
+        and `explained_by`: "lam" or "k" where that one makes up nine tenths of |lam_growth| + |k_growth|, else
+        "both" ("neither" where nothing changed). Rows without a fit are left out.
+
+    Raises:
+        ValueError: a column is missing.
+
+    Source: arXiv 2605.18898 for the limits; the split is Γ's.
+
+    >>> t = pd.DataFrame({"step": [0, 9], "k": [1.2, 1.2], "lam": [0.01, 0.02]})
+    >>> drift(t)[["severity", "explained_by"]].to_numpy().tolist()
+    [['invariant', 'lam']]
+    """
+    missing = [name for name in ("step", "k", "lam") if name not in table]
+    if missing:
+        raise ValueError(f"table lacks the columns {missing}; it has {list(table.columns)}")
+    keys = [name for name in ("tensor", "layer", "component", "role") if name in table]
+    fitted = table[table["k"].notna() & table["lam"].notna()]
+    fitted = fitted.sort_values("step", kind="stable", ignore_index=True)
+    group = (
+        fitted.groupby(keys, dropna=False, observed=True, sort=False).ngroup() if keys else fitted["k"] * 0
+    )
+    first, last = (fitted[~group.duplicated(keep=end)] for end in ("first", "last"))
+    last = last.iloc[np.argsort(group[last.index], kind="stable")]
+    k, k_end, lam, lam_end = (f[name].to_numpy(float) for name in ("k", "lam") for f in (first, last))
+    change = k_end / k - 1
+    lam_growth = np.log(lam_end / lam)
+    k_growth = (scipy.special.gammaln(1 + 2 / k_end) - scipy.special.gammaln(1 + 2 / k)) / 2
+    total = np.abs(lam_growth) + np.abs(k_growth)
+    columns = {
+        "start_step": first["step"].to_numpy(),
+        "k_start": k,
+        "end_step": last["step"].to_numpy(),
+        "k_end": k_end,
+        "k_drift": change,
+        "severity": np.select(
+            [np.abs(change) < INVARIANT, np.abs(change) <= STRONG], ["invariant", "mild"], "strong"
+        ),
+        "sigma_growth": lam_growth + k_growth,
+        "lam_growth": lam_growth,
+        "k_growth": k_growth,
+        "explained_by": np.select(
+            [total == 0, np.abs(lam_growth) >= 0.9 * total, np.abs(k_growth) >= 0.9 * total],
+            ["neither", "lam", "k"],
+            "both",
+        ),
+    }
+    return first[keys].reset_index(drop=True).assign(**columns)
