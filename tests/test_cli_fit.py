@@ -59,19 +59,19 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-@pytest.mark.parametrize("per_head", [False, True])
-def test_fit_writes_the_table_that_the_library_returns(model, tmp_path, suffix, per_head):
+@pytest.mark.parametrize("views", [True, "head"])
+def test_fit_writes_the_table_that_the_library_returns(model, tmp_path, suffix, views):
     out = tmp_path / f"table{suffix}"
-    result = call("fit", model, *["--per-head"] * per_head, "-o", out)
+    result = call("fit", model, "--views", str(views).lower(), "-o", out)
     assert result.exit_code == 0, result.output
-    expected = fit_weights(model, per_head=per_head)
+    expected = fit_weights(model, views=views)
     assert f"{out}: {len(expected)} rows" in result.output
     written = pd.read_csv(out, keep_default_na=False) if suffix == ".csv" else pd.read_parquet(out)
     assert list(written) == list(FIT_TABLE)
     assert written["tensor"].tolist() == expected["tensor"].tolist()
     numbers = expected.select_dtypes("float").columns
     np.testing.assert_allclose(written[numbers].astype(float), expected[numbers], rtol=1e-12)
-    assert len(expected) == (3 * HEADS if per_head else 3) + 3
+    assert len(expected) == (3 * HEADS if views == "head" else 3) + 3
 
 
 def test_fit_prints_a_line_for_each_matrix(model):
@@ -118,7 +118,7 @@ def test_diagnose_prints_what_the_library_finds(model, run, tmp_path):
     database.to_csv(tmp_path / "database.csv", index=False)
     nearest = call("diagnose", model, "--database", tmp_path / "database.csv").output
     assert re.search(r"Nearest published models.*: near .*, far ", nearest)
-    assert f": {3 * HEADS + 3} matrices" in call("diagnose", run, "--per-head").output
+    assert f": {3 * HEADS + 3} matrices" in call("diagnose", run, "--views", "head").output
 
 
 @pytest.mark.parametrize(

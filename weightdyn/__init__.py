@@ -38,7 +38,7 @@ from weightdyn.weibull.fit import fit_weibull as fit_weibull
 from weightdyn.weibull.laws import rank_laws as rank_laws
 from weightdyn.weibull.laws import tails as tails
 from weightdyn.weibull.magnitudes import MagnitudeHistogram as MagnitudeHistogram
-from weightdyn.weibull.weights import drift as drift
 from weightdyn.weibull.weights import fit_weights as fit_weights
+from weightdyn.weibull.weights import shape_drift as shape_drift
 
 __version__ = "0.1.0"

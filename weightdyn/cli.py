@@ -17,6 +17,7 @@ import pandas as pd
 import typer
 
 from weightdyn.core.forces import timescale
+from weightdyn.core.naming import Views
 from weightdyn.core.tables import FORCES, By
 from weightdyn.explain.trajectory import closure, summarize
 from weightdyn.record.runlog import RunLog
@@ -32,6 +33,17 @@ app = typer.Typer(
 )
 
 _DEFAULTS = TrainConfig()
+
+
+_VIEWS = "Split fused tensors: true, false, or head for a row for each head of q, k and v."
+
+
+def _views(words: str) -> Views:
+    """The argument `views` from its word."""
+    known: dict[str, Views] = {"true": True, "false": False, "head": "head"}
+    if words not in known:
+        raise ValueError(f"--views must be one of {', '.join(known)}, got {words!r}")
+    return known[words]
 
 
 @contextlib.contextmanager
@@ -200,7 +212,7 @@ def _report(run: RunLog) -> str:
 @app.command()
 def fit(
     path: Annotated[Path, typer.Argument(help="Model folder, checkpoint file, or run directory.")],
-    per_head: Annotated[bool, typer.Option("--per-head", help="A row for each head of q, k and v.")] = False,
+    views: Annotated[str, typer.Option(help=_VIEWS)] = "true",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the table there: .parquet or .csv.")
     ] = None,
@@ -213,7 +225,7 @@ def fit(
             raise ValueError(f"--out must end in .parquet or .csv, got {out}")
         if out is not None and not out.parent.is_dir():
             raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-        table = fit_weights(path, per_head=per_head)
+        table = fit_weights(path, views=_views(views))
         if out is None:
             forms = {
                 "numel": "{:,}",
@@ -242,7 +254,7 @@ def fit(
 @app.command(name="diagnose")
 def diagnose_command(
     path: Annotated[Path, typer.Argument(help="Model folder, checkpoint file, or run directory.")],
-    per_head: Annotated[bool, typer.Option("--per-head", help="Look at each head of q, k and v.")] = False,
+    views: Annotated[str, typer.Option(help=_VIEWS)] = "true",
     database: Annotated[
         Path | None, typer.Option(help="CSV of published fits, to find the nearest model in.")
     ] = None,
@@ -251,7 +263,7 @@ def diagnose_command(
     from weightdyn.weibull.diagnosis import diagnose
 
     with _told():
-        typer.echo(diagnose(path, per_head=per_head, database=database))
+        typer.echo(diagnose(path, views=_views(views), database=database))
 
 
 @app.command()
@@ -260,7 +272,7 @@ def measure(
     steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
     gram: Annotated[str, typer.Option(help="Inner products between steps: none, band or full.")] = "none",
     weibull: Annotated[bool, typer.Option(help="Fit a Weibull law to each tensor.")] = True,
-    per_head: Annotated[bool, typer.Option("--per-head", help="A row for each head of q, k and v.")] = False,
+    views: Annotated[str, typer.Option(help=_VIEWS)] = "true",
     cache: Annotated[
         Path | None, typer.Option(help="Folder for what was measured. [default: beside the checkpoints]")
     ] = None,
@@ -282,13 +294,13 @@ def measure(
         series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
         place = cache or True
         if dry_run:
-            plan = series.plan(weibull, per_head, cache=place)
+            plan = series.plan(weibull, _views(views), cache=place)
             typer.echo(plan.to_string(index=False))
             left = plan[~plan["measured"]]
             verb = "download" if source.startswith("hf://") else "read"
             typer.echo(f"\nto {verb}: {len(left)} of {len(plan)} checkpoints, {left['bytes'].sum():,} bytes")
             return
-        table = series.measure(cast(Any, gram), weibull, per_head, cache=place)  # gram is checked there
+        table = series.measure(cast(Any, gram), weibull, _views(views), cache=place)  # gram is checked there
         typer.echo(f"{len(table):,} rows: {len(series)} steps, {table['tensor'].nunique()} tensors")
         if out is not None:
             table.to_parquet(out)
@@ -351,7 +363,7 @@ def recover(
         int | None, typer.Option(help="Rows for every so many updates. [default: one for each gap]")
     ] = None,
     steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
-    per_head: Annotated[bool, typer.Option(help="A row for each head of q, k and v.")] = False,
+    views: Annotated[str, typer.Option(help=_VIEWS)] = "true",
     cache: Annotated[
         Path | None, typer.Option(help="Folder for what is measured. [default: beside the checkpoints]")
     ] = None,
@@ -381,13 +393,13 @@ def recover(
         wanted = None if steps is None else [int(step) for step in steps.split(",")]
         series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
         if dry_run:
-            plan = series.plan(False, per_head, cache=cache or True)
+            plan = series.plan(False, _views(views), cache=cache or True)
             left = plan[~plan["measured"]]
             verb = "download" if source.startswith("hf://") else "read"
             typer.echo(plan.to_string(index=False))
             typer.echo(f"\nto {verb}: {len(left)} of {len(plan)} checkpoints, {left['bytes'].sum():,} bytes")
             return
-        measured = series.measure(GRAM[method], False, per_head, cache=cache or True)
+        measured = series.measure(GRAM[method], False, _views(views), cache=cache or True)
         table = recover_forces(measured, hyperparameters, method, every)
         if out is not None:
             table.to_parquet(out)

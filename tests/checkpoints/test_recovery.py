@@ -382,7 +382,7 @@ def test_comparing_pools_the_sums_of_the_tensors_and_skips_what_was_not_logged()
         ({"method": "cubic"}, r"method must be one of .*balance.*, got 'cubic'"),
         ({"every": 0}, r"every must be None .* got 0"),
         ({"every": 1.5}, r"every must be None .* got 1.5"),
-        ({"per_head": True}, "per_head is for checkpoints"),
+        ({"views": "head"}, "views: the table has its rows"),
     ],
 )
 def test_arguments_are_checked_at_the_door(adam, change, message):
@@ -451,7 +451,7 @@ def test_a_runs_forces_are_recovered_from_its_checkpoints_alone(run):
 def test_fused_tensors_have_forces_of_their_parts_and_heads(run):
     recipe = Recipe.from_run(run)
     table = recover_forces(run, recipe, "two_point")
-    heads = recover_forces(run, recipe, "two_point", per_head=True)
+    heads = recover_forces(run, recipe, "two_point", views="head")
     name = "gpt_neox.layers.1.attention.query_key_value.weight"
     last = table["step"].max()
     parts = table[(table["step"] == last) & table["component"].isin(["q", "k", "v"]) & (table["layer"] == 1)]

@@ -120,7 +120,7 @@ def test_tensors_that_are_read_in_pieces_give_the_same(folder, monkeypatch):
 
 
 def test_heads_have_rows_of_their_own_for_norms_and_inner_products(folder):
-    table = measure(folder, "band", per_head=True)
+    table = measure(folder, "band", views="head")
     rows = table[table["tensor"] == f"{QKV}[k.1]"]
     now, before = (weights(step)[QKV].reshape(2, 3, 8, 16)[1, 1].double() for step in (1000, 100))
     assert rows["norm_sq"].iloc[-1] == pytest.approx(float((now**2).sum()), rel=1e-14)

@@ -141,7 +141,7 @@ def test_aggregating_sums_squares_and_forces_and_keeps_shared_rates():
     [
         (lambda: tables.budget([1, 2]), TypeError, "force table.*got list"),
         (lambda: tables.budget(table().drop(columns="decay")), ValueError, r"lacks the columns \['decay'\]"),
-        (lambda: tables.aggregate(table(), "head"), ValueError, "by='head'.*'model' or any of"),
+        (lambda: tables.aggregate(table(), "head"), ValueError, "by='head'.*'model', None, or any of"),
         (
             lambda: forces.forces_from_products(1, 1, 1, 1, 1, order="first"),
             ValueError,

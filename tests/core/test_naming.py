@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightdyn.core.naming import COMPONENTS, TensorName, View, describe, role_of
+from weightdyn.core.naming import COMPONENTS, TensorName, View, describe, role_of, split_label
 
 transformers = pytest.importorskip("transformers")
 
@@ -196,9 +196,9 @@ def test_every_parameter_of_a_family_gets_its_layer_and_component(family):
 def test_a_config_file_says_the_same_as_the_config(family):
     config = config_of(family)
     for name, shape in parameters(config).items():
-        for per_head in (False, True):
-            assert describe(name, shape, config, per_head=per_head) == describe(
-                name, shape, config.to_dict(), per_head=per_head
+        for views in (False, True, "head"):
+            assert describe(name, shape, config, views=views) == describe(
+                name, shape, config.to_dict(), views=views
             )
 
 
@@ -207,7 +207,7 @@ def test_unfused_matrices_have_their_own_number_of_heads(family, key_heads):
     config = config_of(family)
     counts = {}
     for name, shape in parameters(config).items():
-        tensor = describe(name, shape, config, per_head=True)
+        tensor = describe(name, shape, config, views="head")
         assert describe(name, shape, config).views == ()
         if tensor.layer == 1 and tensor.views:
             counts[tensor.component] = [view.name for view in tensor.views]
@@ -253,9 +253,9 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("per_head", [False, True], ids=["whole", "heads"])
+@pytest.mark.parametrize("views", [True, "head"], ids=["whole", "heads"])
 @pytest.mark.parametrize("module", ATTENTION)
-def test_views_give_the_q_k_and_v_that_transformers_attention_computes(attended, module, per_head):
+def test_views_give_the_q_k_and_v_that_transformers_attention_computes(attended, module, views):
     family, cls, names = ATTENTION[module]
     config = config_of(family)
     config._attn_implementation = "weightdyn_keep"
@@ -271,9 +271,9 @@ def test_views_give_the_q_k_and_v_that_transformers_attention_computes(attended,
     checked = []
     for name in names:
         weight = attention.get_parameter(f"{name}.weight").detach()
-        tensor = describe(f"h.0.attn.{name}.weight", weight.shape, config, per_head=per_head)
-        views = tensor.views or (View(tensor.component, tensor.component, 0, ((0, len(weight)),)),)
-        for view in views:
+        tensor = describe(f"h.0.attn.{name}.weight", weight.shape, config, views=views)
+        whole = (View(tensor.component, tensor.component, 0, ((0, len(weight)),)),)
+        for view in tensor.views or whole:
             part, _, head = view.name.partition(".")
             assert (part, role_of(part)) == (view.component, view.role)
             ours = x @ (view.of(weight).T if view.axis == 0 else view.of(weight))
@@ -283,7 +283,7 @@ def test_views_give_the_q_k_and_v_that_transformers_attention_computes(attended,
             checked.append(view.name)
     heads = {part: attended[part].shape[1] for part in "qkv"}
     assert checked == (
-        [f"{part}.{head}" for part in "qkv" for head in range(heads[part])] if per_head else [*"qkv"]
+        [f"{part}.{head}" for part in "qkv" for head in range(heads[part])] if views == "head" else [*"qkv"]
     )
 
 
@@ -351,22 +351,22 @@ def test_views_give_the_gate_and_up_of_transformers_phi3_mixtral_and_llama4():
     dim=st.integers(1, 6),
     hidden=st.integers(1, 40),
     name=st.sampled_from(["query_key_value", "qkv_proj", "c_attn", "q_proj", "k_proj", "v_proj"]),
-    per_head=st.booleans(),
+    views=st.sampled_from([True, "head"]),
 )
-def test_views_cover_every_index_once(kv_heads, group, dim, hidden, name, per_head):
+def test_views_cover_every_index_once(kv_heads, group, dim, hidden, name, views):
     heads = kv_heads * group
     count = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}.get(name, heads + 2 * kv_heads)
     shape = (hidden, count * dim) if name == "c_attn" else (count * dim, hidden)
     config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
-    views = describe(f"h.0.attn.{name}.weight", shape, config, per_head=per_head).views
-    if name in ("q_proj", "k_proj", "v_proj") and not per_head:
-        assert views == ()
+    found = describe(f"h.0.attn.{name}.weight", shape, config, views=views).views
+    if name in ("q_proj", "k_proj", "v_proj") and views is True:
+        assert found == ()
         return
-    assert len(views) == (count if per_head else 3)
+    assert len(found) == (count if views == "head" else 3)
     index = torch.arange(shape[0] * shape[1]).view(shape)
-    parts = [view.of(index) for view in views]
+    parts = [view.of(index) for view in found]
     assert torch.equal(torch.cat([part.flatten() for part in parts]).sort().values, index.flatten())
-    assert [view.numel(shape) for view in views] == [part.numel() for part in parts]
+    assert [view.numel(shape) for view in found] == [part.numel() for part in parts]
     for view in views:
         assert list(view.ranges) == sorted(view.ranges)
         assert all(start < stop for start, stop in view.ranges)
@@ -399,7 +399,7 @@ def test_a_view_of_one_range_is_no_copy():
     ],
 )
 def test_a_fused_matrix_that_the_heads_do_not_account_for_is_left_whole(name, shape, config):
-    tensor = describe(name, shape, config, per_head=True)
+    tensor = describe(name, shape, config, views="head")
     assert (tensor.component, tensor.role, tensor.views) == ("qkv", "other", ())
 
 
@@ -413,7 +413,7 @@ def test_stacked_experts_of_unknown_layout_are_left_whole(config):
 
 def test_a_gated_query_projection_is_not_cut_into_heads():
     # Qwen3-Next has twice the rows in q_proj: a gate lies behind each head's query.
-    assert describe("layers.0.self_attn.q_proj.weight", (64, 32), SIZES, per_head=True).views == ()
+    assert describe("layers.0.self_attn.q_proj.weight", (64, 32), SIZES, views="head").views == ()
 
 
 @pytest.mark.parametrize(
@@ -450,13 +450,13 @@ def test_names_of_other_checkpoints_and_heads(component, layer, name):
 
 
 def test_a_vector_named_weight_is_a_norm_and_a_matrix_is_not():
-    assert describe("net.2.weight", (32,)) == TensorName("net.2.weight", 2, "norm")
+    assert describe("net.2.weight", (32,)) == TensorName("net.2.weight", 2, "norm", stack="net")
     assert describe("net.2.weight", (32, 32)).component == "other"
     assert describe("layers.0.self_attn.sinks", (4,)).component == "other"
 
 
 def test_a_flattened_matrix_keeps_its_component_and_has_no_views():
-    tensor = describe("layers.0.attention.query_key_value.weight", (3072,), SIZES, per_head=True)
+    tensor = describe("layers.0.attention.query_key_value.weight", (3072,), SIZES, views="head")
     assert (tensor.component, tensor.views) == ("qkv", ())
 
 
@@ -480,7 +480,7 @@ def test_each_part_of_a_composite_model_has_its_own_heads():
     shapes = parameters(config, "ImageTextToText")
     heads = {}
     for name, shape in shapes.items():
-        tensor = describe(name, shape, config, per_head=True)
+        tensor = describe(name, shape, config, views="head")
         if tensor.component in ("q", "k"):
             heads.setdefault(("vision" in name, tensor.component), set()).add(len(tensor.views))
     assert heads == {(False, "q"): {4}, (False, "k"): {2}, (True, "q"): {3}, (True, "k"): {3}}
@@ -499,7 +499,7 @@ def test_each_part_of_a_composite_model_has_its_own_heads():
 def test_wrappers_are_looked_through(wrapped):
     plain = describe("gpt_neox.layers.5.attention.query_key_value.weight", (96, 32), SIZES)
     seen = describe(wrapped, (96, 32), SIZES, rules={r"^gpt_neox\.nothing": "other"})
-    assert seen == TensorName(wrapped, plain.layer, plain.component, plain.views)
+    assert seen == TensorName(wrapped, plain.layer, plain.component, plain.views, plain.stack)
     assert describe(wrapped, (96, 32), rules={r"^gpt_neox\.layers\.5\.attention": "o"}).component == "o"
 
 
@@ -530,7 +530,7 @@ def test_peft_models_are_named_as_what_they_adapt():
 def test_the_users_rules_go_first_and_may_set_the_layer():
     rules = {r"^stage_(?P<layer>\d+)_mix$": "o", r"\.W_Q$": "q", r"q_proj": "other", r"q_proj.weight": "v"}
     assert describe("stage_12_mix", (8, 8), rules=rules) == TensorName("stage_12_mix", 12, "o")
-    tensor = describe("blocks.4.W_Q", (32, 32), SIZES, per_head=True, rules=rules)
+    tensor = describe("blocks.4.W_Q", (32, 32), SIZES, views="head", rules=rules)
     assert (tensor.layer, tensor.role, len(tensor.views)) == (4, "selection", 4)
     assert describe("blocks.4.q_proj.weight", (32, 32), rules=rules).component == "other"
     assert describe("blocks.4.k_proj.weight", (32, 32), rules=rules).component == "k"
@@ -568,10 +568,10 @@ KEYS = ["num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
         st.none(),
         st.dictionaries(st.sampled_from(KEYS), st.one_of(NUMBERS, st.lists(NUMBERS, max_size=2))),
     ),
-    per_head=st.booleans(),
+    views=st.sampled_from([True, "head"]),
 )
-def test_describe_never_fails(name, shape, config, per_head):
-    tensor = describe(name, shape, config, per_head=per_head)
+def test_describe_never_fails(name, shape, config, views):
+    tensor = describe(name, shape, config, views=views)
     assert tensor.name == name
     assert tensor.component in COMPONENTS
     assert tensor.role in ("selection", "transmission", "value", "other")
@@ -593,3 +593,73 @@ def test_roles_are_the_four_of_the_papers():
 def test_the_module_does_not_import_transformers():
     code = "import sys, weightdyn.core.naming; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "stack", "layer"),
+    [
+        ("encoder.block.0.layer.1.DenseReluDense.wi.weight", "encoder", 0),  # T5
+        ("decoder.block.0.layer.2.DenseReluDense.wi.weight", "decoder", 0),
+        ("model.encoder.layers.3.fc1.weight", "model.encoder", 3),  # Whisper
+        ("model.decoder.layers.3.fc1.weight", "model.decoder", 3),
+        ("layer1.0.conv1.weight", "layer1", 0),  # torchvision's ResNet
+        ("layer2.0.conv1.weight", "layer2", 0),
+        ("resnet.encoder.stages.0.layers.1.layer.0.convolution.weight", "resnet.encoder.stages.0", 1),
+        ("resnet.encoder.stages.1.layers.1.layer.0.convolution.weight", "resnet.encoder.stages.1", 1),
+        ("swin.encoder.layers.2.blocks.5.intermediate.dense.weight", "swin.encoder.layers.2", 5),
+        ("model.layers.3.mlp.experts.5.w1.weight", "model", 3),  # experts keep their layer
+        ("layers.4.mlp.up_proj.weight", "", 4),
+        ("lm_head.weight", "", None),
+    ],
+)
+def test_a_layer_is_unique_with_its_stack(name, stack, layer):
+    found = describe(name, (8, 8))
+    assert (found.stack, found.layer) == (stack, layer)
+
+
+def test_the_stacks_of_models_of_transformers_keep_their_layers_apart():
+    from transformers import ResNetConfig, ResNetModel, T5Config, T5Model, WhisperConfig, WhisperModel
+
+    small = {"d_model": 8, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 16, "num_mel_bins": 4}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 8}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    models = [
+        T5Model(T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)),
+        WhisperModel(WhisperConfig(**small, **heads, **tokens)),
+        ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[2, 2], layer_type="basic")),
+    ]
+    for model in models:
+        blocks = {}  # the module of a block, from the model itself: an entry of the lists that hold several
+        for path, module in model.named_modules():
+            if type(module).__name__ in (
+                "T5Block",
+                "WhisperEncoderLayer",
+                "WhisperDecoderLayer",
+                "ResNetBasicLayer",
+            ):
+                blocks[path] = {name for name, _ in module.named_parameters(prefix=path)}
+        assert len(blocks) == 4
+        seen = {}
+        for path, names in blocks.items():
+            places = {(found.stack, found.layer) for found in (describe(name, (8, 8)) for name in names)}
+            assert len(places) == 1, path
+            seen[places.pop()] = path
+        assert len(seen) == len(blocks)
+
+
+def test_a_rule_may_set_the_stack():
+    found = describe(
+        "tower_text_block_3_mix", (8, 8), rules={r"tower_(?P<stack>[a-z]+)_block_(?P<layer>\d+)_mix": "o"}
+    )
+    assert (found.stack, found.layer, found.component) == ("text", 3, "o")
+
+
+@given(
+    st.text(max_size=12),
+    st.sampled_from([None, "q", "k", "v", "gate", "up", "q.0", "k.12"]),
+)
+def test_a_label_is_made_and_parsed_by_the_same_grammar(name, view):
+    parts = () if view is None else (View(view, view.partition(".")[0], 0, ((0, 1),)),)
+    (row,) = TensorName(name, None, "other", parts).rows((1,))
+    if view is not None or split_label(name) == (name, None):
+        assert split_label(row.label) == (name, view)

@@ -301,7 +301,7 @@ def test_each_call_without_axes_makes_one_figure():
         (ValueError, "ax must be a sequence of 2 Axes", lambda: plot.weibull_trajectory(W, ax=[])),
         (TypeError, r"run_or_table must be a RunLog.*got str; open", lambda: plot.force_budget("runs/mine")),
         (TypeError, r"its metrics\(\) returns", lambda: plot.loss([1.0])),
-        (ValueError, "run_or_table is not a force table", lambda: plot.force_budget(M)),
+        (ValueError, "run_or_table is no force table", lambda: plot.force_budget(M)),
         (ValueError, "lacks the columns", lambda: plot.weibull_trajectory(M)),
         (ValueError, "holds no losses by step", lambda: plot.loss(F)),
         (ValueError, "no rows of weibull", lambda: plot.weibull_trajectory(W.iloc[:0])),

@@ -66,7 +66,7 @@ MIXTRAL = {"model_type": "mixtral", "hidden_size": 24}
 
 @pytest.mark.parametrize("chunk", [1 << 10, 1 << 18])
 @pytest.mark.parametrize(
-    ("name", "shape", "config", "per_head"),
+    ("name", "shape", "config", "views_of"),
     [
         (NEOX_QKV, (96, 32), NEOX, False),
         (NEOX_QKV, (96, 32), NEOX, True),
@@ -75,10 +75,10 @@ MIXTRAL = {"model_type": "mixtral", "hidden_size": 24}
         ("model.layers.0.mlp.experts.gate_up_proj", (3, 40, 24), MIXTRAL, False),
     ],
 )
-def test_each_view_has_its_own_products(name, shape, config, per_head, chunk, monkeypatch):
+def test_each_view_has_its_own_products(name, shape, config, views_of, chunk, monkeypatch):
     monkeypatch.setitem(moments._CHUNK, "cpu", chunk)
     monkeypatch.setattr(moments, "_SMALL", 1 << 10)
-    views = describe(name, shape, config, per_head=per_head).views
+    views = describe(name, shape, config, views="head" if views_of else True).views
     assert views
     other = (5, 7)
     plan = Plan([other, shape, other], [(), views, ()], CPU)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import weightdyn
-from weightdyn.core.tables import FORCE_TABLE
+from weightdyn.core.tables import FORCE_TABLE, WEIBULL_TABLE
 from weightdyn.files import durable
 from weightdyn.record import runlog
 from weightdyn.record.runlog import KINDS, RunLog, RunLogError, RunWriter
@@ -158,7 +158,7 @@ def test_the_force_table_has_its_columns_types_and_order(logged):
     extra = ["u_sq", "dot_wu", "u_rms", "relative_update", "angle", "m_rms", "v_mean", "u_max", "residual"]
     assert list(table.columns) == [*FORCE_TABLE, *extra]
     types = {"step": "int64", "span": "int64", "layer": "Int64", "numel": "int64"}
-    types |= dict.fromkeys(("tensor", "component", "role"), "category")
+    types |= dict.fromkeys(("tensor", "stack", "component", "role"), "category")
     assert {name: str(kind) for name, kind in table.dtypes.items()} == {
         name: types.get(name, "float64") for name in table.columns
     }
@@ -172,19 +172,7 @@ def test_an_empty_run_has_the_columns_and_types_of_a_full_one(out, writing, logg
     empty = writing(None if out is None else out.parent / "empty").run()
     full = logged[0]
     pd.testing.assert_series_equal(empty.forces().dtypes.astype(str), full.forces().dtypes.astype(str))
-    assert list(empty.weibull()) == [
-        "step",
-        "tensor",
-        "layer",
-        "component",
-        "role",
-        "numel",
-        "k",
-        "lam",
-        "r_squared",
-        "ks",
-        "n",
-    ]
+    assert list(empty.weibull()) == list(WEIBULL_TABLE)
     assert list(empty.metrics()) == ["step"]
     for table in (empty.forces(), empty.weibull(), empty.metrics(), empty.forces(by="role")):
         assert len(table) == 0

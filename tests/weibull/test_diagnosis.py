@@ -174,8 +174,8 @@ def test_fused_matrices_are_compared_as_they_are_stored():
     whole = diagnose(state).table.set_index("component")["k"]
     published = pd.DataFrame({"model": ["it"], "k_median_qkv": [whole["qkv"]], "k_median_o": [whole["o"]]})
     config = {"num_attention_heads": 8, "hidden_size": 64}
-    for per_head in (False, True):
-        found = diagnose(state, config=config, per_head=per_head, database=published)
+    for views in (True, "head"):
+        found = diagnose(state, config=config, views=views, database=published)
         assert "qkv" not in found.table["component"].tolist()
         assert found.nearest["components"].tolist() == [2]
         assert found.nearest["distance"][0] == pytest.approx(0, abs=1e-12)

@@ -13,7 +13,7 @@ from weightdyn.core.tables import FIT_TABLE
 from weightdyn.weibull.fit import LAM0, fit_weibull
 from weightdyn.weibull.laws import tails
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
-from weightdyn.weibull.weights import drift, fit_weights, read_matrices
+from weightdyn.weibull.weights import fit_weights, read_matrices, shape_drift
 
 HIDDEN, HEADS = 48, 4
 
@@ -99,7 +99,7 @@ def test_fused_matrices_are_fitted_as_the_model_splits_them(neox):
             weight.numel(),
         )
         assert (row["component"], row["layer"]) == (part, 0)
-    heads = fit_weights(neox, per_head=True).set_index("tensor")
+    heads = fit_weights(neox, views="head").set_index("tensor")
     for part, weight in parts.items():
         for head in range(HEADS):
             assert heads.loc[f"{name}[{part}.{head}]", "k"] == fit_weibull(weight[head]).k
@@ -161,9 +161,9 @@ def test_models_state_dicts_and_files_give_one_table(llama, tmp_path):
     llama.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     for name in ("whole", "shards", "whole/model.safetensors"):
-        table = fit_weights(str(tmp_path / name), per_head=True)
+        table = fit_weights(str(tmp_path / name), views="head")
         pd.testing.assert_frame_equal(
-            by_name(table), by_name(fit_weights(llama, per_head=True)), check_categorical=False
+            by_name(table), by_name(fit_weights(llama, views="head")), check_categorical=False
         )
 
 
@@ -209,8 +209,8 @@ def test_tied_weights_count_once(llama):
 def test_pooled_weights_are_fitted_as_one_sample(llama, pool, dtype):
     table = fit_weights(llama)
     state = {name: p.detach().to(dtype) for name, p in llama.named_parameters()}
-    pooled = fit_weights(state, pool=pool, config=llama.config)
-    keys = {"layer": ["layer"], "component": ["component", "role"], "role": ["role"], "model": []}[pool]
+    pooled = fit_weights(state, by=pool, config=llama.config)
+    keys = {"layer": ["stack", "layer"], "component": ["component"], "role": ["role"], "model": []}[pool]
     assert list(pooled)[: len(keys) + 2] == [*keys, "tensors", "numel"]
     table["group"] = [tuple(row) for row in table[keys].fillna({"layer": -1}).to_numpy().tolist()]
     assert len(pooled) == table["group"].nunique()
@@ -227,7 +227,7 @@ def test_pooled_weights_are_fitted_as_one_sample(llama, pool, dtype):
 def test_large_pools_and_mixed_types_are_counted_in_bins():
     torch.manual_seed(0)
     state = {"a.up_proj.weight": torch.randn(700, 700), "b.up_proj.weight": torch.randn(300, 300).bfloat16()}
-    row = fit_weights(state, pool="model").iloc[0]
+    row = fit_weights(state, by="model").iloc[0]
     whole = MagnitudeHistogram.from_tensor(torch.cat([w.float().reshape(-1) for w in state.values()]))
     assert row["k"] == fit_weibull(whole).k
     assert row["numel"] == 580_000
@@ -262,8 +262,8 @@ def test_progress_is_shown_when_asked_for(llama, capsys):
 
 def test_errors_name_what_was_given():
     model = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match=r"pool must be None or one of .*got 'head'"):
-        fit_weights(model, pool="head")
+    with pytest.raises(ValueError, match=r"by='head'.*use 'model', None, or any of"):
+        fit_weights(model, by="head")
     with pytest.raises(ValueError, match=r"tensors='\(' is not a regular expression"):
         fit_weights(model, tensors="(")
     with pytest.raises(TypeError, match=r"source must be a torch.nn.Module.*got list"):
@@ -301,7 +301,7 @@ def rms(k, lam):
 )
 def test_drift_splits_the_growth_of_sigma(k, lam, severity, explained_by):
     table = pd.DataFrame({"step": [5, 900], "k": k, "lam": lam})
-    row = drift(table).iloc[0]
+    row = shape_drift(table).iloc[0]
     assert (row["severity"], row["explained_by"]) == (severity, explained_by)
     assert row["sigma_growth"] == pytest.approx(math.log(rms(k[1], lam[1]) / rms(k[0], lam[0])), abs=1e-3)
     assert row["sigma_growth"] == pytest.approx(row["lam_growth"] + row["k_growth"])
@@ -319,15 +319,15 @@ def test_drift_is_taken_from_first_to_last_step_of_each_group():
             "other": "x",
         }
     )
-    found = drift(table)
+    found = shape_drift(table)
     assert found["tensor"].tolist() == ["b", "a"]
     assert found[["start_step", "end_step"]].to_numpy().tolist() == [[0, 20], [0, 20]]
     assert found[["k_start", "k_end"]].to_numpy().tolist() == [[1.2, 1.0], [1.2, 1.21]]
     np.testing.assert_allclose(found["lam_growth"], np.log([2, 3]))
     assert found["severity"].tolist() == ["mild", "invariant"]
-    assert drift(table.iloc[:0]).empty
+    assert shape_drift(table.iloc[:0]).empty
 
 
 def test_drift_says_which_column_is_missing():
     with pytest.raises(ValueError, match=r"table lacks the columns \['lam'\]"):
-        drift(pd.DataFrame({"step": [1], "k": [1.0]}))
+        shape_drift(pd.DataFrame({"step": [1], "k": [1.0]}))

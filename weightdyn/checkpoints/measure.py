@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from weightdyn.core.naming import View
+from weightdyn.core.naming import TensorRow, View
 from weightdyn.core.tables import CHECKPOINT_TABLE
 from weightdyn.files.durable import write_file
 from weightdyn.files.weightfiles import MANTISSA, CheckpointError, Stored, refused, row_reader
@@ -31,17 +31,6 @@ _GRAM = 1 << 22  # float64 numbers of all steps that inner products hold at a ti
 
 
 # What is computed of them.
-
-
-class Part(NamedTuple):
-    """A row of the table: a tensor, or a view of it."""
-
-    label: str
-    view: View | None
-    layer: int | None
-    component: str
-    role: str
-    numel: int
 
 
 class Sums(NamedTuple):
@@ -72,7 +61,7 @@ class Task(NamedTuple):
     file: Path
     name: str
     rows: tuple[int, int]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorRow, ...]
 
 
 def _cut(rows: Tensor, view: View | None, start: int) -> Tensor | None:
@@ -159,24 +148,20 @@ _SURE = 64
 """Weights with a mantissa whose low bits must all be zero before float32 counts as a copy of something coarser."""
 
 
-def table_row(part: Part, sums: Sums, dtype: str, digest: str) -> dict[str, Any]:
+def table_row(part: TensorRow, sums: Sums, dtype: str, digest: str) -> dict[str, Any]:
     precision = dtype
     if dtype == "float32" and sums.odd >= _SURE and not sums.low & 0x1FFF:
         precision = "float16" if sums.low else "bfloat16"
     spacing = sums.half_spacing if precision == "float16" else sums.spacing
     fit = fit_weibull(sums.histogram) if sums.histogram is not None else None
     return {
-        "tensor": part.label,
-        "layer": part.layer,
-        "component": part.component,
-        "role": part.role,
-        "numel": part.numel,
+        **part.identity(),
         "dtype": dtype,
         "precision": precision,
         "norm_sq": sums.squares,
         "rounding": spacing * 4.0 ** -MANTISSA[precision] / 12,
         "hash": digest,
-        **{name: getattr(fit, name) if fit else math.nan for name in ("k", "lam", "r_squared", "ks")},
+        **{name: getattr(fit, name) if fit else math.nan for name in ("lam", "k", "r_squared", "ks")},
         "n": fit.n if fit else math.nan,
     }
 
@@ -185,7 +170,7 @@ def inner_products(
     files: Sequence[Path],
     name: str,
     rows: tuple[int, int],
-    parts: Sequence[Part],
+    parts: Sequence[TensorRow],
     pairs: np.ndarray | None,
     new: np.ndarray | None,
 ) -> np.ndarray | CheckpointError:
@@ -355,11 +340,11 @@ class Measured:
             return None
 
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored measurements; others are measured again."""
 
 _TYPES = {
-    **dict.fromkeys(("tensor", "component", "role", "dtype", "precision", "hash"), pa.string()),
+    **dict.fromkeys(("tensor", "stack", "component", "role", "dtype", "precision", "hash"), pa.string()),
     "layer": pa.int64(),
     "numel": pa.int64(),
 }
@@ -383,7 +368,7 @@ def series_table(parts: Sequence[Measured], gram: Gram, weibull: bool) -> pd.Dat
         frames.append(rows.assign(dots=column))
     table = pd.concat(frames, ignore_index=True)[list(CHECKPOINT_TABLE)]
     table = table.astype({"layer": "Int64", "n": "float64"})
-    for name in ("tensor", "component", "role"):
+    for name in ("tensor", "stack", "component", "role"):
         table[name] = pd.Categorical(table[name], categories=list(dict.fromkeys(table[name])))
     if not weibull:
         table[["k", "lam", "r_squared", "ks", "n"]] = np.nan

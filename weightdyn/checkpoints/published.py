@@ -67,6 +67,7 @@ def read_published_forces(path: str | Path, *, weight_decay: float = 0.01, at: A
             "step": log["step"].astype("int64"),
             "span": 1,
             "tensor": "transmission",
+            "stack": "",
             "layer": pd.array([pd.NA] * len(log), dtype="Int64"),
             "component": "other",
             "role": "transmission",
@@ -78,7 +79,9 @@ def read_published_forces(path: str | Path, *, weight_decay: float = 0.01, at: A
             **forces._asdict(),
         }
     )
-    return table[list(FORCE_TABLE)].astype(dict.fromkeys(("tensor", "component", "role"), "category"))
+    return table[list(FORCE_TABLE)].astype(
+        dict.fromkeys(("tensor", "stack", "component", "role"), "category")
+    )
 
 
 def read_published_trajectory(path: str | Path) -> pd.DataFrame:

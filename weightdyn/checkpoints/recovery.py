@@ -26,7 +26,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from weightdyn.core.forces import forces_from_products
-from weightdyn.core.tables import FORCE_TABLE, check_force_table
+from weightdyn.core.naming import Views, split_label
+from weightdyn.core.tables import FORCE_TABLE, IDENTITY, RECOVERY_TABLE, check_force_table
 
 if TYPE_CHECKING:
     from weightdyn.checkpoints.recipe import Recipe
@@ -252,7 +253,7 @@ def recover_forces(
     method: Method = "balance",
     every: int | None = None,
     *,
-    per_head: bool = False,
+    views: Views = True,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Recover the force table of a training from its checkpoints.
@@ -265,7 +266,7 @@ def recover_forces(
             need to be measured: gram="band" ("none" will do, with a rougher ρ), "full", "band".
         every: None gives one row for each gap between checkpoints, its forces the mean over the gap. A number
             gives rows of span 1 for the updates that are multiples of it, as a log with that interval has.
-        per_head: rows for each head of q, k and v.
+        views: True splits fused tensors, "head" makes rows for each head of q, k and v, False leaves all whole.
         progress: show bars while checkpoints are measured, and for what takes longer than two seconds.
 
     Returns:
@@ -297,7 +298,7 @@ def recover_forces(
         raise ValueError(f"every must be None (one row for each gap) or a whole number >= 1, got {every!r}")
     if not hasattr(recipe, "lr_at"):
         raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {recipe!r}")
-    measured = _measured(source, method, per_head, progress)
+    measured = _measured(source, method, views, progress)
     parts = list(measured.groupby("tensor", sort=False, observed=True))
     bar = tqdm(parts, unit="tensor", desc="recover", delay=2, disable=not progress)
     tables = [
@@ -308,11 +309,11 @@ def recover_forces(
         raise ValueError(f"source must have at least two checkpoints, got the steps {steps}")
     table = pd.concat(tables, ignore_index=True).sort_values(["step", "place"], ignore_index=True)
     table["layer"] = table["layer"].astype("Int64")
-    kinds = dict.fromkeys(("tensor", "component", "role", "flag"), "category")
-    return table[[*FORCE_TABLE, "alignment_low", "alignment_high", "flag"]].astype(kinds)
+    kinds = dict.fromkeys(("tensor", "stack", "component", "role", "flag"), "category")
+    return table[[*FORCE_TABLE, *RECOVERY_TABLE]].astype(kinds)
 
 
-def _measured(source: Any, method: Method, per_head: bool, progress: bool) -> pd.DataFrame:
+def _measured(source: Any, method: Method, views: Views, progress: bool) -> pd.DataFrame:
     if not isinstance(source, pd.DataFrame):
         from weightdyn.checkpoints.series import Checkpoints
         from weightdyn.record.runlog import RunLog
@@ -322,9 +323,11 @@ def _measured(source: Any, method: Method, per_head: bool, progress: bool) -> pd
                 raise ValueError("source is a RunLog in memory, which has no checkpoints: give their folder")
             source = source.path
         series = source if isinstance(source, Checkpoints) else Checkpoints(source)
-        return series.measure(gram=GRAM[method], weibull=False, per_head=per_head, progress=progress)
-    if per_head:
-        raise ValueError("per_head is for checkpoints; measure the table itself with per_head=True")
+        return series.measure(gram=GRAM[method], weibull=False, views=views, progress=progress)
+    if views is not True:
+        raise ValueError(
+            f"views: the table has its rows; measure it with views={views!r}, got {views!r} here"
+        )
     missing = [name for name in ("step", "tensor", "numel", "norm_sq") if name not in source]
     if missing:
         raise ValueError(f"source is no table of Checkpoints.measure: it lacks the columns {missing}")
@@ -335,7 +338,7 @@ def _measured(source: Any, method: Method, per_head: bool, progress: bool) -> pd
             f"source: ‖W‖² of {one['tensor']} at step {one['step']} is {one['norm_sq']}; leave that checkpoint out"
         )
     return source.assign(
-        **{name: value for name, value in (("layer", pd.NA), ("component", "other"), ("role", "other"))
+        **{name: value for name, value in (("stack", ""), ("layer", pd.NA), ("component", "other"), ("role", "other"))
            if name not in source}
     )  # fmt: skip
 
@@ -354,7 +357,7 @@ def _recover(
     norm_sq, numel = rows["norm_sq"].to_numpy(float), int(first["numel"])
     updates = np.arange(steps[0] + 1, steps[-1] + 1)
     lr = recipe.lr_at(updates)
-    weight_decay = recipe.decay_of(str(first["component"]), str(first["tensor"]).split("[")[0])
+    weight_decay = recipe.decay_of(str(first["component"]), split_label(str(first["tensor"]))[0])
     rounding = rows["rounding"].fillna(0.0).to_numpy(float) if "rounding" in rows else np.zeros(len(rows))
     starts, span = steps[:-1] - steps[0], np.diff(steps)
     gap = np.repeat(np.arange(len(span)), span)
@@ -407,7 +410,7 @@ def _recover(
     return pd.DataFrame(
         {
             **columns,
-            **{name: first[name] for name in ("tensor", "layer", "component", "role")},
+            **{name: first[name] for name in IDENTITY},
             "numel": numel,
             "weight_decay": weight_decay,
             "alignment_low": budget["alignment"] - (high - 1) * budget["injection"] - blur,
@@ -488,8 +491,8 @@ def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame) -> pd.Seri
         float64 with the index of `table`; NaN where no update of that tensor was logged. Of a log with gaps it
         is the mean over what was logged.
     """
-    log = check_force_table(getattr(truth, "forces", lambda: truth)(), argument="truth")
-    check_force_table(table, argument="recovered")
+    log = check_force_table(truth, argument="truth")
+    table = check_force_table(table, argument="recovered")
     out = pd.Series(np.nan, index=table.index)
     logged = dict(list(log.groupby("tensor", observed=True)))
     for name, rows in table.groupby("tensor", observed=True):

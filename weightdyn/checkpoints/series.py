@@ -30,7 +30,6 @@ from tqdm import tqdm
 from weightdyn.checkpoints.measure import (
     Gram,
     Measured,
-    Part,
     Sums,
     Task,
     check_same,
@@ -43,7 +42,7 @@ from weightdyn.checkpoints.measure import (
     series_table,
     table_row,
 )
-from weightdyn.core.naming import describe
+from weightdyn.core.naming import TensorRow, Views, describe
 from weightdyn.files.hub import Hub
 from weightdyn.files.weightfiles import (
     ENDINGS,
@@ -304,7 +303,7 @@ class Checkpoints:
         self,
         gram: Gram = "none",
         weibull: bool = True,
-        per_head: bool = False,
+        views: Views = True,
         *,
         n_jobs: int = -1,
         cache: str | os.PathLike[str] | bool = True,
@@ -319,7 +318,7 @@ class Checkpoints:
             gram: inner products ⟨W_i, W_j⟩ between steps i ≥ j: "none"; "band", those of neighbours and of each
                 step with itself; "full", all. They take a second pass over the files, which holds 64 MB.
             weibull: fit a Weibull law to the magnitudes.
-            per_head: a row for each head of q, k and v.
+            views: True splits fused tensors, "head" makes a row for each head of q, k and v, False leaves all whole.
             n_jobs: pieces of work at a time, by threads; -1 for as many as there are cores. Under
                 `joblib.parallel_config` another backend takes over: processes, or a cluster.
             cache: where measurements are stored: a folder of your own, True for `measured` in the run directory
@@ -342,7 +341,7 @@ class Checkpoints:
                 "gram='full' needs all checkpoints on the disk at once: give Checkpoints(…, keep=True)"
             )
         self._store.progress = progress
-        folder = self._cache_folder(cache, per_head)
+        folder = self._cache_folder(cache, views)
         parts = {step: part for step in self.steps if (part := self._stored(folder, step, weibull))}
         todo = [step for step in self.steps if step not in parts]
         sizes = self._sizes(todo)
@@ -352,15 +351,15 @@ class Checkpoints:
                 for batch in self._batches(todo, sizes):
                     if gram == "band":
                         self._store.hold = set([step for step in self.steps if step < batch[0]][-1:])
-                    for step, part in self._measured(work, batch, parts, weibull, per_head):
+                    for step, part in self._measured(work, batch, parts, weibull, views):
                         parts[step] = part
                         part.write(folder)
                     if gram == "band" and not self._store.keep:
-                        self._add_dots(work, parts, gram, per_head, folder, batch, progress=False)
+                        self._add_dots(work, parts, gram, views, folder, batch, progress=False)
                     bar.update(sum(sizes[step] for step in batch))
                 if gram != "none":
                     for steps in [self.steps] if self._store.keep else [[step] for step in self.steps]:
-                        self._add_dots(work, parts, gram, per_head, folder, steps, progress)
+                        self._add_dots(work, parts, gram, views, folder, steps, progress)
         finally:
             self._store.hold = set()
             self._store.release()
@@ -373,7 +372,7 @@ class Checkpoints:
     def plan(
         self,
         weibull: bool = True,
-        per_head: bool = False,
+        views: Views = True,
         *,
         cache: str | os.PathLike[str] | bool = True,
         progress: bool = True,
@@ -385,7 +384,7 @@ class Checkpoints:
             `measured`: whether it is stored already, so that nothing of it would be read. A checkpoint without
             weights has no files.
         """
-        folder = self._cache_folder(cache, per_head)
+        folder = self._cache_folder(cache, views)
         rows = []
         for step in tqdm(self.steps, unit="checkpoint", disable=not progress, desc="plan"):
             try:
@@ -396,7 +395,7 @@ class Checkpoints:
             rows.append((step, self._store.where(step), len(files), sum(files.values()), measured))
         return pd.DataFrame(rows, columns=["step", "place", "files", "bytes", "measured"])
 
-    def _cache_folder(self, cache: str | os.PathLike[str] | bool, per_head: bool) -> Path | None:
+    def _cache_folder(self, cache: str | os.PathLike[str] | bool, views: Views) -> Path | None:
         """Where the measurements of these views lie; None for nowhere."""
         folder = self._store.cache if cache is True else None if cache is False else Path(cache)
         if folder is not None and isinstance(self._store, Hub):
@@ -405,8 +404,8 @@ class Checkpoints:
             return None
         config = self.config
         config = config.to_dict() if hasattr(config, "to_dict") else config
-        views = json.dumps([per_head, self.rules, config], sort_keys=True, default=str)
-        return folder / hashlib.sha256(views.encode()).hexdigest()[:12]
+        asked = json.dumps([views, self.rules, config], sort_keys=True, default=str)
+        return folder / hashlib.sha256(asked.encode()).hexdigest()[:12]
 
     def _stored(self, folder: Path | None, step: int, weibull: bool) -> Measured | None:
         """The measurement of a step that was stored, if it still holds and has what is asked for."""
@@ -443,16 +442,13 @@ class Checkpoints:
         if batch:
             yield batch
 
-    def _parts(self, layout: Mapping[str, Sequence[int]], per_head: bool) -> dict[str, tuple[Part, ...]]:
+    def _parts(self, layout: Mapping[str, Sequence[int]], views: Views) -> dict[str, tuple[TensorRow, ...]]:
         """The rows that each tensor has."""
-        config, found = self.config, {}
-        for name, shape in layout.items():
-            known = describe(name, shape, config, per_head=per_head, rules=self.rules)
-            found[name] = tuple(
-                Part(f"{name}[{view.name}]", view, known.layer, view.component, view.role, view.numel(shape))
-                for view in known.views
-            ) or (Part(name, None, known.layer, known.component, known.role, math.prod(shape)),)
-        return found
+        config = self.config
+        return {
+            name: describe(name, shape, config, views=views, rules=self.rules).rows(shape)
+            for name, shape in layout.items()
+        }
 
     def _measured(
         self,
@@ -460,7 +456,7 @@ class Checkpoints:
         batch: Sequence[int],
         parts: Mapping[int, Measured],
         weibull: bool,
-        per_head: bool,
+        views: Views,
     ) -> Iterator[tuple[int, Measured]]:
         """Measure the steps of a batch; yields each that is sound."""
         found: dict[int, dict[str, Stored]] = {}
@@ -475,7 +471,7 @@ class Checkpoints:
                 self._fail(step, error)
         bundles: list[tuple[int, list[Task]]] = []
         for step, contents in found.items():
-            rows = self._parts(layout_of(contents), per_head)
+            rows = self._parts(layout_of(contents), views)
             size = _BUNDLE
             for name, stored in contents.items():
                 for start, stop in pieces_of(stored.shape):
@@ -509,7 +505,7 @@ class Checkpoints:
             layout = layout_of(contents)
             rows = [
                 table_row(part, sums, contents[name].dtype, joined_digest(tensors[name][1]))
-                for name, parts_ in self._parts(layout, per_head).items()
+                for name, parts_ in self._parts(layout, views).items()
                 for part, sums in zip(parts_, tensors[name][0], strict=True)
             ]
             yield (
@@ -522,7 +518,7 @@ class Checkpoints:
         work: Parallel,
         parts: dict[int, Measured],
         gram: Gram,
-        per_head: bool,
+        views: Views,
         folder: Path | None,
         asked: Sequence[int],
         progress: bool,
@@ -545,7 +541,7 @@ class Checkpoints:
         self._store.hold = set(needed)
         found = {step: list_tensors(self._store.fetch(step)) for step in needed}
         layout = layout_of(found[needed[0]])
-        rows = self._parts(layout, per_head)
+        rows = self._parts(layout, views)
         pairs = None
         if gram == "band":
             pairs = np.array([(place[step], place[missing[step][0]]) for step in new])

@@ -1,4 +1,4 @@
-"""What a parameter is, from its name: layer, component, role, and the q, k, v inside a fused matrix.
+"""What a parameter is, from its name: stack, layer, component, role, and the q, k, v inside a fused matrix.
 
 One table of name endings serves every family, because families share their vocabulary: a name is cut back to
 what stands behind its wrappers, and the row of the table that reaches furthest to the left from its end says
@@ -6,6 +6,8 @@ what it is (`attn.c_proj` is an attention output, `mlp.c_proj` an MLP's). Whatev
 
 Fused matrices are split into views only where the config's head counts account for every row; a matrix that
 does not add up is left whole, since a wrong split would give wrong forces without a sign of it.
+
+A row of a table is a tensor or a view of one. Its label, `name` or `name[view]`, is made and parsed here alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,9 @@ _ROLES = {
     "down": "transmission",
     "v": "value",
 }
+
+Views = bool | Literal["head"]
+"""How fused tensors fall into rows: True splits q, k, v (and gate, up), "head" each head too, False nothing."""
 
 _ATTENTION = r"\w*[Aa]tt\w*\.(?:\w+\.){0,2}"
 
@@ -75,8 +80,11 @@ _WRAPPER = re.compile(
     r"|(?<=\.)(?:original_module|modules_to_save\.[^.]+)\."
     r"|\.lora_\w+\.[^.]+(?=\.weight$|$)"
 )
-# Not \d: nine plain digits are a number that int() takes, whatever the string.
-_LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
+# A number between dots, and the module that it counts. Not \d: nine plain digits are a number that int() takes,
+# whatever the string.
+_NUMBER = re.compile(r"(?:^|(?P<counted>[^.]*)\.)(?P<number>[0-9]{1,9})(?=\.)")
+_CONTAINERS = ("layers", "layer", "blocks", "block", "h")  # what a stack calls the list of its layers
+_LABEL = re.compile(r"(?P<name>.*)\[(?P<view>(?:[qkv]|gate|up)(?:\.[0-9]+)?)\]", re.DOTALL)
 
 
 def role_of(component: str) -> str:
@@ -98,7 +106,7 @@ class View:
     """A part of one tensor: index ranges along one axis.
 
     Attributes:
-        name: "q", "gate", or one head, "q.3"; `f"{tensor name}[{view name}]"` labels it in tables.
+        name: "q", "gate", or one head, "q.3"; `name[view]` labels it in tables (`TensorRow.label`).
         component: one of `COMPONENTS`.
         axis: the axis that is cut, from 0.
         ranges: half-open index ranges (start, stop) on that axis, ascending.
@@ -130,25 +138,98 @@ class View:
 
 
 @dataclass(frozen=True)
+class TensorRow:
+    """A row of a table: a tensor, or a view of one.
+
+    Attributes:
+        label: what the column `tensor` says: the parameter's name, with [view] behind it for a view.
+        stack, layer: as `TensorName` has them.
+        component: one of `COMPONENTS`.
+        numel: number of weights.
+        view: which part of the tensor it is; None for all of it.
+    """
+
+    label: str
+    stack: str
+    layer: int | None
+    component: str
+    numel: int
+    view: View | None = None
+
+    @property
+    def role(self) -> str:
+        """Role of the component."""
+        return role_of(self.component)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this row's part of `tensor`."""
+        return tensor if self.view is None else self.view.of(tensor)
+
+    def identity(self) -> dict[str, Any]:
+        """The columns that say what the row is: tensor, stack, layer, component, role, numel."""
+        return {
+            "tensor": self.label,
+            "stack": self.stack,
+            "layer": self.layer,
+            "component": self.component,
+            "role": self.role,
+            "numel": self.numel,
+        }
+
+
+@dataclass(frozen=True)
 class TensorName:
     """What `describe` says of one tensor.
 
     Attributes:
         name: the name as it was given, wrappers included.
-        layer: block index; None outside the blocks.
+        layer: block index in its stack; None outside the blocks.
         component: one of `COMPONENTS`.
         views: the parts of a fused tensor, disjoint and covering it; () if it is one thing.
+        stack: which of the model's stacks of blocks it is in, "encoder" or "decoder" or a ResNet's "layer2", as
+            the name has it; stack and layer together are unique in a model. "" outside the blocks, and where the
+            name says no more than the number.
     """
 
     name: str
     layer: int | None
     component: str
     views: tuple[View, ...] = ()
+    stack: str = ""
 
     @property
     def role(self) -> str:
         """Role of the component."""
         return role_of(self.component)
+
+    def rows(self, shape: Sequence[int]) -> tuple[TensorRow, ...]:
+        """The rows that the tensor has in a table: one for each view, or one for all of it.
+
+        >>> [row.label for row in describe("h.0.attn.c_attn.weight", (4, 12), {"n_head": 2, "n_embd": 4}).rows((4, 12))]
+        ['h.0.attn.c_attn.weight[q]', 'h.0.attn.c_attn.weight[k]', 'h.0.attn.c_attn.weight[v]']
+        """
+        where = self.stack, self.layer
+        return tuple(
+            TensorRow(f"{self.name}[{view.name}]", *where, view.component, view.numel(shape), view)
+            for view in self.views
+        ) or (TensorRow(self.name, *where, self.component, math.prod(shape)),)
+
+
+def split_label(label: str) -> tuple[str, str | None]:
+    """Name of the parameter, and of its view or None, behind a row's label.
+
+    >>> split_label("h.0.attn.c_attn.weight[k.1]"), split_label("blocks[0].weight")
+    (('h.0.attn.c_attn.weight', 'k.1'), ('blocks[0].weight', None))
+    """
+    match = _LABEL.fullmatch(label)
+    return (match["name"], match["view"]) if match else (label, None)
+
+
+def check_views(views: Any) -> Views:
+    """Return `views` if it is one of True, False and "head", else raise a ValueError."""
+    if isinstance(views, bool) or (isinstance(views, str) and views == "head"):
+        return views
+    raise ValueError(f"views must be True, False or 'head', got {views!r}")
 
 
 def describe(
@@ -156,7 +237,7 @@ def describe(
     shape: Sequence[int],
     config: Any = None,
     *,
-    per_head: bool = False,
+    views: Views = True,
     rules: Mapping[str, str] | None = None,
 ) -> TensorName:
     r"""Say what a parameter is; whatever the name, shape and config, there is an answer.
@@ -168,21 +249,25 @@ def describe(
         config: the model's transformers config, a dict such as config.json holds, or any object with such
             attributes. Needed for the views of fused attention matrices and stacked experts, and for heads;
             of a model with a vision or audio part each part's own config is taken.
-        per_head: one view for each head of q, k and v ("q.0", "q.1", …), in unfused matrices too. Under
-            grouped-query attention k and v have the number of key-value heads.
+        views: True splits fused matrices, False leaves them whole, "head" makes one view for each head of q, k
+            and v ("q.0", "q.1", …), in unfused matrices too. Under grouped-query attention k and v have the
+            number of key-value heads.
         rules: {regular expression: component}, searched in the name behind its wrappers before all else, in
-            order; the first that is found decides. A group `(?P<layer>\d+)` in it sets the layer.
+            order; the first that is found decides. A group `(?P<layer>\d+)` in it sets the layer, a group
+            `(?P<stack>…)` the stack.
 
     Returns:
         The description. A fused attention matrix is "qkv", its views q, k, v; a fused gate and up is "up",
         its views gate, up. A tied embedding is what its name says, and `named_parameters()` has it once, as
-        embed. Position embeddings are "embed"; routers, score heads and latent projections are "other".
+        embed. Position embeddings are "embed"; routers, score heads and latent projections are "other". The
+        layer is the first number in the name, but of stages that hold numbered blocks the block's.
 
     Raises:
-        ValueError: if a rule is not a regular expression, names no component, or its layer is no number.
+        ValueError: if a rule is not a regular expression, names no component, or its layer is no number;
+            `views` is none of these.
 
     >>> describe("gpt_neox.layers.3.mlp.dense_h_to_4h.weight", (48, 12))
-    TensorName(name='gpt_neox.layers.3.mlp.dense_h_to_4h.weight', layer=3, component='up', views=())
+    TensorName(name='gpt_neox.layers.3.mlp.dense_h_to_4h.weight', layer=3, component='up', views=(), stack='gpt_neox')
     >>> fused = describe("gpt_neox.layers.3.attention.query_key_value.weight", (36, 12),
     ...                  {"num_attention_heads": 2, "hidden_size": 12})
     >>> [(view.name, view.ranges) for view in fused.views]
@@ -190,23 +275,38 @@ def describe(
     """
     short = _WRAPPER.sub("", name)
     component, layout = _look_up(short, len(shape))
-    found = _LAYER.search(short)
-    layer = int(found[1]) if found else None
+    stack, layer = _place(short)
     for pattern, ruled in (rules or {}).items():
         match = _search(pattern, _check_component(ruled, f"rules[{pattern!r}]"), short)
         if match:
-            layer = _ruled_layer(match, layer)
+            stack, layer = match.groupdict().get("stack") or stack, _ruled_layer(match, layer)
             component, layout = ruled, (layout if ruled == component else None)
             break
-    views = ()
+    found: tuple[View, ...] = ()
+    per_head = check_views(views) == "head"
     # The A of a LoRA pair has the rank for rows: no part of it belongs to q alone.
-    if (layout or (per_head and component in ("q", "k", "v"))) and ".lora_A." not in name:
+    if views and (layout or (per_head and component in ("q", "k", "v"))) and ".lora_A." not in name:
         own = _own_config(config, short)
         if layout == "halves":
-            views = tuple(_halves(shape, own))
+            found = tuple(_halves(shape, own))
         else:
-            views = tuple(_attention(component, layout, shape, own, per_head))
-    return TensorName(name, layer, component, views)
+            found = tuple(_attention(component, layout, shape, own, per_head))
+    return TensorName(name, layer, component, found, stack)
+
+
+def _place(short: str) -> tuple[str, int | None]:
+    """Stack and layer of a name without wrappers."""
+    numbers = list(_NUMBER.finditer(short))
+    if not numbers:
+        return "", None
+    own, *inner = numbers
+    deeper = next((each for each in inner if each["counted"] == "blocks"), None)
+    if deeper is None and own["counted"] in ("stages", "stage") and inner:
+        deeper = inner[0]
+    own = deeper or own
+    before = short[: own.start("number")].rstrip(".")
+    head, _, last = before.rpartition(".")
+    return (head if last in _CONTAINERS else before), int(own["number"])
 
 
 def _look_up(short: str, ndim: int) -> tuple[str, str | None]:

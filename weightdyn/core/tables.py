@@ -1,6 +1,7 @@
 """Every table's columns, and what can be done with a table whoever made it: group, sum, share, check.
 
-Everything that yields forces yields the same tidy force table, and everything behind it takes that table.
+Everything that yields forces yields the same tidy force table, and everything behind it takes that table, or the
+`RunLog` that has one. Grouping is `by=` everywhere, and its columns are found here alone (`group_columns`).
 """
 
 from __future__ import annotations
@@ -23,18 +24,28 @@ from weightdyn.core.forces import (
 )
 
 By = Literal["layer", "component", "role", "model"]
+"""Groups of tensors; a list of columns names finer ones, None leaves one row per tensor."""
 
 FORCES = ("alignment", "injection", "decay")
 """The three forces, in the order in which every table, legend and sum has them."""
 
-FORCE_TABLE = {
-    "step": "number t of the update, 1-based: it takes w(t-1) to w(t)",
-    "span": "updates that the row covers, ending at `step`",
+NAMES = {
     "tensor": "name of the parameter, with [view] behind it for a part of a fused tensor",
-    "layer": "block index; missing outside the blocks",
+    "stack": "which stack of blocks: encoder, decoder, a stage; empty outside the blocks",
+    "layer": "block index in its stack; missing outside the blocks",
     "component": "q k v qkv o gate up down embed unembed norm bias other",
     "role": "selection (q, k), transmission (o, gate, up, down), value (v), other",
     "numel": "number of weights",
+}
+"""Columns that say what a row is."""
+
+IDENTITY = ("tensor", "stack", "layer", "component", "role")
+"""Those that tell rows of one step apart."""
+
+FORCE_TABLE = {
+    "step": "number t of the update, 1-based: it takes w(t-1) to w(t)",
+    "span": "updates that the row covers, ending at `step`",
+    **NAMES,
     "lr": "learning rate η at this update",
     "weight_decay": "decoupled weight decay λ at this update",
     "norm_sq": "‖w‖² before the update (before the span)",
@@ -45,67 +56,244 @@ FORCE_TABLE = {
 }
 """Columns of a force table and their meaning. Tables may carry more columns behind these."""
 
+LOG_TABLE = {
+    "u_sq": "‖u‖², u = m̂/(√v̂+ε) of the update",
+    "dot_wu": "⟨w,u⟩ with w before the update",
+    "u_rms": "root mean square of u",
+    "relative_update": "η‖u‖/‖w‖",
+    "angle": "radians that the update turned the tensor",
+    "m_rms": "root mean square of m̂, in units of the gradient",
+    "v_mean": "mean of v̂, in squared units of the gradient",
+    "u_max": "max |u|",
+    "residual": "(‖w'‖² − ‖w‖² measured) − (alignment + injection + decay); NaN where not audited",
+}
+"""Columns that a logged force table has behind those of `FORCE_TABLE`, and their meaning."""
 
-def check_force_table(table: Any, *, argument: str = "table") -> pd.DataFrame:
-    """Return `table` if it is a force table, or raise a TypeError or ValueError that says what is missing."""
-    if not isinstance(table, pd.DataFrame):
-        raise TypeError(
-            f"{argument} must be a force table (a pandas.DataFrame, as RunLog.forces() returns), "
-            f"got {type(table).__name__}"
-        )
-    missing = [name for name in ("step", "span", "norm_sq", *FORCES) if name not in table]
-    if missing:
+RECOVERY_TABLE = {
+    "alignment_low": "lower end of where the budget puts the true alignment",
+    "alignment_high": "upper end of it",
+    "flag": '"rounding": within what rounding of the stored weights leaves open; "identical": nothing moved; or ""',
+}
+"""Columns that a recovered force table has behind those of `FORCE_TABLE`, and their meaning."""
+
+_LAW = {
+    "lam": "scale λ of the Weibull law of |w|, in units of the weights; NaN without a fit",
+    "k": "shape k of the Weibull law of |w|; NaN without a fit",
+    "r_squared": "R² of the straight line in the trimmed probability plot",
+    "ks": "Kolmogorov-Smirnov distance between the law and the whole sample",
+    "n": "number of non-zero finite magnitudes, those that were fitted",
+}
+
+WEIBULL_TABLE = {
+    "step": "updates done when the weights were fitted; 0 is the initialization",
+    **NAMES,
+    **_LAW,
+}
+"""Columns of a table of Weibull fits over a run, and their meaning."""
+
+FIT_TABLE = {
+    **NAMES,
+    **_LAW,
+    "rms": "root mean square of the weights, zeros included",
+    "lam_over_rms": "λ/rms: 1/√Γ(1+2/k) for a Weibull law, 0.88749 for a normal initialisation",
+    "q90_q10": "ratio of the 90 % and the 10 % quantile of |w|",
+    "q99_q50": "ratio of the 99 % quantile and the median",
+    "q999_q50": "ratio of the 99.9 % quantile and the median",
+    "gini": "Gini coefficient of |w|",
+    "kurtosis": "mean w⁴ over squared mean w²; 3 for a normal law",
+    "top_share": "share of ‖w‖² in the largest 0.01 % of the weights",
+    "second_share": "share of the weights in a second population; 0 if there is none",
+    "note": "what makes the fit doubtful or impossible; empty if nothing",
+}
+"""Columns of a table of the fits of one model, and their meaning."""
+
+CHECKPOINT_TABLE = {
+    "step": "updates done when the checkpoint was written; 0 is the initialization",
+    **NAMES,
+    "dtype": "float type that the tensor is stored in",
+    "precision": "float type that its values fit into: float16 for a float32 copy of float16",
+    "norm_sq": "‖W‖², accumulated in float64",
+    "rounding": "expected ‖W − stored W‖² if the weights were rounded to `precision`: Σ ulp(w)²/12",
+    "hash": "of the bytes of the whole stored tensor: equal for equal content",
+    **_LAW,
+    "dots": "⟨W_i, W_j⟩ with each step j of the series up to this one, i; NaN where it was not asked for",
+}
+"""Columns of a measured series and their meaning."""
+
+RESCALE_TABLE = {
+    "pair": "kind of the pair",
+    "module": "where it lives; pair and module tell it from all others",
+    "stack": NAMES["stack"],
+    "layer": NAMES["layer"],
+    "head": "head or key-value group; missing where all heads share one α",
+    "channel": "channel of the pair; missing where all channels of the head share one α",
+    "a": "what is multiplied by α: q, o, up, gain, A",
+    "b": "what is divided by α: k, v, down, linears, B",
+    "norm_a": "norm of the entries of a before",
+    "norm_b": "norm of the entries of b before",
+    "alpha": "α; 1 where the pair was skipped",
+    "norm_a_after": "α·norm_a",
+    "norm_b_after": "norm_b/α",
+    "moments": "what became of the optimizer's moments; missing without an optimizer",
+    "skipped": "why nothing was done; missing where something was",
+}
+"""Columns of the table of a rescaling, and their meaning."""
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def table_of(source: Any, kind: str, *, argument: str = "table") -> pd.DataFrame:
+    """The table of a run, or the table itself.
+
+    Args:
+        source: a `RunLog` (anything with a method of that name), or a DataFrame.
+        kind: "forces", "weibull" or "metrics": the method of `RunLog` that gives the table.
+        argument: what to call `source` in an error.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(source, pd.DataFrame):
+        return source
+    method = getattr(source, kind, None)
+    if callable(method) and not isinstance(source, type):
+        table = method()
+        if isinstance(table, pd.DataFrame):
+            return table
+    word = {"forces": "force table", "weibull": "Weibull table"}.get(kind, f"table of {kind}")
+    raise TypeError(
+        f"{argument} must be a {word} (a pandas.DataFrame, as RunLog.{kind}() returns) or a RunLog, "
+        f"got {type(source).__name__}; RunLog(path) opens a run directory"
+    )
+
+
+def check_columns(
+    table: pd.DataFrame, names: Sequence[str], what: str, *, argument: str = "table"
+) -> pd.DataFrame:
+    """Return the table if it has these columns, with numbers in those of them that count something.
+
+    Raises:
+        ValueError: a column is missing, or there twice, or holds no numbers.
+    """
+    if missing := [name for name in names if name not in table]:
         raise ValueError(
-            f"{argument} is not a force table: it lacks the columns {missing}; it has {list(table.columns)}"
+            f"{argument} is no {what}: it lacks the columns {missing}; it has {list(table.columns)}"
+        )
+    if twice := [name for name in names if isinstance(table[name], pd.DataFrame)]:
+        raise ValueError(f"{argument} has the columns {twice} more than once")
+    wordy = [
+        name for name in names if name not in IDENTITY and not pd.api.types.is_numeric_dtype(table[name])
+    ]
+    if wordy and len(table):
+        raise ValueError(
+            f"{argument}: the columns {wordy} of a {what} must hold numbers, got "
+            f"{[str(table[name].dtype) for name in wordy]}"
         )
     return table
 
 
-def budget(table: pd.DataFrame) -> pd.DataFrame:
-    """Share of each force in the budget: |F| / (|alignment| + |injection| + |decay|), row by row.
+def check_force_table(
+    source: Any, *, argument: str = "table", empty: bool = True, unique: bool = False
+) -> pd.DataFrame:
+    """The force table of a table or a `RunLog`, checked.
 
     Args:
-        table: a force table; sum it first (`RunLog.forces(by="role")`, `aggregate`) for shares of a group.
+        source: a force table, or a `RunLog`.
+        argument: what to call it in an error.
+        empty: whether a table without rows will do.
+        unique: whether two rows of one tensor at one update are refused.
 
-    Returns:
-        The table with the columns `alignment_share`, `injection_share`, `decay_share` (fractions that sum to
-        1; NaN where all three forces are zero), `net` (their signed sum, the change of ‖w‖² per update).
-
-    Source: arXiv 2606.19367, the force budget.
-
-    >>> t = pd.DataFrame({"step": [1], "span": [1], "norm_sq": [4.0],
-    ...                   "alignment": [0.5], "injection": [0.1], "decay": [-0.4]})
-    >>> budget(t)[["alignment_share", "injection_share", "decay_share"]].to_numpy().tolist()
-    [[0.5, 0.1, 0.4]]
+    Raises:
+        TypeError, ValueError: it is none, and the message says what is missing.
     """
-    check_force_table(table)
-    total = table[list(FORCES)].abs().sum(axis=1, skipna=False)
-    total = total.where(total != 0)
-    shares = {f"{name}_share": table[name].abs() / total for name in FORCES}
-    return table.assign(**shares, net=table[list(FORCES)].sum(axis=1, skipna=False))
+    table = table_of(source, "forces", argument=argument)
+    check_columns(table, ("step", "span", "norm_sq", *FORCES), "force table", argument=argument)
+    if table.empty and not empty:
+        raise ValueError(f"{argument} has no rows: no update was logged")
+    return _check_unique(table, argument) if unique else table
+
+
+def check_weibull_table(
+    source: Any, *, argument: str = "table", empty: bool = True, unique: bool = False
+) -> pd.DataFrame:
+    """The Weibull table of a table or a `RunLog`, checked; arguments as in `check_force_table`."""
+    table = table_of(source, "weibull", argument=argument)
+    check_columns(table, ("step", "lam", "k"), "Weibull table", argument=argument)
+    if table.empty and not empty:
+        raise ValueError(f"{argument} has no Weibull fits; log some (weibull_every=…)")
+    return _check_unique(table, argument) if unique else table
+
+
+def _check_unique(table: pd.DataFrame, argument: str) -> pd.DataFrame:
+    """Refuse two rows of one tensor at one step; of tables that do not name their tensors nothing can be said."""
+    if "tensor" in table:
+        keys = ["step", *(name for name in IDENTITY if name in table)]
+        again = table.duplicated(keys)
+        if again.any():
+            row = table.loc[again.to_numpy()].iloc[0]
+            raise ValueError(
+                f"{argument} has two rows of {row['tensor']} at step {row['step']}: their sum would count it twice; "
+                "do not join tables of different runs"
+            )
+    return table
+
+
+# --- groups -------------------------------------------------------------------------------------------------
+
+
+def group_columns(table: pd.DataFrame, by: By | Sequence[str] | None) -> list[str]:
+    """The columns of a table that `by` groups by.
+
+    Args:
+        table: any table with some of the columns `IDENTITY`.
+        by: "layer" (its stack and its number), "component", "role", "model" (everything: no column), a list of
+            such columns, or None for each tensor by itself.
+
+    Raises:
+        ValueError: the table has no such column.
+    """
+    allowed = [name for name in IDENTITY if name in table]
+    if by is None:
+        return allowed
+    asked = [by] if isinstance(by, str) else list(by) if isinstance(by, Sequence) else [by]
+    unknown = [key for key in asked if key != "model" and key not in allowed]
+    if unknown:
+        raise ValueError(
+            f"by={by!r}: cannot group by {unknown}; use 'model', None, or any of {allowed}, one or a list of them"
+        )
+    keys = list(dict.fromkeys(key for key in asked if key != "model"))
+    if "layer" in keys and "stack" in allowed and "stack" not in keys:
+        keys.insert(keys.index("layer"), "stack")
+    return keys
+
+
+def group_numbers(table: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
+    """Number of each row's group, counted in order of appearance."""
+    if not keys:
+        return np.zeros(len(table), dtype=int)
+    return table.groupby(list(keys), dropna=False, observed=True, sort=False).ngroup().to_numpy()
 
 
 _SUMMED = ("numel", "norm_sq", "norm_sq_after", *FORCES)
 
 
-def aggregate(table: pd.DataFrame, by: By | Sequence[str]) -> pd.DataFrame:
+def aggregate(table: Any, by: By | Sequence[str] | None) -> pd.DataFrame:
     """Sum a force table over the tensors of each group: squared norms and forces add.
 
     Args:
-        table: a force table.
-        by: "layer", "component", "role", "model" (everything), or a list of such columns.
+        table: a force table or a `RunLog`.
+        by: "layer", "component", "role", "model" (everything), a list of such columns, or None, which leaves one
+            row per tensor.
 
     Returns:
         A force table with one row per step, span and group. `lr` and `weight_decay` stay where the whole
         group shares one value and are NaN where it does not; a sum over a missing value is missing.
+
+    Raises:
+        TypeError, ValueError: not a force table; two rows of one tensor at one update; an unknown `by`.
     """
-    check_force_table(table)
-    keys = [by] if isinstance(by, str) else list(by)
-    keys = [key for key in keys if key != "model"]
-    allowed = [name for name in ("layer", "component", "role", "tensor") if name in table]
-    unknown = [key for key in keys if key not in allowed]
-    if unknown:
-        raise ValueError(f"by={by!r}: cannot group by {unknown}; use 'model' or any of {allowed}")
+    table = check_force_table(table, unique=True)
+    keys = group_columns(table, by)
     groups = table.groupby(["step", "span", *keys], dropna=False, observed=True, sort=True)
     values = groups[[name for name in _SUMMED if name in table]]
     summed = values.sum().where(values.count().eq(groups.size(), axis=0))
@@ -115,6 +303,38 @@ def aggregate(table: pd.DataFrame, by: By | Sequence[str]) -> pd.DataFrame:
             summed[name] = low.where(low == high)
     summed = summed.reset_index()
     return summed[[name for name in FORCE_TABLE if name in summed]]
+
+
+def budget(table: Any, by: By | Sequence[str] | None = None) -> pd.DataFrame:
+    """Share of each force in the budget: |F| / (|alignment| + |injection| + |decay|), row by row.
+
+    Args:
+        table: a force table or a `RunLog`.
+        by: sum it over the tensors of each "layer", "component", "role", over the "model", or over a list of such
+            columns first (`aggregate`); None takes the rows as they are.
+
+    Returns:
+        The table with the columns `alignment_share`, `injection_share`, `decay_share` (fractions that sum to
+        1; NaN where all three forces are zero), `net` (their signed sum, the change of ‖w‖² per update).
+
+    Raises:
+        TypeError, ValueError: not a force table; an unknown `by`.
+
+    Source: arXiv 2606.19367, the force budget.
+
+    >>> t = pd.DataFrame({"step": [1], "span": [1], "norm_sq": [4.0],
+    ...                   "alignment": [0.5], "injection": [0.1], "decay": [-0.4]})
+    >>> budget(t)[["alignment_share", "injection_share", "decay_share"]].to_numpy().tolist()
+    [[0.5, 0.1, 0.4]]
+    """
+    table = check_force_table(table) if by is None else aggregate(table, by)
+    total = table[list(FORCES)].abs().sum(axis=1, skipna=False)
+    total = total.where(total != 0)
+    shares = {f"{name}_share": table[name].abs() / total for name in FORCES}
+    return table.assign(**shares, net=table[list(FORCES)].sum(axis=1, skipna=False))
+
+
+# --- from products to forces --------------------------------------------------------------------------------
 
 
 def force_table(
@@ -129,23 +349,15 @@ def force_table(
     Args:
         products: step, span, tensor, lr, weight_decay, dot_wu ⟨w,u⟩, u_sq ‖u‖², norm_sq ‖w‖², norm_sq_after ‖w'‖²,
             norm_sq_audit (‖w‖² measured before the step, or NaN), m_rms, v_mean, u_max.
-        tensors: label -> {"layer", "component", "role", "numel"}, as in run.json. A label that is missing
+        tensors: label -> {"stack", "layer", "component", "role", "numel"}, as in run.json. A label that is missing
             there gets no layer, and the component and role "other".
-        order: "exact", or "leading" without the O(η²λ) terms; see `weightdyn.forces_from_products`.
+        order: "exact", or "leading" without the O(η²λ) terms; see `forces_from_products`.
         at: "before" evaluates the forces with the weights before the step, so that they sum to the change of
             ‖w‖²; "after" with those after it, as the script of arXiv 2606.19367 does, which makes the
             alignment too large by 2·injection. `norm_sq` is ‖w‖² before the update either way.
 
     Returns:
-        The columns of `weightdyn.FORCE_TABLE`, then
-
-        u_sq, dot_wu       ‖u‖² and ⟨w,u⟩ before the update
-        u_rms              root mean square of u
-        relative_update    η‖u‖/‖w‖
-        angle              radians that the update turned the tensor
-        m_rms, v_mean      root mean square of m̂; mean of v̂
-        u_max              max |u|
-        residual           (‖w'‖² − ‖w‖² measured) − (alignment + injection + decay); NaN where not audited
+        The columns of `FORCE_TABLE`, then those of `LOG_TABLE`.
 
     >>> products = pd.DataFrame({"step": [1], "span": [1], "tensor": ["w"], "lr": [0.5], "weight_decay": [0.0],
     ...     "dot_wu": [-1.0], "u_sq": [4.0], "norm_sq": [7.0], "norm_sq_after": [9.0], "norm_sq_audit": [7.0],
@@ -198,74 +410,14 @@ def in_model_order(labels: Iterable[str], tensors: Iterable[str]) -> list[str]:
 
 
 def named_columns(tensor: pd.Categorical, table: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Columns layer, component, role and numel of a column of labels, from run.json's tensor table."""
+    """The columns of `NAMES` behind a column of labels, from run.json's tensor table."""
     entries = [table.get(label, {}) for label in tensor.categories]
     layers = pd.array([entry.get("layer") for entry in entries], dtype="Int64")
-    columns: dict[str, Any] = {"layer": layers.take(tensor.codes)}
-    for name in ("component", "role"):
-        values = np.array([entry.get(name, "other") for entry in entries], dtype=object)
+    columns: dict[str, Any] = {"stack": None, "layer": layers.take(tensor.codes)}
+    for name, default in (("stack", ""), ("component", "other"), ("role", "other")):
+        values = np.array([entry.get(name, default) for entry in entries], dtype=object)
         codes, categories = pd.factorize(values)
         columns[name] = pd.Categorical.from_codes(codes[tensor.codes], categories=categories)
     numel = pd.array([entry.get("numel") for entry in entries], dtype="Int64").take(tensor.codes)
     columns["numel"] = pd.Series(numel if numel.isna().any() else numel.astype(np.int64))
     return columns
-
-
-FIT_TABLE = {
-    "tensor": "name of the parameter, with [view] behind it for a part of a fused tensor",
-    "layer": "block index; missing outside the blocks",
-    "component": "q k v qkv o gate up down embed unembed norm bias other",
-    "role": "selection (q, k), transmission (o, gate, up, down), value (v), other",
-    "numel": "number of weights",
-    "k": "shape of the Weibull law",
-    "lam": "scale λ of the Weibull law, in units of the weights",
-    "r_squared": "R² of the trimmed probability plot",
-    "ks": "Kolmogorov-Smirnov distance between the law and the whole sample",
-    "n": "number of non-zero finite magnitudes, those that were fitted",
-    "rms": "root mean square of the weights, zeros included",
-    "lam_over_rms": "λ/rms: 1/√Γ(1+2/k) for a Weibull law, 0.88749 for a normal initialisation",
-    "q90_q10": "ratio of the 90 % and the 10 % quantile of |w|",
-    "q99_q50": "ratio of the 99 % quantile and the median",
-    "q999_q50": "ratio of the 99.9 % quantile and the median",
-    "gini": "Gini coefficient of |w|",
-    "kurtosis": "mean w⁴ over squared mean w²; 3 for a normal law",
-    "top_share": "share of ‖w‖² in the largest 0.01 % of the weights",
-    "second_share": "share of the weights in a second population; 0 if there is none",
-    "note": "what makes the fit doubtful or impossible; empty if nothing",
-}
-"""Columns of a table of fits and their meaning."""
-
-CHECKPOINT_TABLE = {
-    "step": "updates done when the checkpoint was written; 0 is the initialization",
-    **{name: FORCE_TABLE[name] for name in ("tensor", "layer", "component", "role", "numel")},
-    "dtype": "float type that the tensor is stored in",
-    "precision": "float type that its values fit into: float16 for a float32 copy of float16",
-    "norm_sq": "‖W‖², accumulated in float64",
-    "rounding": "expected ‖W − stored W‖² if the weights were rounded to `precision`: Σ ulp(w)²/12",
-    "hash": "of the bytes of the whole stored tensor: equal for equal content",
-    "k": "shape k of the Weibull law of |w|; NaN if it was not fitted",
-    "lam": "scale λ of the Weibull law of |w|, in units of the weights",
-    "r_squared": "R² of the straight line in the probability plot",
-    "ks": "Kolmogorov-Smirnov distance between the law and the weights",
-    "n": "number of magnitudes behind the fit",
-    "dots": "⟨W_i, W_j⟩ with each step j of the series up to this one, i; NaN where it was not asked for",
-}
-"""Columns of a measured series and their meaning."""
-
-RESCALE_TABLE = {
-    "pair": "kind of the pair",
-    "module": "where it lives; pair and module tell it from all others",
-    "layer": "block index; missing outside the blocks",
-    "head": "head or key-value group; missing where all heads share one α",
-    "channel": "channel of the pair; missing where all channels of the head share one α",
-    "a": "what is multiplied by α: q, o, up, gain, A",
-    "b": "what is divided by α: k, v, down, linears, B",
-    "norm_a": "norm of the entries of a before",
-    "norm_b": "norm of the entries of b before",
-    "alpha": "α; 1 where the pair was skipped",
-    "norm_a_after": "α·norm_a",
-    "norm_b_after": "norm_b/α",
-    "moments": "what became of the optimizer's moments; missing without an optimizer",
-    "skipped": "why nothing was done; missing where something was",
-}
-"""Columns of the table of a rescaling, and their meaning."""

@@ -18,19 +18,28 @@ changes (the sums are not over the same tensors).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from weightdyn.core.naming import ROLES
-from weightdyn.core.tables import FORCES, By, check_force_table
+from weightdyn.core.tables import (
+    FORCE_TABLE,
+    FORCES,
+    IDENTITY,
+    By,
+    aggregate,
+    check_columns,
+    check_force_table,
+    check_weibull_table,
+    group_columns,
+    group_numbers,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from weightdyn.record.runlog import RunLog
-
-
-_IDENTITY = ("tensor", "layer", "component", "role")
 
 
 def integrate(table: pd.DataFrame | RunLog) -> pd.DataFrame:
@@ -59,13 +68,13 @@ def integrate(table: pd.DataFrame | RunLog) -> pd.DataFrame:
     >>> integrate(t)[["step", "norm_sq_after", "norm_sq_predicted"]].to_numpy().tolist()
     [[1.0, 9.0, 9.0], [3.0, 12.5, 12.5]]
     """
-    forces = _force_table(table)
+    forces = check_force_table(table, empty=False)
     path = _path(forces)
     change = np.where(path.gap, path.bridged, path.change)
     change[path.first] += forces["norm_sq"].to_numpy(float)[path.order][path.first]
     starts = np.flatnonzero(path.first)
     sums = [np.cumsum(part) for part in np.split(change, starts[1:])]
-    names = ["step", *(name for name in (*_IDENTITY, "numel") if name in forces)]
+    names = ["step", *(name for name in (*IDENTITY, "numel") if name in forces)]
     out = forces[names].iloc[path.order].reset_index(drop=True)
     out["norm_sq_after"] = path.after
     out["norm_sq_predicted"] = np.concatenate(sums)
@@ -102,10 +111,8 @@ def closure(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) 
     >>> closure(t)[["updates", "residual", "change", "closure"]].to_numpy().tolist()
     [[2.0, 0.5, 3.0, 0.16666666666666666]]
     """
-    forces = _force_table(table)
-    keys = [name for name in _IDENTITY if name in forces]
-    if by is not None:
-        keys = _keys(forces, by)
+    forces = check_force_table(table, empty=False)
+    keys = group_columns(forces, by)
     path = _path(forces)
     rows = forces.iloc[path.order].reset_index(drop=True)
     before = np.where(path.first, np.nan, _shift(path.after))
@@ -129,14 +136,14 @@ def closure(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) 
             "change": np.where(counted, np.abs(measured), 0.0),
         }
     )
-    groups = _groups(rows, keys)
+    groups = group_numbers(rows, keys)
     sums = terms.groupby(groups).sum()
     identity = rows[keys].iloc[np.unique(groups, return_index=True)[1]].reset_index(drop=True)
     out = pd.concat([identity, sums.reset_index(drop=True)], axis=1)
     return out.assign(closure=out["residual"] / out["change"])
 
 
-def equilibrium(table: pd.DataFrame) -> pd.DataFrame:
+def equilibrium(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) -> pd.DataFrame:
     """Norm at which the forces would cancel: ‖w‖²_eq = ‖w‖²·(alignment + injection)/|decay|.
 
     Decay is the force that is proportional to ‖w‖²; with the other two as they stand at this update, the norm
@@ -144,7 +151,8 @@ def equilibrium(table: pd.DataFrame) -> pd.DataFrame:
     outweighs injection: nothing holds the norm up then.
 
     Args:
-        table: a force table. Forces of single updates are noisy: average the result over many rows.
+        table: a force table or a `RunLog`. Forces of single updates are noisy: average the result over many rows.
+        by: sum it over the tensors of each group first, as `aggregate` does; None takes the rows as they are.
 
     Returns:
         The table with the column `equilibrium` (NaN or infinite where there is no decay).
@@ -154,12 +162,12 @@ def equilibrium(table: pd.DataFrame) -> pd.DataFrame:
     >>> equilibrium(t)["equilibrium"].item()
     8.0
     """
-    check_force_table(table)
+    table = check_force_table(table) if by is None else aggregate(table, by)
     growth = table["alignment"] + table["injection"]
     return table.assign(equilibrium=-table["norm_sq"] * growth / table["decay"])
 
 
-def pool_weibull(table: pd.DataFrame, by: By | Sequence[str]) -> pd.DataFrame:
+def pool_weibull(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None) -> pd.DataFrame:
     """Weibull trajectories of groups of tensors, from those of the tensors with their n weights each.
 
         λ = √(Σ n·λ² / Σ n),    k = Σ n·k / Σ n
@@ -168,33 +176,34 @@ def pool_weibull(table: pd.DataFrame, by: By | Sequence[str]) -> pd.DataFrame:
     the tensors share one k. For the fit of the pooled weights themselves add their histograms.
 
     Args:
-        table: a Weibull table (`RunLog.weibull()`): `step`, `lam`, `k`, and the number of weights `n` or, where
+        table: a Weibull table or a `RunLog`: `step`, `lam`, `k`, and the number of weights `n` or, where
             that is absent, `numel`; absent both, all tensors count alike.
-        by: "layer", "component", "role", "model" (everything), or a list of such columns.
+        by: "layer", "component", "role", "model" (everything), a list of such columns, or None, for each tensor by
+            itself.
 
     Returns:
-        One row per step and group: `step`, the group's columns, `n`, `k`, `lam`. Tensors without a fit (NaN)
+        One row per step and group: `step`, the group's columns, `n`, `lam`, `k`. Tensors without a fit (NaN)
         are left out.
 
     Raises:
-        TypeError, ValueError: not a Weibull table; an unknown `by`.
+        TypeError, ValueError: not a Weibull table; two rows of one tensor at one step; an unknown `by`.
 
     >>> t = pd.DataFrame({"step": 1, "role": "value", "n": [1, 3], "lam": [4.0, 2.0], "k": [1.0, 1.2]})
     >>> pool_weibull(t, by="role")[["lam", "k"]].round(3).to_numpy().tolist()
     [[2.646, 1.15]]
     """
-    _check_columns(table, ("step", "k", "lam"))
-    keys = _keys(table, by)
+    table = check_weibull_table(table, unique=True)
+    keys = group_columns(table, by)
     table = table[table["lam"].notna() & table["k"].notna()]
     count = next((table[name].astype(float) for name in ("n", "numel") if name in table), 1.0)
-    weighted = table[["step", *keys]].assign(n=count, k=count * table["k"], lam=count * table["lam"] ** 2)
+    weighted = table[["step", *keys]].assign(n=count, lam=count * table["lam"] ** 2, k=count * table["k"])
     sums = weighted.groupby(["step", *keys], dropna=False, observed=True, sort=True).sum().reset_index()
     return sums.assign(
         n=sums["n"].astype("int64"), k=sums["k"] / sums["n"], lam=np.sqrt(sums["lam"] / sums["n"])
     )
 
 
-def phases(table: pd.DataFrame, value: str = "lam") -> pd.DataFrame:
+def phases(table: pd.DataFrame | RunLog, value: str = "lam") -> pd.DataFrame:
     """Rise, peak and relaxation of a trajectory, group by group.
 
     The peak is that of a running median over 2·⌊rows/50⌋+1 rows (at least 3; shorter, and centred, towards
@@ -203,7 +212,8 @@ def phases(table: pd.DataFrame, value: str = "lam") -> pd.DataFrame:
 
     Args:
         table: a trajectory with `step`, `value` and whichever of `tensor`, `layer`, `component`, `role` tell
-            its groups apart: `RunLog.weibull()`, `pool_weibull(…)`, a published trajectory, a force table.
+            its groups apart: `RunLog.weibull()`, `pool_weibull(…)`, a published trajectory, a force table; or a
+            `RunLog`, whose Weibull table is taken, and its force table where that has `value`.
         value: the column to follow: "lam", "k", "sigma", "norm_sq", …
 
     Returns:
@@ -226,10 +236,11 @@ def phases(table: pd.DataFrame, value: str = "lam") -> pd.DataFrame:
     >>> phases(t)[["half_step", "peak_step", "peak", "end_step", "end", "overshoot"]].to_dict("records")
     [{'half_step': 3, 'peak_step': 5, 'peak': 3.5, 'end_step': 8, 'end': 3.0, 'overshoot': True}]
     """
-    _check_columns(table, ("step", value))
-    keys = [name for name in _IDENTITY if name in table]
+    kind = "forces" if value in FORCE_TABLE else "weibull"
+    table = check_columns(table_of(table, kind), ("step", value), "trajectory")
+    keys = group_columns(table, None)
     table = table[table[value].notna()].sort_values("step", kind="stable")
-    groups = _groups(table, keys)
+    groups = group_numbers(table, keys)
     steps, values = table["step"].to_numpy(), table[value].to_numpy(float)
     found: list[dict[str, object]] = []
     firsts: list[int] = []
@@ -298,8 +309,8 @@ class _Path(NamedTuple):
 
 
 def _path(table: pd.DataFrame) -> _Path:
-    keys = [name for name in _IDENTITY if name in table]
-    group = _groups(table, keys)
+    keys = group_columns(table, None)
+    group = group_numbers(table, keys)
     step = table["step"].to_numpy(np.int64)
     order = np.lexsort((step, group))
     rows = table.iloc[order]
@@ -356,43 +367,9 @@ def _shift(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x[:1], x[:-1]])
 
 
-def _keys(table: pd.DataFrame, by: By | Sequence[str]) -> list[str]:
-    """Columns to group by; none for the whole model."""
-    asked = [by] if isinstance(by, str) else list(by)
-    allowed = [name for name in _IDENTITY if name in table]
-    unknown = [key for key in asked if key not in (*allowed, "model")]
-    if unknown:
-        raise ValueError(f"by={by!r}: cannot group by {unknown}; use 'model' or any of {allowed}")
-    return [key for key in asked if key != "model"]
-
-
-def _groups(table: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
-    """Number of each row's group, counted in order of appearance."""
-    if not keys:
-        return np.zeros(len(table), dtype=int)
-    return table.groupby(list(keys), dropna=False, observed=True, sort=False).ngroup().to_numpy()
-
-
 def _rows_of(groups: np.ndarray) -> list[np.ndarray]:
     order = np.argsort(groups, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(groups) else []
-
-
-def _force_table(table: pd.DataFrame | RunLog) -> pd.DataFrame:
-    if not isinstance(table, pd.DataFrame) and hasattr(table, "forces"):
-        table = table.forces()
-    checked = check_force_table(table)
-    if checked.empty:
-        raise ValueError("table has no rows: no update was logged")
-    return checked
-
-
-def _check_columns(table: Any, names: Sequence[str]) -> None:
-    if not isinstance(table, pd.DataFrame):
-        raise TypeError(f"table must be a pandas.DataFrame with {list(names)}, got {type(table).__name__}")
-    missing = [name for name in names if name not in table]
-    if missing:
-        raise ValueError(f"table lacks the columns {missing}; it has {list(table.columns)}")
 
 
 def summarize(run: RunLog) -> pd.DataFrame:

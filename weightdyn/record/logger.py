@@ -8,7 +8,6 @@ not change. The hook is a thin shell: `moments` does the arithmetic, `runlog` ke
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import functools
 import json
 import operator
@@ -30,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weightdyn.core.forces import before_step
-from weightdyn.core.naming import TensorName, describe
+from weightdyn.core.naming import TensorName, Views, check_views, describe
 from weightdyn.core.tables import force_table
 from weightdyn.files.durable import write_file
 from weightdyn.record.moments import PRODUCTS, Adam, Plan
@@ -150,7 +149,7 @@ class ForceLogger:
         every: Every = 1,
         out: str | Path | None = None,
         tensors: Tensors | None = None,
-        views: bool | Literal["head"] = True,
+        views: Views = True,
         source: Literal["moments", "displacement"] = "moments",
         weibull_every: Every | None = None,
         snapshot_every: Every | None = None,
@@ -160,8 +159,6 @@ class ForceLogger:
         rules: Mapping[str, str] | None = None,
     ):
         check_optimizer(optimizer, source)
-        if views not in (True, False, "head"):
-            raise ValueError(f"views must be True, False or 'head', got {views!r}")
         if snapshot_every is not None and out is None:
             raise ValueError("snapshot_every writes files: give it a run directory with out=")
         if start_step is not None and (not isinstance(start_step, int) or start_step < 0):
@@ -176,7 +173,7 @@ class ForceLogger:
         self._optimizer = optimizer
         self._given = _names(_given_pairs(optimizer, params))
         self._select = _selector(tensors)
-        self._views = views
+        self._views = check_views(views)
         self._config = config if config is not None else _config(params)
         self._rules = rules
         self._plans: dict[tuple[torch.device | int, ...], Plan] = {}
@@ -377,22 +374,12 @@ class ForceLogger:
 
     def _add(self, group: int, name: str, parameter: Tensor) -> None:
         shape = tuple(parameter.shape)
-        label = describe(name, shape, self._config, per_head=self._views == "head", rules=self._rules)
-        if not self._views:
-            label = dataclasses.replace(label, views=())
+        label = describe(name, shape, self._config, views=self._views, rules=self._rules)
         first = len(self._labels)
-        for part in label.views or (None,):
-            key = name if part is None else f"{name}[{part.name}]"
-            if key in self._labels:
+        for row in label.rows(shape):
+            if row.label in self._labels:
                 raise ValueError(f"params: two parameters are named {name!r}; names must differ")
-            self._labels[key] = {
-                "layer": label.layer,
-                "component": (part or label).component,
-                "role": (part or label).role,
-                "numel": parameter.numel() if part is None else part.numel(shape),
-                "shape": list(shape),
-                "parameter": name,
-            }
+            self._labels[row.label] = {**row.identity(), "shape": list(shape), "parameter": name}
         self._tracked.append(_Tracked(parameter, group, label, range(first, len(self._labels))))
 
     def _log(self, before: _Before, found_inf: Tensor | None) -> None:

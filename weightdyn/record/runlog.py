@@ -38,7 +38,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from weightdyn.core.forces import At, Order
-from weightdyn.core.tables import FORCE_TABLE, By, aggregate, force_table, in_model_order, named_columns
+from weightdyn.core.tables import (
+    FORCE_TABLE,
+    WEIBULL_TABLE,
+    By,
+    aggregate,
+    force_table,
+    in_model_order,
+    named_columns,
+)
 from weightdyn.files.durable import sync_folder, write_file
 
 if TYPE_CHECKING:
@@ -78,13 +86,10 @@ _SCHEMAS = {
     ),
     "weibull": pa.schema(
         [
-            _field("step", pa.int64(), "updates done when the weights were fitted; 0 is the initialization"),
+            _field("step", pa.int64(), WEIBULL_TABLE["step"]),
             _field("tensor", _TENSOR, FORCE_TABLE["tensor"]),
-            _field("k", pa.float64(), "shape k of the Weibull law of |w|"),
-            _field("lam", pa.float64(), "scale λ of the Weibull law of |w|, in units of the weights"),
-            _field("r_squared", pa.float64(), "R² of the straight line in the probability plot"),
-            _field("ks", pa.float64(), "Kolmogorov-Smirnov distance between the law and the weights"),
-            _field("n", pa.int64(), "number of magnitudes behind the fit"),
+            *(_field(name, pa.float64(), WEIBULL_TABLE[name]) for name in ("lam", "k", "r_squared", "ks")),
+            _field("n", pa.int64(), WEIBULL_TABLE["n"]),
         ]
     ),
 }
@@ -705,10 +710,10 @@ class RunLog:
         return table if by is None else aggregate(table, by)
 
     def weibull(self) -> pd.DataFrame:
-        """The Weibull fits: step, tensor, layer, component, role, numel, k, lam, r_squared, ks, n."""
+        """The Weibull fits: the columns of `WEIBULL_TABLE`."""
         rows, info = self._read("weibull", _SCHEMAS["weibull"].names)
         names = named_columns(rows["tensor"].array, info.get("tensors", {}))
-        values = {name: rows[name] for name in ("k", "lam", "r_squared", "ks", "n")}
+        values = {name: rows[name] for name in ("lam", "k", "r_squared", "ks", "n")}
         return pd.DataFrame({"step": rows["step"], "tensor": rows["tensor"], **names, **values})
 
     def metrics(self) -> pd.DataFrame:

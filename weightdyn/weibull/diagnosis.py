@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.naming import COMPONENTS, describe
+from weightdyn.core.naming import COMPONENTS, Views, describe
 from weightdyn.weibull.fit import K0
 from weightdyn.weibull.weights import Matrix, Weights, fit_weights, newest_checkpoint, read_matrices
 
@@ -190,7 +190,7 @@ def diagnose(
     *,
     config: Any = None,
     rules: Mapping[str, str] | None = None,
-    per_head: bool = False,
+    views: Views = True,
     database: str | PathLike[str] | pd.DataFrame | None = None,
     n_jobs: int = -1,
     progress: bool | None = None,
@@ -205,7 +205,7 @@ def diagnose(
     - its fit is doubtful or impossible.
 
     Args:
-        source, config, rules, per_head, n_jobs, progress: as in `fit_weights`.
+        source, config, rules, views, n_jobs, progress: as in `fit_weights`.
         database: a CSV of published fits, or its table, to find the nearest model in: a row per model, its name
             in the first column, medians in `k_median_<component>` and `lambda_median_<component>`.
 
@@ -227,13 +227,13 @@ def diagnose(
     published = None if database is None else _read_database(database)
     matrices, config = read_matrices(source, config)
     options = {"config": config, "rules": rules, "n_jobs": n_jobs, "progress": progress}
-    table = fit_weights(source, per_head=per_head, **options)
+    table = fit_weights(source, views=views, **options)
     table["regime"] = [classify(k, r) for k, r in zip(table["k"], table["r_squared"], strict=True)]
     table["flags"] = ["; ".join(_reasons(row)) for row in table.to_dict("records")]
     nearest = None
     if published is not None:
         # Published medians are of whole matrices, and of fused ones as they are stored.
-        whole = fit_weights(source, **options) if per_head else table
+        whole = table if views is True else fit_weights(source, **options)
         fused = [m.name for m in matrices if describe(m.name, m.shape, rules=rules).component == "qkv"]
         if fused and "qkv" not in set(whole["component"]):
             pattern = f"^(?:{'|'.join(map(re.escape, fused))})$"
@@ -274,7 +274,7 @@ def _attention(matrices: Sequence[Matrix], config: Any, rules: Mapping[str, str]
     layers: dict[Any, dict[str, tuple[int, int]]] = {}
     fused = False
     for matrix in matrices:
-        name = describe(matrix.name, matrix.shape, config, per_head=True, rules=rules)
+        name = describe(matrix.name, matrix.shape, config, views="head", rules=rules)
         fused |= name.component == "qkv"
         heads = Counter(view.component for view in name.views)
         for part in ("q", "k"):

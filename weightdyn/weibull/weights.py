@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, reduce
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,10 +22,10 @@ import scipy
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from weightdyn.core.naming import TensorName, View, describe
-from weightdyn.core.tables import FIT_TABLE, By
+from weightdyn.core.naming import TensorRow, Views, describe
+from weightdyn.core.progress import Progress, progress_bar
+from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, group_columns, group_numbers
 from weightdyn.weibull.fit import SORTED, Method, fit_weibull
 from weightdyn.weibull.laws import Tails, tails
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
@@ -54,14 +54,13 @@ def fit_weights(
     *,
     config: Any = None,
     rules: Mapping[str, str] | None = None,
-    per_head: bool = False,
-    views: bool = True,
+    views: Views = True,
     tensors: str | None = None,
-    pool: By | None = None,
+    by: By | Sequence[str] | None = None,
     method: Method = "plot",
     trim: tuple[float, float] = (0.1, 0.9),
     n_jobs: int = -1,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> pd.DataFrame:
     """Fit a Weibull law to every weight matrix of a model.
 
@@ -72,15 +71,15 @@ def fit_weights(
         config: the model's config (of transformers, or a dict), which says how fused matrices are split. None:
             that of the model, the config.json beside the checkpoint, or the record of the run it belongs to.
         rules: {regular expression: component} for names that are not known, as in `naming.describe`.
-        per_head: one row for each head of q, k and v.
-        views: split fused matrices; False fits them whole.
+        views: True splits fused matrices, "head" makes one row for each head of q, k and v, False fits all whole.
         tensors: a regular expression; only the matrices in whose name it is found. None: all.
-        pool: fit the weights of each "layer", "component", "role" or of the whole "model" as one sample.
+        by: fit the weights of each "layer", "component", "role", of the whole "model", or of a list of such columns,
+            as one sample; None fits each tensor by itself.
         method: "plot", "mle" or "moments", as in `fit_weibull`.
         trim: as in `fit_weibull`.
         n_jobs: matrices that are fitted at a time, by threads; -1 for as many as there are cores. Each holds
             one matrix. Under `joblib.parallel_config` another backend takes over.
-        progress: show a bar; None shows it in terminals only.
+        progress: show a bar; None: where someone watches.
 
     Returns:
         The columns of `FIT_TABLE`, one row per matrix or part of one, in the model's order (of a safetensors
@@ -95,8 +94,6 @@ def fit_weights(
     >>> fit_weights(model)["numel"].tolist()
     [4096, 2048]
     """
-    if pool is not None and pool not in get_args(By):
-        raise ValueError(f"pool must be None or one of {get_args(By)}, got {pool!r}")
     matrices, config = read_matrices(source, config)
     if tensors is not None:
         listed = [m.name for m in matrices]
@@ -108,61 +105,48 @@ def fit_weights(
             raise ValueError(
                 f"tensors={tensors!r} is found in none of {listed[:5]} … ({len(listed)} matrices)"
             )
-    names = [describe(m.name, m.shape, config, per_head=per_head, rules=rules) for m in matrices]
+    names = [describe(m.name, m.shape, config, views=views, rules=rules) for m in matrices]
     total = sum(_numel(m.shape) for m in matrices)
+    keys = group_columns(pd.DataFrame(columns=list(IDENTITY)), by)
     common = None
-    if pool:
+    if by is not None:
         common = _Common(reduce(torch.promote_types, {m.dtype for m in matrices}), total <= SORTED)
     from joblib import Parallel, delayed  # where it is used: it is slow to load
 
     work = Parallel(n_jobs=n_jobs, prefer="threads", return_as="generator")(
-        delayed(_measure)(m, name.views if views else (), method, trim, common)
+        delayed(_measure)(m, name.rows(m.shape), method, trim, common)
         for m, name in zip(matrices, names, strict=True)
     )
     rows: list[dict[str, Any]] = []
-    with tqdm(
-        total=total, unit="w", unit_scale=True, disable=None if progress is None else not progress
-    ) as bar:
+    with progress_bar(progress=progress, total=total, unit="w", unit_scale=True, desc="fit") as bar:
         for matrix, name, measured in zip(matrices, names, work, strict=True):
-            parts: Sequence[TensorName | View] = (name.views if views else ()) or (name,)
-            for part, found in zip(parts, measured, strict=True):
-                rows.append({**_identity(matrix, name, part), **found})
+            for row, found in zip(name.rows(matrix.shape), measured, strict=True):
+                rows.append({**row.identity(), **found})
             bar.update(_numel(matrix.shape))
-    if pool:
-        return _pooled(rows, pool, method, trim)
-    table = pd.DataFrame(rows, columns=list(FIT_TABLE))
-    return _typed(table)
+    if by is not None:
+        return _pooled(pd.DataFrame(rows), keys, method, trim)
+    return _typed(pd.DataFrame(rows, columns=list(FIT_TABLE)))
 
 
 def _numel(shape: Iterable[int]) -> int:
     return int(np.prod(list(shape)))
 
 
-def _identity(matrix: Matrix, name: TensorName, part: TensorName | View) -> dict[str, Any]:
-    whole = part is name
-    return {
-        "tensor": matrix.name if whole else f"{matrix.name}[{part.name}]",
-        "layer": name.layer,
-        "component": part.component,
-        "role": part.role,
-    }
-
-
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    kinds = {"layer": "Int64", "tensor": "category", "component": "category", "role": "category"}
+    kinds = {"layer": "Int64", **dict.fromkeys(("tensor", "stack", "component", "role"), "category")}
     return table.astype({name: kind for name, kind in kinds.items() if name in table})
 
 
 def _measure(
     matrix: Matrix,
-    views: tuple[View, ...],
+    rows: tuple[TensorRow, ...],
     method: Method,
     trim: tuple[float, float],
     common: _Common | None,
 ) -> list[dict[str, Any]]:
-    """The fit of each view of a matrix; its histogram instead where all are to be pooled."""
+    """The fit of each row of a matrix; its histogram instead where all are to be pooled."""
     tensor = matrix.load().detach()
-    parts = (view.of(tensor) for view in views) if views else (tensor,)
+    parts = (row.of(tensor) for row in rows)
     if common is not None:
         return [
             {"histogram": MagnitudeHistogram.from_tensor(part.to(common.dtype), exact=common.exact)}
@@ -183,7 +167,7 @@ def _summary(histogram: MagnitudeHistogram, method: Method, trim: tuple[float, f
     measures = tails(histogram)
     return {
         "numel": finite + histogram.n_nonfinite,
-        **{name: getattr(fit, name) for name in ("k", "lam", "r_squared", "ks", "n")},
+        **{name: getattr(fit, name) for name in ("lam", "k", "r_squared", "ks", "n")},
         "rms": rms,
         "lam_over_rms": fit.lam / rms if rms else np.nan,
         **{name: getattr(measures, name) for name in Tails._fields},
@@ -191,28 +175,16 @@ def _summary(histogram: MagnitudeHistogram, method: Method, trim: tuple[float, f
     }
 
 
-_GROUPS: dict[str, list[str]] = {
-    "layer": ["layer"],
-    "component": ["component", "role"],
-    "role": ["role"],
-    "model": [],
-}
-
-
-def _pooled(rows: list[dict[str, Any]], pool: By, method: Method, trim: tuple[float, float]) -> pd.DataFrame:
-    groups: dict[tuple[Any, ...], list[MagnitudeHistogram]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in _GROUPS[pool]), []).append(row["histogram"])
-    return _typed(
-        pd.DataFrame(
-            {
-                **dict(zip(_GROUPS[pool], key, strict=True)),
-                "tensors": len(histograms),
-                **_summary(reduce(lambda a, b: a + b, histograms), method, trim),
-            }
-            for key, histograms in groups.items()
-        )
-    )
+def _pooled(
+    rows: pd.DataFrame, keys: Sequence[str], method: Method, trim: tuple[float, float]
+) -> pd.DataFrame:
+    """One fit for each group of rows, of their histograms together."""
+    found = []
+    for _, group in rows.groupby(group_numbers(rows, keys), sort=True):
+        histogram = reduce(lambda a, b: a + b, group["histogram"])
+        own = {name: group[name].iloc[0] for name in keys}
+        found.append({**own, "tensors": len(group), **_summary(histogram, method, trim)})
+    return _typed(pd.DataFrame(found))
 
 
 # Where weights come from.
@@ -378,7 +350,7 @@ INVARIANT, STRONG = 0.01, 0.30
 """|Δk|/k under which a shape counts as invariant, and above which its drift counts as strong."""
 
 
-def drift(table: pd.DataFrame) -> pd.DataFrame:
+def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
     """How far k drifted from the first to the last step, and which of k and λ made σ grow.
 
     A Weibull law has σ = rms = λ√Γ(1 + 2/k), so the growth splits exactly:
@@ -402,7 +374,7 @@ def drift(table: pd.DataFrame) -> pd.DataFrame:
     Source: arXiv 2605.18898 for the limits; the split is Γ's.
 
     >>> t = pd.DataFrame({"step": [0, 9], "k": [1.2, 1.2], "lam": [0.01, 0.02]})
-    >>> drift(t)[["severity", "explained_by"]].to_numpy().tolist()
+    >>> shape_drift(t)[["severity", "explained_by"]].to_numpy().tolist()
     [['invariant', 'lam']]
     """
     missing = [name for name in ("step", "k", "lam") if name not in table]

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from weightdyn.core.naming import describe
+from weightdyn.core.naming import describe, split_label
 from weightdyn.core.tables import FORCE_TABLE, FORCES, check_force_table
 from weightdyn.wisca.pairs import ScalingPair, unwrap
 from weightdyn.wisca.plan import Moments, check_choices, scale_factors
@@ -138,15 +138,15 @@ def _row_factors(model: nn.Module, factors: dict[str, dict[int, Tensor]], labels
     config: Any = getattr(model, "config", None)
     names = {name for name, _ in model.named_parameters()}
     wanted = labels.astype(str)
-    unknown = wanted[[label.partition("[")[0] not in names for label in wanted]]
+    unknown = wanted[[split_label(label)[0] not in names for label in wanted]]
     if len(unknown):
         raise ValueError(f"before has {unknown.iloc[0]!r}, which is none of the model's tensors")
     known: dict[str, float] = {}
     for name, axes in factors.items():
         shape = tuple(model.get_parameter(name).shape)
         known[name] = _common(list(axes.values()))
-        for per_head in (False, True):
-            for view in describe(name, shape, config, per_head=per_head).views:
+        for views in (True, "head"):
+            for view in describe(name, shape, config, views=views).views:
                 inside = [
                     torch.cat([factor[start:stop] for start, stop in view.ranges])
                     if axis == view.axis
