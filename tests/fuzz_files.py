@@ -5,7 +5,7 @@ limit of time and memory and an audit of what is opened, written and run. Of a f
 either return what the sound one gives, or raise an error that names a file of the folder. A different result is
 right where the file is another sound one (`Mutation.sound`), and unavoidable where its format has no checksum.
 
-To add a kind: a `Kind` in `KINDS`, with what makes a sound folder, which of its files are mutated, and what reads it.
+To add a kind: a `Kind` in `KINDS`, with what makes a sound folder, which of its files are mutated, what reads it.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ from weightdyn.files.weightfiles import (
     checkpoint_files,
     config_beside,
     list_tensors,
+    refused,
 )
 from weightdyn.record.runlog import RunLog
 
@@ -87,7 +88,12 @@ class _Folder:
 
     def files(self, step: int) -> dict[str, int]:
         """The checkpoint's weight files by name, with their sizes in bytes."""
-        return {str(path): path.stat().st_size for path in self.fetch(step)}
+        return {str(path): stat.st_size for path, stat in self._stats(step)}
+
+    def _stats(self, step: int) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.fetch(step):
+            with refused(path):
+                yield path, path.stat()
 
     def fetch(self, step: int) -> list[Path]:
         """The checkpoint's weight files."""
@@ -95,8 +101,7 @@ class _Folder:
 
     def fingerprint(self, step: int) -> str:
         """Names, sizes and times of change: what a measurement that was stored is checked against."""
-        stats = [(path.name, path.stat()) for path in self.fetch(step)]
-        return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+        return json.dumps([[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in self._stats(step)])
 
     def release(self, steps: Collection[int] = ()) -> None:
         """Nothing: the files are the user's."""
