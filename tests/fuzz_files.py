@@ -145,21 +145,18 @@ def read_histogram(folder: Path) -> Any:
     return repr(fit_weibull(MagnitudeHistogram.load(folder / "histogram.npz")))
 
 
-def trained(folder: Path) -> Any:
+def trained(folder: Path, resume: str) -> Any:
     from weightdyn.train.trainer import TrainConfig, train
 
-    text = folder.parent / "corpus.txt"
-    if not text.exists():
-        text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
     options = TrainConfig(
-        corpus=(str(text),), steps=4, batch_size=1, seq_len=16, warmup=2, save_every=4, weibull_every=2,
+        corpus=(str(Path(__file__).resolve()),), steps=4, batch_size=1, seq_len=16, warmup=2, save_every=4, weibull_every=2,
         eval_every=4, device="cpu",
     )  # fmt: skip
-    return train(options, folder, progress=False)
+    return train(options, folder, resume=resume, progress=False)
 
 
 def make_run(folder: Path) -> None:
-    trained(folder)
+    trained(folder, "auto")
     shutil.rmtree(folder / "checkpoints")
     (folder / "resume.pt").unlink()
 
@@ -173,12 +170,12 @@ def read_run(folder: Path) -> Any:
 
 
 def make_resume(folder: Path) -> None:
-    trained(folder)
+    trained(folder, "auto")
     shutil.rmtree(folder / "checkpoints")
 
 
 def read_resume(folder: Path) -> Any:
-    return len(trained(folder).forces())
+    return len(trained(folder, "must").forces())
 
 
 JSON = ("config.json",)
@@ -499,7 +496,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
             return
         ours = full.startswith((sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/usr/", "/lib", "/etc/ld"))
         ours |= any(place and full.startswith(os.path.abspath(place)) for place in sys.path)
-        ours |= full.endswith("corpus.txt") or full == os.path.devnull
+        ours |= full in (os.path.abspath(__file__), os.path.devnull)
         if writes and full != os.path.devnull:
             _audit["seen"].append(f"{event} wrote {full}")
         elif not ours:

@@ -19,11 +19,10 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 from torch import Tensor
 
 from weightdyn.checkpoints.measure import (
@@ -55,6 +54,9 @@ from weightdyn.files.weightfiles import (
     refused,
 )
 from weightdyn.record.runlog import RunLog
+
+if TYPE_CHECKING:
+    from joblib import Parallel
 
 Errors = Literal["raise", "skip"]
 
@@ -371,6 +373,8 @@ class Checkpoints:
             CheckpointError: a checkpoint is damaged or does not belong to the series (unless errors="skip").
             OSError: the cache cannot be written.
         """
+        from joblib import Parallel  # where it is used: it is slow to load
+
         state = self._state(gram, weibull, views, cache, progress)
         folder, parts, todo = state.folder, state.stored, state.todo
         sizes = self._sizes(todo)
@@ -518,6 +522,8 @@ class Checkpoints:
         views: Views,
     ) -> Iterator[tuple[int, Measured]]:
         """Measure the steps of a batch; yields each that is sound."""
+        import joblib
+
         found: dict[int, dict[str, Stored]] = {}
         for step in batch:
             try:
@@ -539,7 +545,7 @@ class Checkpoints:
                         size = 0
                     bundles[-1][1].append(Task(stored, (start, stop), rows[step][name]))
                     size += math.prod(stored.shape) * (stop - start) // stored.shape[0]
-        results = work(delayed(run_tasks)(tasks, weibull) for _, tasks in bundles)
+        results = work(joblib.delayed(run_tasks)(tasks, weibull) for _, tasks in bundles)
         done: dict[int, dict[str, tuple[list[Sums], list[bytes]]]] = {step: {} for step in found}
         broken: dict[int, CheckpointError] = {}
         for (step, tasks), result in zip(bundles, results, strict=True):
@@ -597,6 +603,8 @@ class Checkpoints:
         progress: Progress,
     ) -> None:
         """Measure the inner products of the steps asked for that are wanted and not stored yet."""
+        import joblib
+
         missing, needed = self._missing_dots(parts, gram, [step for step in asked if step in parts])
         if not missing:
             return
@@ -615,7 +623,9 @@ class Checkpoints:
         jobs = [(name, piece) for name, shape in layout.items() for piece in pieces_of(shape)]
         bar = progress_bar(jobs, progress=progress, unit="tensor", desc="inner products")
         results = work(
-            delayed(inner_products)([found[step][name] for step in needed], piece, rows[name], pairs, against)
+            joblib.delayed(inner_products)(
+                [found[step][name] for step in needed], piece, rows[name], pairs, against
+            )
             for name, piece in bar
         )
         totals: dict[str, np.ndarray] = {}

@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import filelock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightdyn.core.progress import Progress, is_watched
 from weightdyn.files.weightfiles import CheckpointError, choose_files, parse_json, read_text
+
+if TYPE_CHECKING:
+    import filelock
 
 ATTEMPTS = 5
 """How often a request to the hub is made before it counts as failed."""
@@ -174,6 +175,8 @@ class Hub:
             self._lock = None
 
     def _acquire(self) -> None:
+        import filelock  # where it is used: whoever reads from disks alone does without
+
         if self._lock is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.folder / ".lock", timeout=0, thread_local=False)
