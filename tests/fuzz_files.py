@@ -149,8 +149,8 @@ def trained(folder: Path, resume: str) -> Any:
     from weightdyn.train.trainer import TrainConfig, train
 
     options = TrainConfig(
-        corpus=(str(Path(__file__).resolve()),), steps=4, batch_size=1, seq_len=16, warmup=2, save_every=4, weibull_every=2,
-        eval_every=4, device="cpu",
+        corpus=(str(Path(__file__).resolve()),), steps=4, batch_size=1, seq_len=16, warmup=2, save_every=4,
+        weibull_every=2, eval_every=4, device="cpu",
     )  # fmt: skip
     return train(options, folder, resume=resume, progress=False)
 
@@ -640,11 +640,15 @@ class _Reader:
             return None
         job, self.job = self.job, None
         if verdict in ("died", "hang", "memory"):
-            self.stop()
+            self.stop(at_once=True)
             self.start()
         return Result(*job, verdict, self.what, why)
 
-    def stop(self) -> None:
+    def stop(self, *, at_once: bool = False) -> None:
+        if not at_once:
+            with contextlib.suppress(OSError):
+                self.pipe.send(None)
+            self.process.join(10)
         self.process.kill()
         self.process.join()
 

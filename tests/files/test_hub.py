@@ -444,8 +444,9 @@ def test_a_repository_that_is_not_there_is_not_asked_for_again_and_again(hub):
     assert sum("someone/else" in path for path in hub.requests) == 1
     with pytest.raises(FileNotFoundError, match="no branch named like a checkpoint"):
         series(hub)
-    with pytest.raises(ValueError, match="hf://owner/name"):
-        Checkpoints("hf://gpt2", endpoint=hub.url)
+    for name in ("gpt2", "some one/else", "a/b/c", ""):
+        with pytest.raises(ValueError, match="source must be hf://owner/name"):
+            Checkpoints(f"hf://{name}", endpoint=hub.url)
 
 
 def test_olmo_revisions_of_the_first_stage_are_found_by_their_steps(hub):

@@ -155,16 +155,19 @@ class Checkpoints:
         source: a run directory or `RunLog`; a folder with files or folders named step1000, step-001000,
             checkpoint-500, global_step1000, …; {step: file or folder}; or hf://owner/name, a repository on the
             hub with branches step1000, … (of OLMo's stages the first). A checkpoint is a safetensors file,
-            shards with their index, pytorch_model.bin or its shards, or what torch.save wrote. Pickles are opened
-            with weights_only=True alone.
+            shards with their index, pytorch_model.bin or its shards, or what torch.save wrote. No code of a file
+            ever runs. The checksums of what torch.save wrote are verified; safetensors and the format of torch
+            before 1.6 have none, so a changed bit among their weights shows at best in the column `note`.
         steps: the steps to take; None for all.
         config: the model's config (of transformers, or a dict), which says how fused matrices are split; None
             looks for it beside the checkpoints.
         rules: {regular expression: component} for names that are not known, as in `naming.describe`.
-        errors: what to do with a checkpoint that is damaged, of other names or shapes than the first, or there
-            twice: "raise" a CheckpointError that names its file, or "skip" it with a warning.
+        errors: what to do with a checkpoint that is damaged, not to be had from the hub, of other names or shapes
+            than the first, or there twice: "raise" a CheckpointError that names its file, or "skip" it with a
+            warning.
         keep: leave what is downloaded in the hub's own cache. False: at most one checkpoint is on the disk at a
-            time (two for gram="band"), and none afterwards.
+            time (two for gram="band"), and none afterwards. Each file may take ten minutes and a second for every
+            100 kB over all attempts (`files.hub.TIME_LIMIT`, `SLOWEST`); a slower server ends in an error.
         endpoint: address of the hub; None for HF_ENDPOINT or the public one.
 
     Attributes:
@@ -173,7 +176,7 @@ class Checkpoints:
 
     Raises:
         FileNotFoundError: there is no such source, or nothing in it is a checkpoint.
-        CheckpointError: two checkpoints of one step.
+        CheckpointError: two checkpoints of one step, or a step beyond 2^63 - 1 (unless errors="skip").
 
     >>> from safetensors.torch import save_file
     >>> import tempfile, torch
