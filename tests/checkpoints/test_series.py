@@ -608,6 +608,13 @@ def test_identical_content_under_two_steps_is_reported(folder):
             r"no checkpoint of \[3\]; the nearest to 3 is 2",
         ),
         (lambda folder: Checkpoints(folder, errors="ignore"), ValueError, "errors must be"),
+        (lambda folder: Checkpoints(None), TypeError, "source must be .* got None"),
+        (lambda folder: Checkpoints(""), TypeError, "source must be .* got ''"),
+        (
+            lambda folder: Checkpoints(folder).measure(cache=3),
+            TypeError,
+            "cache must be a folder, True or False",
+        ),
         (lambda folder: Checkpoints(folder, []), ValueError, "steps is empty"),
         (
             lambda folder: Checkpoints(folder, [1.5]),

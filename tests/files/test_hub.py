@@ -369,6 +369,13 @@ def test_a_login_page_in_the_place_of_a_file_of_the_hub_is_named(hub, tmp_path, 
         series(hub).measure(cache=tmp_path / "cache")
 
 
+def test_files_that_a_hub_lists_outside_the_folder_are_not_fetched(hub, tmp_path):
+    hub.add("step0", {"../../evil.bin": saved(weights(0)), "/tmp/evil.pt": saved(weights(0))}, config=False)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        series(hub).measure(cache=tmp_path / "cache")
+    assert not hub.served
+
+
 def test_a_config_of_gigabytes_is_not_fetched(hub, tmp_path, monkeypatch):
     fill(hub, [0])
     monkeypatch.setattr(hub_module, "SMALL", 10)

@@ -267,6 +267,7 @@ def header_of(tensors, change):
         (lambda h: h.update(copy=h[UP]), "what is before it ends at"),
         (lambda h: h.pop(UP), "and its header tells of"),
         (lambda h: h.update({UP: 3}), "no checkpoint"),
+        (lambda h: h.update({"\ud800": h.pop(UP)}), "surrogates not allowed"),
     ],
 )
 def test_a_header_that_does_not_fit_its_file_is_refused(tmp_path, change, message):

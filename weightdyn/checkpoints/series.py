@@ -239,6 +239,11 @@ class Checkpoints:
             if source.path is None:
                 raise ValueError("source: a run in memory has no checkpoints; give a run directory")
             source = source.path
+        if not isinstance(source, str | os.PathLike) or not str(source):
+            raise TypeError(
+                "source must be a run directory or RunLog, a folder of checkpoints, {step: path}, or "
+                f"hf://owner/name; got {source!r}"
+            )
         folder, config, run = Path(source), None, False
         if (folder / "run.json").is_file():
             run = True
@@ -456,6 +461,8 @@ class Checkpoints:
             raise ValueError(
                 "gram='full' needs all checkpoints on the disk at once: give Checkpoints(…, keep=True)"
             )
+        if not isinstance(cache, bool | str | os.PathLike) or cache == "":
+            raise TypeError(f"cache must be a folder, True or False, got {cache!r}")
         self._store.progress = progress
         folder = self._cache_folder(cache, views)
         stored = {step: part for step in self.steps if (part := self._stored(folder, step))}

@@ -128,7 +128,8 @@ class Hub:
             self._listed[step] = {
                 entry.path: _Remote(entry.size, entry.lfs.sha256 if entry.lfs else None)
                 for entry in listed
-                if getattr(entry, "size", None) is not None  # a file, no folder
+                # A file, no folder, and of this folder.
+                if isinstance(getattr(entry, "size", None), int) and not re.search(r"[\\/\0]", entry.path)
             }
         return self._listed[step]
 

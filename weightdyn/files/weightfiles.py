@@ -362,6 +362,7 @@ def _contents(file: Path, changed: int, size: int, inode: int) -> tuple[Stored, 
 
 def _counts(stored: Stored) -> bool:
     """Whether a tensor holds weights: of a float type, not empty, no buffer."""
+    stored.name.encode("utf-8")  # JSON can name what no other file could: half a character
     whole = len(stored.shape) > 0 and math.prod(stored.shape) > 0
     return whole and stored.dtype in MANTISSA and not _BUFFER.search(stored.name)
 
