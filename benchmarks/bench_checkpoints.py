@@ -141,9 +141,7 @@ def peak_memory(folder: Path, gram: str) -> None:
     extra = peak() - before
     size = (folder / "step0.safetensors").stat().st_size / 2**20
     count = len(list(folder.glob("*.safetensors")))
-    print(
-        f"peak extra memory, gram={gram!r}: {extra:.0f} MB of {count} x {size:.0f} MB, mapped files included"
-    )
+    print(f"peak extra memory, gram={gram!r}: {extra:.0f} MB of {count} x {size:.0f} MB")
 
 
 def decay_table() -> None:

@@ -360,6 +360,19 @@ def test_storages_that_are_not_as_long_as_said_or_compressed_are_refused(tmp_pat
             list_tensors([file])
 
 
+def test_zips_with_the_headers_of_large_files_are_read(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(weights(), file)
+    out = io.BytesIO()
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            with new.open(name, "w", force_zip64=True) as record:
+                record.write(old.read(name))
+    file.write_bytes(out.getvalue())
+    for name, stored in list_tensors([file]).items():
+        assert torch.equal(stored.read(), weights()[name])
+
+
 def test_reading_hostile_files_takes_no_memory(tmp_path):
     torch.save({"w": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "a.bin")
     legacy({"w": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "b.pt")
