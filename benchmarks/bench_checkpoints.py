@@ -25,9 +25,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from weightdyn.checkpoints import measure as measuring
 from weightdyn.checkpoints.recipe import PRESETS, Recipe
 from weightdyn.checkpoints.series import Checkpoints
+from weightdyn.files.weightfiles import Stored
 
 
 def make(folder: Path, steps: int, width: int, layers: int = 6) -> int:
@@ -103,19 +103,14 @@ def growth(folder: Path) -> None:
 
 def resuming(folder: Path) -> None:
     read: list[int] = []
-    rows = measuring.row_reader
+    rows = Stored.read
 
-    def counted(file: Path, name: str) -> Callable[[int, int], torch.Tensor]:
-        reader = rows(file, name)
+    def counted(stored: Stored, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        tensor = rows(stored, start, stop)
+        read.append(tensor.numel() * tensor.element_size())
+        return tensor
 
-        def reads(start: int, stop: int) -> torch.Tensor:
-            tensor = reader(start, stop)
-            read.append(tensor.numel() * tensor.element_size())
-            return tensor
-
-        return reads
-
-    measuring.row_reader = counted
+    Stored.read = counted  # type: ignore[method-assign]
     size = make(folder, 16, 128)
     shown = []
     for what in ("first time", "again", "one more step"):
@@ -126,7 +121,7 @@ def resuming(folder: Path) -> None:
         read.clear()
         took = seconds(lambda: measure(folder, cache=True))
         shown.append(f"{what}: {sum(read) / size:.2f} checkpoints read in {took:.2f} s")
-    measuring.row_reader = rows
+    Stored.read = rows  # type: ignore[method-assign]
     print("\nresuming a series of 16:", "; ".join(shown))
 
 
@@ -137,7 +132,7 @@ def peak() -> float:
 
 
 def peak_memory(folder: Path, gram: str) -> None:
-    """Growth of the process' peak memory over a measurement; what it maps of the files counts too."""
+    """Growth of the process' peak memory over a measurement."""
     warm = folder.parent / "warm"
     make(warm, 2, 64, 1)
     measure(warm, gram)
@@ -146,9 +141,7 @@ def peak_memory(folder: Path, gram: str) -> None:
     extra = peak() - before
     size = (folder / "step0.safetensors").stat().st_size / 2**20
     count = len(list(folder.glob("*.safetensors")))
-    print(
-        f"peak extra memory, gram={gram!r}: {extra:.0f} MB of {count} x {size:.0f} MB, mapped files included"
-    )
+    print(f"peak extra memory, gram={gram!r}: {extra:.0f} MB of {count} x {size:.0f} MB")
 
 
 def decay_table() -> None:
