@@ -26,7 +26,7 @@ from torch import Tensor
 from weightdyn.core.naming import TensorRow, Views, describe
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, group_columns, group_numbers
-from weightdyn.weibull.fit import SORTED, Method, fit_weibull
+from weightdyn.weibull.fit import SORTED, Method, as_histogram, fit_weibull
 from weightdyn.weibull.laws import Tails, tails
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
 
@@ -152,10 +152,7 @@ def _measure(
             {"histogram": MagnitudeHistogram.from_tensor(part.to(common.dtype), exact=common.exact)}
             for part in parts
         ]
-    return [
-        _summary(MagnitudeHistogram.from_tensor(part, exact=part.numel() <= SORTED), method, trim)
-        for part in parts
-    ]
+    return [_summary(as_histogram(part, trim, sums=True), method, trim) for part in parts]
 
 
 def _summary(histogram: MagnitudeHistogram, method: Method, trim: tuple[float, float]) -> dict[str, Any]:
