@@ -67,10 +67,13 @@ def measure(source, gram="none", **options):
 def read(monkeypatch):
     """Names of the files of which rows are read."""
     files = []
-    rows = measuring.row_reader
-    monkeypatch.setattr(
-        measuring, "row_reader", lambda file, name: files.append(file.name) or rows(file, name)
-    )
+    rows = measuring.Stored.read
+
+    def reading(stored, start=0, stop=None):
+        files.append(stored.file.name)
+        return rows(stored, start, stop)
+
+    monkeypatch.setattr(measuring.Stored, "read", reading)
     return files
 
 
@@ -90,6 +93,7 @@ def test_norms_fits_and_inner_products_are_those_of_the_whole_tensors(folder):
         x = np.stack([found[name].double().numpy().ravel() for found in every])
         truth = x @ x.T
         for i, row in enumerate(rows.itertuples()):
+            assert row.dot_steps.tolist() == STEPS[: i + 1]
             np.testing.assert_allclose(row.dots, truth[i, : i + 1], rtol=1e-13, atol=1e-15)
             assert row.norm_sq == pytest.approx(truth[i, i], rel=1e-14)
             fit = fit_weibull(every[i][name])
@@ -98,11 +102,13 @@ def test_norms_fits_and_inner_products_are_those_of_the_whole_tensors(folder):
 
 def test_a_band_has_neighbours_alone_and_none_has_nothing(folder):
     full, band = measure(folder, "full"), measure(folder, "band")
-    for wide, narrow in zip(full["dots"], band["dots"], strict=True):
-        assert len(wide) == len(narrow)
-        np.testing.assert_array_equal(narrow[-2:], wide[-2:])
-        assert np.isnan(narrow[:-2]).all()
-    assert measure(folder)["dots"].isna().all()
+    for step, wide, narrow, steps in zip(
+        full["step"], full["dots"], band["dots"], band["dot_steps"], strict=True
+    ):
+        assert steps.tolist() == STEPS[: STEPS.index(step) + 1][-2:]
+        np.testing.assert_array_equal(narrow, wide[-2:])
+    nothing = measure(folder)
+    assert nothing[["dots", "dot_steps"]].isna().all(axis=None)
 
 
 def test_tensors_that_are_read_in_pieces_give_the_same(folder, monkeypatch):
@@ -116,7 +122,7 @@ def test_tensors_that_are_read_in_pieces_give_the_same(folder, monkeypatch):
     for a, b in zip(pieces["dots"], whole["dots"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
     band = measure(folder, "band", cache=False)
-    np.testing.assert_allclose(band["dots"].iloc[-1][-2:], whole["dots"].iloc[-1][-2:], rtol=1e-12)
+    np.testing.assert_allclose(band["dots"].iloc[-1], whole["dots"].iloc[-1][-2:], rtol=1e-12)
 
 
 def test_heads_have_rows_of_their_own_for_norms_and_inner_products(folder):
@@ -214,7 +220,7 @@ def test_checkpoints_are_found_under_all_these_names_and_forms(tmp_path, form):
     series = Checkpoints(tmp_path)
     assert series.steps == [20, 500]
     assert len(series) == 2
-    assert series.tensors[UP] == ((40, 16), "float32")
+    assert series.tensors()[UP] == ((40, 16), "float32")
     assert torch.equal(series.load(500, UP), weights(500)[UP])
     norms = measure(series, cache=False).set_index(["step", "tensor"])["norm_sq"]
     assert norms[20, O2] == pytest.approx(float((weights(20)[O2].double() ** 2).sum()), rel=1e-13)
@@ -241,7 +247,7 @@ def test_buffers_scalars_and_integers_are_left_out_and_tied_tensors_counted_once
         "step": 3,
     }
     torch.save(state, tmp_path / "step1.pt")
-    assert list(Checkpoints(tmp_path).tensors) == ["embed_in.weight"]
+    assert list(Checkpoints(tmp_path).tensors()) == ["embed_in.weight"]
 
 
 def test_a_run_directory_has_the_norms_that_its_logger_saw(tmp_path):
@@ -440,7 +446,8 @@ def test_an_index_that_points_outside_its_folder_is_refused(folder, tmp_path, ta
             {"model.safetensors.index.json": json.dumps({"weight_map": {UP: "lost.safetensors"}})},
             "lacks the shards",
         ),
-        ({"model.safetensors.index.json": "{"}, "is no index of shards"),
+        ({"model.safetensors.index.json": "{"}, "model.safetensors.index.json is no JSON"),
+        ({"model.safetensors.index.json": "{}"}, "is no index of shards"),
         ({"a.safetensors": "", "b.safetensors": ""}, "2 weight files and no index"),
         ({"optimizer.pt": "", "readme.txt": ""}, "holds no weights"),
     ],

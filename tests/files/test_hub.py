@@ -331,7 +331,7 @@ def test_olmo_revisions_of_the_first_stage_are_found_by_their_steps(hub):
         hub.add(name, data, config=False)
     found = series(hub)
     assert found.steps == [150, 1000]
-    assert found.config is None
+    assert found.config() is None
     with pytest.raises(ValueError, match="the nearest to 140 is 150"):
         series(hub, steps=[140])
 
@@ -357,7 +357,7 @@ def test_neighbours_on_the_hub_are_multiplied_with_two_checkpoints_on_the_disk(h
     for before, step in pairwise(STEPS[:6]):
         truth = float((weights(before)[UP].double() * weights(step)[UP].double()).sum())
         assert dots[step][-2] == pytest.approx(truth, rel=1e-12)
-        assert np.isnan(dots[step][:-2]).all()
+        assert len(dots[step]) == 2
     downloads = [entry for entry in hub.served if not entry[1].endswith("json")]
     assert len(downloads) == len(set(downloads)), "nothing is downloaded twice"
     with pytest.raises(ValueError, match=r"keep=True"):
@@ -377,7 +377,7 @@ def test_what_is_kept_is_downloaded_once_for_all_inner_products(hub, tmp_path):
 def test_one_tensor_can_be_loaded_from_the_hub(hub, tmp_path):
     fill(hub, STEPS[:3])
     found = series(hub)
-    assert found.tensors[UP] == ((128, 32), "float32")
+    assert found.tensors()[UP] == ((128, 32), "float32")
     assert torch.equal(found.load(2, UP), weights(2)[UP])
 
 
@@ -409,7 +409,7 @@ def test_a_dry_run_lists_revisions_and_sizes_and_downloads_no_weights(hub, tmp_p
     assert result.exit_code == 0, result.output
     assert out.exists()
     result = CliRunner().invoke(app, [*arguments, "--dry-run"])
-    assert "0 bytes" in result.output
+    assert "to download: 0 of 5 checkpoints, 0 bytes" in result.output
     assert Path(out).stat().st_size > 0
 
 

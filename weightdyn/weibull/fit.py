@@ -264,7 +264,7 @@ _LOOKED_AT = 1 << 14
 
 
 def is_coarse(sample: MagnitudeHistogram, trim: tuple[float, float] = (0.1, 0.9)) -> bool:
-    """Whether the bins of a histogram are too wide, or hold too little of what they span, for the sample in them."""
+    """Whether the bins of a histogram are too wide for the sample in them, or it lies on a grid in them."""
     if sample.exact or sample.n == 0:
         return False
 
