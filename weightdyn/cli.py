@@ -393,7 +393,7 @@ def recover(
         wanted = None if steps is None else [int(step) for step in steps.split(",")]
         series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
         if dry_run:
-            plan = series.plan(GRAM[method], False, _views(views), cache=cache or True)
+            plan = series.plan(METHODS[method].gram, False, _views(views), cache=cache or True)
             left = plan[~plan["measured"]]
             verb = "download" if source.startswith("hf://") else "read"
             typer.echo(plan.to_string(index=False))

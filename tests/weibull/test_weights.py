@@ -330,5 +330,5 @@ def test_drift_is_taken_from_first_to_last_step_of_each_group():
 
 
 def test_drift_says_which_column_is_missing():
-    with pytest.raises(ValueError, match=r"table lacks the columns \['lam'\]"):
+    with pytest.raises(ValueError, match=r"lacks the columns \['lam'\]"):
         shape_drift(pd.DataFrame({"step": [1], "k": [1.0]}))
