@@ -127,7 +127,8 @@ def angle(dot_wu: Any, u_sq: Any, w_sq: Any, lr: Any, weight_decay: Any) -> Any:
 
         angle = atan2( η√(‖u‖²/‖w‖² − a²),  1 − ηλ − ηa )
 
-    Products are those before the step. Unlike the arccos of a cosine it is precise for angles near zero.
+    Products are those before the step. Unlike the arccos of a cosine it is precise for angles near zero, as long as
+    u lies across w: of a u along w rounding leaves √ε·η‖u‖/‖w‖.
     """
     along = dot_wu / w_sq
     across = np.sqrt(np.maximum(u_sq / w_sq - along**2, 0))
