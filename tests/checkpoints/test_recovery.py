@@ -21,6 +21,7 @@ from weightdyn.checkpoints.recovery import (
     balance_forces,
     compare_recovery,
     injection_scale,
+    interval_means,
     recover_forces,
     spline_forces,
     two_point_forces,
@@ -376,7 +377,7 @@ def test_comparing_pools_the_sums_of_the_tensors_and_skips_what_was_not_logged()
     assert model["median"] == pytest.approx(0.5)  # (1 + 7)/(1 + 3) and 1
     assert tensor["inside"] == pytest.approx(0.75)
     with pytest.raises(ValueError, match="truth has no update of the tensors"):
-        compare_recovery(truth.assign(tensor="x"), table)
+        compare_recovery(truth.assign(tensor=truth["tensor"] + "x"), table)
 
 
 @pytest.mark.parametrize(
@@ -475,6 +476,21 @@ def test_a_method_is_one_entry(adam, monkeypatch):
         recover_forces(measured(weights, [0, 100, 300]), recipe, "moving")
     with pytest.raises(ValueError, match=r"method='still' needs the inner products .*gram='full'"):
         recover_forces(measured(weights, [0, 100, 300]).drop(columns="dots"), recipe, "still")
+
+
+def test_truth_that_counts_updates_twice_or_has_no_tensors_is_refused(adam):
+    weights, truth, recipe = adam
+    table = recover_forces(measured(weights, [0, 100, 300]), recipe)
+    with pytest.raises(ValueError, match="truth has two rows of w at step 1"):
+        compare_recovery(pd.concat([truth, truth]), table)
+    with pytest.raises(
+        ValueError, match=r"truth is no force table of tensors: it lacks the columns \['tensor'\]"
+    ):
+        interval_means(truth.drop(columns="tensor"), table)
+    with pytest.raises(TypeError, match=r"recovered \(mine\) must be a force table"):
+        compare_recovery(truth, {"mine": 3})
+    with pytest.raises(ValueError, match="recovered is no recovered force table: it lacks"):
+        compare_recovery(truth, truth)
 
 
 def test_no_bar_is_drawn_where_nobody_watches(adam, capsys):

@@ -119,6 +119,26 @@ def test_formulas_broadcast_over_arrays_and_columns():
         assert [column[i] for column in split] == pytest.approx(list(one))
 
 
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (forces.forces_from_products, "dot_wu u_sq w_sq lr weight_decay"),
+        (forces.before_step, "dot_wu_after u_sq w_sq_after lr weight_decay"),
+        (forces.after_step, "dot_wu u_sq w_sq lr weight_decay"),
+        (forces.relative_update, "u_sq w_sq lr"),
+        (forces.angle, "dot_wu u_sq w_sq lr weight_decay"),
+        (forces.timescale, "lr weight_decay"),
+        (forces.noise_rho, "updates beta1"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [None, "fast", 1j, {}])
+def test_what_is_no_number_is_named(function, names, wrong):
+    for name in names.split():
+        arguments = {**dict.fromkeys(names.split(), 0.5), name: wrong}
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be a number"):
+            function(**arguments)
+
+
 def test_timescale_counts_updates_and_is_infinite_without_decay():
     assert forces.timescale(1e-3, 0.1) == pytest.approx(10_000)
     assert forces.timescale(1e-3, 0.0) == math.inf

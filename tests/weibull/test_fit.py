@@ -614,6 +614,14 @@ def test_regimes_have_their_published_limits(k, r_squared, regime):
     assert classify(k, r_squared) == regime
 
 
+def test_a_regime_needs_a_number():
+    for k in (None, "1.2", np.ones(2)):
+        with pytest.raises(TypeError, match="k must be a number, got"):
+            classify(k)
+    with pytest.raises(TypeError, match="r_squared must be a number, or None"):
+        classify(1.2, "good")
+
+
 def test_sums_of_ranks_are_those_of_a_loop():
     n = 5000
     y = np.log(-np.log1p(-(np.arange(n) + 0.5) / n))

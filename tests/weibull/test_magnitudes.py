@@ -483,8 +483,12 @@ def test_errors_name_what_was_given():
     for function in (MagnitudeHistogram.from_tensor, count_magnitudes, sum_magnitudes):
         with pytest.raises(TypeError, match=r"dense tensor with data, got a meta tensor"):
             function(torch.empty(3, device="meta"))
-    with pytest.raises(TypeError, match=r"must be a torch.Tensor, got ndarray"):
-        count_magnitudes(np.ones(3))
+    for function in (count_magnitudes, sum_magnitudes):
+        with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got a float64 array of shape \(3,\)"):
+            function(np.ones(3))
+    for counts in (np.full(1 << 16, -1), np.full(1 << 16, 0.5)):
+        with pytest.raises(ValueError, match=r"counts must be whole numbers >= 0"):
+            MagnitudeHistogram.from_counts(counts, torch.float32)
     with pytest.raises(ValueError, match=r"shape \(65536,\) for float32.*got \(3,\)"):
         MagnitudeHistogram.from_counts(np.ones(3), torch.float32)
     with pytest.raises(ValueError, match=r"one has float32, the other bfloat16"):

@@ -266,7 +266,7 @@ def test_errors_name_what_was_given():
     model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"by='head'.*use 'model', None, or any of"):
         fit_weights(model, by="head")
-    with pytest.raises(ValueError, match=r"tensors='\(' is not a regular expression"):
+    with pytest.raises(ValueError, match=r"tensors must be a regular expression, got '\('"):
         fit_weights(model, tensors="(")
     with pytest.raises(TypeError, match=r"source must be a torch.nn.Module.*got list"):
         fit_weights([model])

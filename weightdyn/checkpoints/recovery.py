@@ -499,6 +499,10 @@ def compare_recovery(
     tables = recovered if isinstance(recovered, Mapping) else {"recovered": recovered}
     found = []
     for name, table in tables.items():
+        check_force_table(table, argument=f"recovered ({name})")
+        check_columns(
+            table, ("alignment_low", "alignment_high"), "recovered force table", argument="recovered"
+        )
         both = table.assign(true=interval_means(truth, table))
         both = both[both["true"].notna()]
         if both.empty:
@@ -533,8 +537,10 @@ def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame) -> pd.Seri
         float64 with the index of `table`; NaN where no update of that tensor was logged. Of a log with gaps it
         is the mean over what was logged.
     """
-    log = check_force_table(truth, argument="truth")
-    table = check_force_table(table, argument="recovered")
+    log = check_force_table(truth, argument="truth", unique=True)
+    table = check_force_table(table, argument="table")
+    for each, argument in ((log, "truth"), (table, "table")):
+        check_columns(each, ("tensor",), "force table of tensors", argument=argument)
     out = pd.Series(np.nan, index=table.index)
     logged = dict(list(log.groupby("tensor", observed=True)))
     for name, rows in table.groupby("tensor", observed=True):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.checks import check_path
+from weightdyn.core.checks import check_instance, check_path
 from weightdyn.core.naming import COMPONENTS, Views, describe
 from weightdyn.files.weightfiles import Matrix, newest_checkpoint, read_matrices, read_text
 from weightdyn.weibull.fit import K0
@@ -64,6 +64,9 @@ def classify(k: float, r_squared: float | None = None) -> Regime:
     >>> classify(1.19), classify(0.8), classify(K0)
     ('transmission', 'strong selection', 'init baseline')
     """
+    number = (int, float, np.number)
+    check_instance("k", k, number, "a number")
+    check_instance("r_squared", r_squared, (*number, type(None)), "a number, or None (not known)")
     if math.isnan(k):
         return "unknown"
     if k < STRONG_SELECTION:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weightdyn.core.checks import check_path
+from weightdyn.core.checks import check_instance, check_path, shown
 from weightdyn.files.durable import write_file
 from weightdyn.files.weightfiles import open_regular
 
@@ -188,9 +188,7 @@ def count_magnitudes(x: Tensor) -> Tensor:
     >>> count_magnitudes(torch.tensor([0.0, 1.0, -1.0])).sum()
     tensor(3)
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    _, form = _format(x.dtype)
+    _, form = _format(check_instance("x", x, Tensor, "a torch.Tensor").dtype)
     x = _dense(x)
     if x.device.type == "cpu":
         return torch.from_numpy(_count_on_cpu(x, form, sums=False)[0])
@@ -205,6 +203,7 @@ def sum_magnitudes(x: Tensor) -> Tensor:
     >>> sum_magnitudes(torch.tensor([1.0, -2.0, 0.0]))[:2]
     tensor([5., 3.], dtype=torch.float64)
     """
+    _format(check_instance("x", x, Tensor, "a torch.Tensor").dtype)
     total = torch.zeros(3, dtype=torch.float64, device=x.device)
     for piece in _pieces(_dense(x), DEVICE_PIECE):
         a = piece.double().abs()
@@ -299,6 +298,8 @@ class MagnitudeHistogram:
                 f"counts must have the shape ({form.keys},) for {name}, as count_magnitudes returns it; "
                 f"got {counts.shape}"
             )
+        if counts.dtype.kind not in "iu" or counts.min() < 0:
+            raise ValueError(f"counts must be whole numbers >= 0, got {shown(counts)} from {counts.min()} on")
         keys = np.flatnonzero(counts)
         measured = None if sums is None else Sums(*(float(value) for value in sums))
         return cls._apart(name, keys, counts[keys], measured, exact=form.shift == 0)

@@ -7,7 +7,6 @@ such fits say how far k drifted, and whether λ or k made the weights grow.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from os import PathLike
@@ -19,6 +18,7 @@ import scipy
 import torch
 from torch import Tensor
 
+from weightdyn.core.checks import check_pattern, check_whole
 from weightdyn.core.naming import TensorRow, Views, describe
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, check_weibull_table, group_columns, group_numbers
@@ -82,13 +82,12 @@ def fit_weights(
     >>> fit_weights(model)["numel"].tolist()
     [4096, 2048]
     """
+    if check_whole("n_jobs", n_jobs, None) == 0:
+        raise ValueError("n_jobs must be a number of threads, or -1 (as many as there are cores), got 0")
     matrices, config = read_matrices(source, config)
     if tensors is not None:
-        listed = [m.name for m in matrices]
-        try:
-            matrices = [m for m in matrices if re.search(tensors, m.name)]
-        except re.error as error:
-            raise ValueError(f"tensors={tensors!r} is not a regular expression: {error}") from error
+        listed, pattern = [m.name for m in matrices], check_pattern("tensors", tensors)
+        matrices = [m for m in matrices if pattern.search(m.name)]
         if not matrices:
             raise ValueError(
                 f"tensors={tensors!r} is found in none of {listed[:5]} … ({len(listed)} matrices)"
