@@ -217,7 +217,7 @@ def fit(
         Path | None, typer.Option("--out", "-o", help="Write the table there: .parquet or .csv.")
     ] = None,
 ) -> None:
-    """Fit a Weibull law to every weight matrix of a checkpoint: k, λ, goodness of fit, tails."""
+    """Fit a Weibull law to every weight matrix of a checkpoint: λ, k, goodness of fit, tails."""
     from weightdyn.weibull.weights import fit_weights
 
     with _told():
@@ -229,8 +229,8 @@ def fit(
         if out is None:
             forms = {
                 "numel": "{:,}",
-                "k": "{:.4f}",
                 "lam": "{:.3g}",
+                "k": "{:.4f}",
                 "r_squared": "{:.4f}",
                 "ks": "{:.4f}",
                 "lam_over_rms": "{:.4f}",
@@ -378,7 +378,7 @@ def recover(
 ) -> None:
     """Recover the forces of a training that nobody logged, from its checkpoints and its recipe."""
     from weightdyn.checkpoints.recipe import Recipe
-    from weightdyn.checkpoints.recovery import GRAM, METHODS, recover_forces
+    from weightdyn.checkpoints.recovery import METHODS, recover_forces
     from weightdyn.checkpoints.series import Checkpoints
     from weightdyn.core.tables import aggregate, budget
 
@@ -393,13 +393,13 @@ def recover(
         wanted = None if steps is None else [int(step) for step in steps.split(",")]
         series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
         if dry_run:
-            plan = series.plan(GRAM[method], False, _views(views), cache=cache or True)
+            plan = series.plan(METHODS[method].gram, False, _views(views), cache=cache or True)
             left = plan[~plan["measured"]]
             verb = "download" if source.startswith("hf://") else "read"
             typer.echo(plan.to_string(index=False))
             typer.echo(f"\nto {verb}: {len(left)} of {len(plan)} checkpoints, {left['bytes'].sum():,} bytes")
             return
-        measured = series.measure(GRAM[method], False, _views(views), cache=cache or True)
+        measured = series.measure(METHODS[method].gram, False, _views(views), cache=cache or True)
         table = recover_forces(measured, hyperparameters, method, every)
         if out is not None:
             table.to_parquet(out)

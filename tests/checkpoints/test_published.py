@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from pathlib import Path
 
@@ -6,7 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from weightdyn.checkpoints.published import NUMEL, read_published_forces, read_published_trajectory
+from weightdyn.checkpoints.published import (
+    NUMEL,
+    read_published_forces,
+    read_published_recovery,
+    read_published_trajectory,
+)
 from weightdyn.core.tables import FORCE_TABLE, FORCES, budget
 from weightdyn.explain.trajectory import closure, integrate, phases
 
@@ -91,6 +97,65 @@ def test_a_foreign_line_is_named_by_file_and_number(tmp_path, logged, line):
         read_published_forces(path, weight_decay=0.1)
 
 
+RECORD = {"step": 5, "eta": 1e-3, "true_align_full": 0.1, "inj_full": 0.1, "dec_full": 0.1, "rms": 0.02}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 1.5}, {"step": -1}, {"step": "5"}, {"eta": 0}, {"eta": math.nan}, {"rms": 0}, {"rms": -1},
+        {"inj_full": -1}, {"true_align_full": math.inf}, {"dec_full": None},
+    ],
+)  # fmt: skip
+def test_a_record_with_a_number_that_cannot_be_is_named(tmp_path, change):
+    (tmp_path / "odd.jsonl").write_text(json.dumps({**RECORD, **change}))
+    with pytest.raises(ValueError, match=rf"odd\.jsonl, line 1, .*{next(iter(change))} must be"):
+        read_published_forces(tmp_path / "odd.jsonl")
+
+
+def test_two_records_of_one_step_are_refused(tmp_path):
+    (tmp_path / "twice.jsonl").write_text(f"{json.dumps(RECORD)}\n{json.dumps(RECORD)}\n")
+    with pytest.raises(ValueError, match=r"twice\.jsonl has two records of step 5: keep one"):
+        read_published_forces(tmp_path / "twice.jsonl")
+
+
+@pytest.mark.parametrize(
+    "reader", [read_published_forces, read_published_recovery, read_published_trajectory]
+)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[" * 100_000, b"\xff\xfe\x00", b"[[]]", b"[null]", b'{"step": 1}', b'[{"step": "a"}]'],
+)
+def test_foreign_files_are_named_with_the_remedy(tmp_path, reader, content):
+    (tmp_path / "foreign.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"foreign\.json.*(download|fetch|copy) it again"):
+        reader(tmp_path / "foreign.json")
+    with pytest.raises(FileNotFoundError):
+        reader(tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is a folder"):
+        reader(tmp_path)
+    with pytest.raises(TypeError, match="path must be a path"):
+        reader(None)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize(
+    "reader", [read_published_forces, read_published_recovery, read_published_trajectory]
+)
+def test_pipes_are_refused_without_waiting(tmp_path, reader):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json is a pipe"):
+        reader(tmp_path / "pipe.json")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, "1.2", None, -1.0])
+def test_a_trajectory_with_what_is_no_fit_is_refused(tmp_path, number):
+    fit = {"step": 5, "k": number, "lambda": 0.02, "sigma": 0.022}
+    (tmp_path / "odd.json").write_text(json.dumps([fit]))
+    with pytest.raises(ValueError, match=r"odd\.json is not a published trajectory.*k must be"):
+        read_published_trajectory(tmp_path / "odd.json")
+
+
 def test_an_empty_log_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="has no records"):
@@ -104,10 +169,10 @@ def test_a_trajectory_is_a_weibull_table_with_or_without_layers(tmp_path):
     (tmp_path / "pooled.json").write_text(json.dumps(pooled))
     (tmp_path / "layered.json").write_text(json.dumps(layered))
     table = read_published_trajectory(tmp_path / "pooled.json")
-    assert list(table) == ["step", "k", "lam", "sigma"]
-    assert table.to_numpy().tolist() == [[10, 1.1, 0.03, 0.035], [20, 1.2, 0.02, 0.022]]
+    assert list(table) == ["step", "lam", "k", "sigma"]
+    assert table.to_numpy().tolist() == [[10, 0.03, 1.1, 0.035], [20, 0.02, 1.2, 0.022]]
     table = read_published_trajectory(tmp_path / "layered.json")
-    assert list(table) == ["step", "layer", "k", "lam", "sigma"]
+    assert list(table) == ["step", "layer", "lam", "k", "sigma"]
     assert table["layer"].tolist() == [0, 1]
     assert table["lam"].tolist() == [0.03, 0.02]
 

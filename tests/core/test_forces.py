@@ -1,11 +1,12 @@
 """The algebra against plain float64 loops."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from weightdyn.core import forces, tables
@@ -54,17 +55,51 @@ def test_leading_order_misses_the_change_by_the_terms_that_it_drops(pair, lr, we
     assert sum(split) + dropped == pytest.approx(after_sq - w_sq, abs=1e-12 * (1 + w_sq + after_sq))
 
 
-@given(vectors, rates, decays)
+def exact_angle(w, u, lr, weight_decay):
+    """The angle between w and w', atan2(‖w' across w‖, w' along w): nothing is rounded before the roots."""
+    w, u = [*map(Fraction, w)], [*map(Fraction, u)]
+    lr, weight_decay = Fraction(lr), Fraction(weight_decay)
+    after = [(1 - lr * weight_decay) * a - lr * b for a, b in zip(w, u, strict=True)]
+    w_sq = sum(a * a for a in w)
+    along = sum(a * b for a, b in zip(w, after, strict=True)) / w_sq
+    across_sq = sum((b - along * a) ** 2 for a, b in zip(w, after, strict=True))
+    return math.atan2(math.sqrt(across_sq), float(along) * math.sqrt(w_sq))
+
+
+@given(vectors, st.floats(1e-15, 1e-1), decays)
 def test_angle_is_that_between_the_weights_before_and_after(pair, lr, weight_decay):
     w, u = (np.array(x) for x in pair)
     after = (1 - lr * weight_decay) * w - lr * u
-    if np.linalg.norm(w) < 1e-3 or np.linalg.norm(after) < 1e-3:
-        return
-    # Kahan's form, precise at small angles
-    a, b = w / np.linalg.norm(w), after / np.linalg.norm(after)
-    expected = 2 * math.atan2(np.linalg.norm(a - b), np.linalg.norm(a + b))
+    assume(np.linalg.norm(w) > 1e-3 and np.linalg.norm(after) > 0.1 * np.linalg.norm(w))
     got = forces.angle(w @ u, u @ u, w @ w, lr, weight_decay)
-    assert got == pytest.approx(expected, abs=1e-7)
+    # u along w leaves nothing across it but the rounding of two products, √ε of ‖u‖.
+    across = lr * np.linalg.norm(u) / np.linalg.norm(after)
+    assert got == pytest.approx(exact_angle(*pair, lr, weight_decay), rel=1e-11, abs=1e-7 * across)
+
+
+@given(vectors, st.floats(-15, -1), decays)
+def test_small_angles_are_as_precise_as_large_ones(pair, exponent, weight_decay):
+    w, u = (np.array(x) for x in pair)
+    lr = 10**exponent
+    size = np.linalg.norm(w) * np.linalg.norm(u)
+    assume(np.linalg.norm(w) > 1e-3 and np.linalg.norm(u) > 1e-3 and abs(w @ u) < 0.99 * size)
+    assume(np.linalg.norm((1 - lr * weight_decay) * w - lr * u) > 0.1 * np.linalg.norm(w))
+    got = forces.angle(w @ u, u @ u, w @ w, lr, weight_decay)
+    assert got == pytest.approx(exact_angle(w, u, lr, weight_decay), rel=1e-11)
+
+
+def test_the_arccos_of_the_cosine_would_not_do_for_small_angles():
+    w, u, lr = np.array([1.0, 0.0]), np.array([0.0, 1.0]), 1e-9
+    after = w - lr * u
+    cosine = w @ after / np.linalg.norm(w) / np.linalg.norm(after)
+    assert math.acos(min(cosine, 1.0)) == 0.0
+    assert forces.angle(w @ u, u @ u, w @ w, lr, 0.0) == pytest.approx(1e-9, rel=1e-15)
+
+
+@given(st.floats(0.0, 0.99))
+def test_the_size_of_a_noisy_update_settles_at_the_sum_of_squared_weights_of_its_mean(beta1):
+    weights = (1 - beta1) * beta1 ** np.arange(5000)  # of the gradients in m, the newest first
+    assert forces.noise_rho(np.inf, beta1) == pytest.approx((weights**2).sum(), rel=1e-12)
 
 
 def test_alignment_with_the_weights_after_the_step_is_too_large_by_two_injections():
@@ -82,6 +117,26 @@ def test_formulas_broadcast_over_arrays_and_columns():
     for i in range(2):
         one = forces.forces_from_products(*table.loc[i, ["dot", "u", "w", "lr"]], 0.1)
         assert [column[i] for column in split] == pytest.approx(list(one))
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (forces.forces_from_products, "dot_wu u_sq w_sq lr weight_decay"),
+        (forces.before_step, "dot_wu_after u_sq w_sq_after lr weight_decay"),
+        (forces.after_step, "dot_wu u_sq w_sq lr weight_decay"),
+        (forces.relative_update, "u_sq w_sq lr"),
+        (forces.angle, "dot_wu u_sq w_sq lr weight_decay"),
+        (forces.timescale, "lr weight_decay"),
+        (forces.noise_rho, "updates beta1"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [None, "fast", 1j, {}])
+def test_what_is_no_number_is_named(function, names, wrong):
+    for name in names.split():
+        arguments = {**dict.fromkeys(names.split(), 0.5), name: wrong}
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be a number"):
+            function(**arguments)
 
 
 def test_timescale_counts_updates_and_is_infinite_without_decay():

@@ -7,6 +7,7 @@ notebook; behind what it prints stands one table of fits.
 from __future__ import annotations
 
 import html
+import io
 import math
 import re
 from collections import Counter
@@ -19,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import check_instance, check_path
 from weightdyn.core.naming import COMPONENTS, Views, describe
-from weightdyn.files.weightfiles import Matrix, newest_checkpoint, read_matrices
+from weightdyn.files.weightfiles import Matrix, newest_checkpoint, read_matrices, read_text
 from weightdyn.weibull.fit import K0
 from weightdyn.weibull.weights import Weights, fit_weights
 
@@ -62,6 +64,9 @@ def classify(k: float, r_squared: float | None = None) -> Regime:
     >>> classify(1.19), classify(0.8), classify(K0)
     ('transmission', 'strong selection', 'init baseline')
     """
+    number = (int, float, np.number)
+    check_instance("k", k, number, "a number")
+    check_instance("r_squared", r_squared, (*number, type(None)), "a number, or None (not known)")
     if math.isnan(k):
         return "unknown"
     if k < STRONG_SELECTION:
@@ -98,8 +103,8 @@ class Diagnosis:
         source: what was diagnosed, in a few words.
         attention: its kind of attention: "MHA", "GQA 4:1", "MQA", with "fused" behind it where q, k and v are
             one matrix; "unknown" where names and config do not tell.
-        table: the columns of `FIT_TABLE`, `regime` (`weibull.classify`) and `flags`, the reasons why the matrix
-            stands out, empty if it does not.
+        table: the columns of `FIT_TABLE`, `regime` (`classify`) and `reasons`, why the matrix stands out, empty if
+            it does not.
         nearest: published models by distance, the nearest first, or None without a database: `model`, `distance`
             (root mean square difference of the components' median k), `components` compared, `lam_ratio` (median
             ratio of this model's median λ to that one's).
@@ -117,12 +122,12 @@ class Diagnosis:
         summary = pd.DataFrame(
             {
                 "matrices": groups.size(),
+                "λ": groups["lam"].median(),
                 "k": groups["k"].median(),
                 "k min": groups["k"].min(),
                 "k max": groups["k"].max(),
-                "λ": groups["lam"].median(),
                 "R²": groups["r_squared"].median(),
-                "flagged": groups["flags"].agg(lambda flags: int((flags != "").sum())),
+                "flagged": groups["reasons"].agg(lambda reasons: int((reasons != "").sum())),
             }
         )
         summary.insert(
@@ -132,8 +137,8 @@ class Diagnosis:
 
     @property
     def flagged(self) -> pd.DataFrame:
-        """The matrices that stand out: `tensor`, `k`, `r_squared`, `flags`."""
-        return self.table.loc[self.table["flags"] != "", ["tensor", "k", "r_squared", "flags"]]
+        """The matrices that stand out: `tensor`, `lam`, `k`, `r_squared`, `reasons`."""
+        return self.table.loc[self.table["reasons"] != "", ["tensor", "lam", "k", "r_squared", "reasons"]]
 
     def _headline(self) -> str:
         matrices = f"{len(self.table)} matri{'x' if len(self.table) == 1 else 'ces'}"
@@ -154,7 +159,7 @@ class Diagnosis:
         lines = [self._headline(), "", _formatted(self.components).to_string(), ""]
         flagged = self.flagged
         lines.append(f"{len(flagged)} flagged" + (":" if len(flagged) else "."))
-        lines += [f"  {row.tensor}: {row.flags}" for row in flagged.head(_LISTED).itertuples()]
+        lines += [f"  {row.tensor}: {row.reasons}" for row in flagged.head(_LISTED).itertuples()]
         if len(flagged) > _LISTED:
             lines.append(f"  … and {len(flagged) - _LISTED} more, in .flagged")
         return "\n".join([*lines, *filter(None, [self._nearest_line()])])
@@ -181,7 +186,7 @@ _LISTED = 20
 
 def _formatted(summary: pd.DataFrame) -> pd.DataFrame:
     shown = summary.astype({"matrices": str, "flagged": str})
-    for name, form in {"k": ".3f", "k min": ".3f", "k max": ".3f", "λ": ".3g", "R²": ".4f"}.items():
+    for name, form in {"λ": ".3g", "k": ".3f", "k min": ".3f", "k max": ".3f", "R²": ".4f"}.items():
         shown[name] = [format(value, form) for value in summary[name]]
     return shown.rename_axis(None)
 
@@ -201,7 +206,7 @@ def diagnose(
     A matrix is flagged where
     - its k lies out of the band that is usual for its role (`BANDS`), by four standard errors;
     - its probability plot is not straight: R² under 0.95;
-    - some of its weights form a second population (`weibull.tails`);
+    - some of its weights form a second population (`tails`);
     - a few super-weights hold more than 2 % of its ‖w‖²;
     - its fit is doubtful or impossible.
 
@@ -222,7 +227,7 @@ def diagnose(
     >>> model = torch.nn.ModuleDict({"o_proj": torch.nn.Linear(256, 256), "up_proj": torch.nn.Linear(256, 256)})
     >>> for matrix in model.values():
     ...     matrix.weight.data.normal_(std=0.02)[:16] *= 1e-4
-    >>> print(diagnose(model).table["flags"][0].split(";")[-1].strip())
+    >>> print(diagnose(model).table["reasons"][0].split(";")[-1].strip())
     second population: 6 % of the weights
     """
     published = None if database is None else _read_database(database)
@@ -230,7 +235,7 @@ def diagnose(
     options = {"config": config, "rules": rules, "n_jobs": n_jobs, "progress": progress}
     table = fit_weights(source, views=views, **options)
     table["regime"] = [classify(k, r) for k, r in zip(table["k"], table["r_squared"], strict=True)]
-    table["flags"] = ["; ".join(_reasons(row)) for row in table.to_dict("records")]
+    table["reasons"] = ["; ".join(_reasons(row)) for row in table.to_dict("records")]
     nearest = None
     if published is not None:
         # Published medians are of whole matrices, and of fused ones as they are stored.
@@ -239,7 +244,7 @@ def diagnose(
         if fused and "qkv" not in set(whole["component"]):
             pattern = f"^(?:{'|'.join(map(re.escape, fused))})$"
             whole = pd.concat([whole, fit_weights(source, views=False, tensors=pattern, **options)])
-        medians = whole.groupby(whole["component"].astype(str))[["k", "lam"]].median()
+        medians = whole.groupby(whole["component"].astype(str))[["lam", "k"]].median()
         nearest = _nearest(medians, published)
     return Diagnosis(_name(source), _attention(matrices, config, rules), table, nearest)
 
@@ -297,24 +302,41 @@ def _kind(q: tuple[int, int], k: tuple[int, int]) -> str:
 
 # The published database.
 
+_MOST_COLUMNS = 4096
+
 _WITHOUT_GATE = {"up": "ffn_in", "down": "ffn_out"}
 """Names under which the published database has the two MLP matrices of models without a gate."""
 
 
 def _read_database(database: str | PathLike[str] | pd.DataFrame) -> pd.DataFrame:
-    try:
-        table: Any = database if isinstance(database, pd.DataFrame) else pd.read_csv(database)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"database: there is no file {database}") from None
-    except (OSError, ValueError) as error:  # a folder; what is no text, or no table
+    table: Any = database
+    where = "database" if isinstance(database, pd.DataFrame) else f"database {database}"
+    if not isinstance(database, pd.DataFrame):
+        file = check_path("database", database, "a pandas.DataFrame or the path of a CSV file")
+        try:
+            text = read_text(file)
+            if (columns := text.partition("\n")[0].count(",")) > _MOST_COLUMNS:
+                raise ValueError(f"its first line has {columns:,} columns")
+            table = pd.read_csv(io.StringIO(text))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"database: there is no file {database}") from None
+        except (OSError, ValueError) as error:  # a folder, a pipe; what is no text, or no table
+            raise ValueError(
+                f"database must be a CSV file, and {database} cannot be read as one: {error}"
+            ) from error
+    medians = [name for name in table if str(name).startswith(("k_median_", "lambda_median_"))]
+    if not any(str(name).startswith("k_median_") for name in medians):
         raise ValueError(
-            f"database must be a CSV file, and {database} cannot be read as one: {error}"
-        ) from error
-    if not any(str(column).startswith("k_median_") for column in table):
-        raise ValueError(
-            "database must have a row per model, its name in the first column, and columns k_median_<component>; "
+            f"{where} must have a row per model, its name in the first column, and columns k_median_<component>; "
             f"got the columns {list(table)[:8]}"
         )
+    for name in medians:
+        try:
+            values = table[name].to_numpy(float, na_value=np.nan)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: the column {name} must hold numbers: {error}") from None
+        if values.ndim > 1 or not np.all(np.isnan(values) | ((values > 0) & np.isfinite(values))):
+            raise ValueError(f"{where}: the column {name} must hold one finite number > 0 a row, or none")
     return table
 
 

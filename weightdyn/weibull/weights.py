@@ -1,13 +1,12 @@
 """Weibull fits of whole models: one row per matrix, or per group of matrices pooled.
 
 A model, a state dict or a checkpoint file is read once, one matrix at a time: names say what each is
-(`weightdyn.naming`), fused matrices fall into their parts, and every part is fitted and measured. Trajectories of
-such fits say how far k drifted, and whether k or λ made the weights grow.
+(`core/naming`), fused matrices fall into their parts, and every part is fitted and measured. Trajectories of
+such fits say how far k drifted, and whether λ or k made the weights grow.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from os import PathLike
@@ -19,11 +18,12 @@ import scipy
 import torch
 from torch import Tensor
 
+from weightdyn.core.checks import check_pattern, check_whole
 from weightdyn.core.naming import TensorRow, Views, describe
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, group_columns, group_numbers
+from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, check_weibull_table, group_columns, group_numbers
 from weightdyn.files.weightfiles import Matrix, read_matrices
-from weightdyn.weibull.fit import SORTED, Method, fit_weibull
+from weightdyn.weibull.fit import SORTED, Method, as_histogram, fit_weibull
 from weightdyn.weibull.laws import Tails, tails
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
 
@@ -61,8 +61,8 @@ def fit_weights(
         rules: {regular expression: component} for names that are not known, as in `naming.describe`.
         views: True splits fused matrices, "head" makes one row for each head of q, k and v, False fits all whole.
         tensors: a regular expression; only the matrices in whose name it is found. None: all.
-        by: fit the weights of each "layer", "component", "role", of the whole "model", or of a list of such columns,
-            as one sample; None fits each tensor by itself.
+        by: fit the weights of each "layer", "component", "role", of the whole "model", or of a list of such
+            columns, as one sample; None fits each tensor by itself.
         method: "plot", "mle" or "moments", as in `fit_weibull`.
         trim: as in `fit_weibull`.
         n_jobs: matrices that are fitted at a time, by threads; -1 for as many as there are cores. Each holds
@@ -82,13 +82,12 @@ def fit_weights(
     >>> fit_weights(model)["numel"].tolist()
     [4096, 2048]
     """
+    if check_whole("n_jobs", n_jobs, None) == 0:
+        raise ValueError("n_jobs must be a number of threads, or -1 (as many as there are cores), got 0")
     matrices, config = read_matrices(source, config)
     if tensors is not None:
-        listed = [m.name for m in matrices]
-        try:
-            matrices = [m for m in matrices if re.search(tensors, m.name)]
-        except re.error as error:
-            raise ValueError(f"tensors={tensors!r} is not a regular expression: {error}") from error
+        listed, pattern = [m.name for m in matrices], check_pattern("tensors", tensors)
+        matrices = [m for m in matrices if pattern.search(m.name)]
         if not matrices:
             raise ValueError(
                 f"tensors={tensors!r} is found in none of {listed[:5]} … ({len(listed)} matrices)"
@@ -140,10 +139,7 @@ def _measure(
             {"histogram": MagnitudeHistogram.from_tensor(part.to(common.dtype), exact=common.exact)}
             for part in parts
         ]
-    return [
-        _summary(MagnitudeHistogram.from_tensor(part, exact=part.numel() <= SORTED), method, trim)
-        for part in parts
-    ]
+    return [_summary(as_histogram(part, trim, sums=True), method, trim) for part in parts]
 
 
 def _summary(histogram: MagnitudeHistogram, method: Method, trim: tuple[float, float]) -> dict[str, Any]:
@@ -181,8 +177,8 @@ INVARIANT, STRONG = 0.01, 0.30
 """|Δk|/k under which a shape counts as invariant, and above which its drift counts as strong."""
 
 
-def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
-    """How far k drifted from the first to the last step, and which of k and λ made σ grow.
+def shape_drift(table: Any) -> pd.DataFrame:
+    """How far k drifted from the first to the last step, and which of λ and k made σ grow.
 
     A Weibull law has σ = rms = λ√Γ(1 + 2/k), so the growth splits exactly:
 
@@ -190,8 +186,8 @@ def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
         sigma_growth  lam_growth     k_growth
 
     Args:
-        table: a trajectory of fits with `step`, `k`, `lam`, and whichever of `tensor`, `layer`, `component`,
-            `role` tell its groups apart, such as `RunLog.weibull()`.
+        table: a `RunLog`, or a trajectory of fits with `step`, `lam`, `k`, and whichever of `tensor`, `stack`,
+            `layer`, `component`, `role` tell its groups apart, such as `RunLog.weibull()`.
 
     Returns:
         One row per group, in the table's order: the group's columns, `start_step`, `k_start`, `end_step`, `k_end`,
@@ -200,18 +196,22 @@ def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
         "both" ("neither" where nothing changed). Rows without a fit are left out.
 
     Raises:
-        ValueError: a column is missing.
+        TypeError, ValueError: no Weibull table; two rows of one group at one step.
 
     Source: arXiv 2605.18898 for the limits; the split is Γ's.
 
-    >>> t = pd.DataFrame({"step": [0, 9], "k": [1.2, 1.2], "lam": [0.01, 0.02]})
+    >>> t = pd.DataFrame({"step": [0, 9], "lam": [0.01, 0.02], "k": [1.2, 1.2]})
     >>> shape_drift(t)[["severity", "explained_by"]].to_numpy().tolist()
     [['invariant', 'lam']]
     """
-    missing = [name for name in ("step", "k", "lam") if name not in table]
-    if missing:
-        raise ValueError(f"table lacks the columns {missing}; it has {list(table.columns)}")
-    keys = [name for name in ("tensor", "layer", "component", "role") if name in table]
+    table = check_weibull_table(table)
+    keys = group_columns(table, None)
+    if (again := table.duplicated(["step", *keys])).any():
+        row = table[again].iloc[0]
+        whose = next((f"{name} {row[name]}" for name in keys), "one group")
+        raise ValueError(
+            f"table has two rows of {whose} at step {row['step']}; do not join tables of different runs"
+        )
     fitted = table[table["k"].notna() & table["lam"].notna()]
     fitted = fitted.sort_values("step", kind="stable", ignore_index=True)
     group = (
