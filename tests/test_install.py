@@ -96,7 +96,7 @@ def test_the_installed_wheel_runs_the_demo_without_the_checkout(wheel, tmp_path)
 
     place = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(run(binaries / "python", "-c", place))
-    # Its needs come from this environment; the .pth files there, that of an editable weightdyn among them, are not read.
+    # What it needs comes from here; the .pth files here, that of an editable weightdyn too, are not read.
     (packages / "needed.pth").write_text(run(sys.executable, "-c", place))
     assert Path(run(binaries / "python", "-c", "import weightdyn; print(weightdyn.__file__)")) == (
         packages / "weightdyn/__init__.py"
