@@ -27,6 +27,18 @@ def test_the_citation_is_of_this_version():
     assert (said["title"], said["version"], said["license"]) == ("weightdyn", wd.__version__, "MIT")
 
 
+def test_the_oldest_versions_allowed_are_those_that_the_tests_ran_with():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = project[project.index("\ndependencies = [") : project.index("\ntest = [")]
+    lowest = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', needed))
+    pins = re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints-lowest.txt").read_text(), re.MULTILINE)
+    assert {"torch", "numpy", "transformers"} <= set(lowest)
+    for name, version in pins:
+        if name in lowest:
+            assert f"{version}.0".startswith(f"{lowest[name]}."), name
+    assert set(lowest) <= {name for name, _ in pins}
+
+
 def built(kind, source, folder):
     command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
