@@ -27,7 +27,7 @@ def test_the_citation_is_of_this_version():
     assert (said["title"], said["version"], said["license"]) == ("weightdyn", wd.__version__, "MIT")
 
 
-def test_the_oldest_versions_allowed_are_those_that_the_tests_ran_with():
+def test_the_oldest_versions_allowed_are_those_of_constraints_lowest():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     needed = project[project.index("\ndependencies = [") : project.index("\ntest = [")]
     lowest = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', needed))
