@@ -188,7 +188,8 @@ def hub(monkeypatch, tmp_path):
     server = Hub()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)  # as HF_ENDPOINT does: nothing leaves this machine
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):  # before 1.0 each has its own
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     yield server
     server.close()
 
