@@ -19,11 +19,10 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,6 +53,9 @@ from weightdyn.files.weightfiles import (
     row_reader,
 )
 from weightdyn.record.runlog import RunLog
+
+if TYPE_CHECKING:
+    from joblib import Parallel
 
 Errors = Literal["raise", "skip"]
 
@@ -340,6 +342,8 @@ class Checkpoints:
             raise ValueError(
                 "gram='full' needs all checkpoints on the disk at once: give Checkpoints(…, keep=True)"
             )
+        from joblib import Parallel  # where it is used: it is slow to load
+
         self._store.progress = progress
         folder = self._cache_folder(cache, views)
         parts = {step: part for step in self.steps if (part := self._stored(folder, step, weibull))}
@@ -480,6 +484,8 @@ class Checkpoints:
                         size = 0
                     bundles[-1][1].append(Task(stored.file, name, (start, stop), rows[name]))
                     size += math.prod(stored.shape) * (stop - start) // stored.shape[0]
+        from joblib import delayed
+
         results = work(delayed(run_tasks)(tasks, weibull) for _, tasks in bundles)
         for step, contents in found.items():
             tensors: dict[str, tuple[list[Sums], list[bytes]]] = {}
@@ -550,6 +556,8 @@ class Checkpoints:
         )
         jobs = [(name, piece) for name, shape in layout.items() for piece in pieces_of(shape)]
         bar = tqdm(jobs, unit="tensor", disable=not progress, desc="inner products")
+        from joblib import delayed
+
         results = work(
             delayed(inner_products)(
                 [found[step][name].file for step in needed], name, piece, rows[name], pairs, against

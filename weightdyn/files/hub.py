@@ -12,11 +12,12 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import filelock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightdyn.files.weightfiles import CheckpointError, choose_files, unpickled
+
+if TYPE_CHECKING:
+    import filelock
 
 
 class Hub:
@@ -125,6 +126,8 @@ class Hub:
             self._lock = None
 
     def _acquire(self) -> None:
+        import filelock  # here: whoever downloads nothing does without
+
         if self._lock is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.folder / ".lock", timeout=0, thread_local=False)
