@@ -236,8 +236,9 @@ def test_without_an_overshoot_no_phase_is_marked():
 def test_a_trajectory_without_groups_is_one_line():
     table = weibull_table()
     pooled = table[table["tensor"] == "embed"][["step", "k", "lam"]]
-    ax = plot.weibull_trajectory(pooled, value="lam")
-    assert np.allclose(line(ax, "model").get_ydata(), pooled["lam"])
+    for by in ("model", None):
+        ax = plot.weibull_trajectory(pooled, value="lam", by=by)
+        assert np.allclose(line(ax, "model").get_ydata(), pooled["lam"])
 
 
 def test_losses_are_the_columns_that_are_called_so():
@@ -290,21 +291,25 @@ def test_each_call_without_axes_makes_one_figure():
             "kind must be 'forces' or 'shares', got 'pie'",
             lambda: plot.force_budget(F, kind="pie"),
         ),
-        (ValueError, "by must be one of .* got 'depth'", lambda: plot.force_budget(F, by="depth")),
+        (ValueError, r"by='depth'.*use 'model', None, or any of", lambda: plot.force_budget(F, by="depth")),
         (
             ValueError,
-            "by must be one of",
+            "by='role': cannot group by",
             lambda: plot.weibull_trajectory(W[["step", "k", "lam"]], by="role"),
         ),
         (ValueError, "value must be 'lam', 'k' or None", lambda: plot.weibull_trajectory(W, value="sigma")),
         (ValueError, "ax must be Axes or None", lambda: plot.force_budget(F, ax=3)),
         (ValueError, "ax must be a sequence of 2 Axes", lambda: plot.weibull_trajectory(W, ax=[])),
-        (TypeError, r"run_or_table must be a RunLog.*got str; open", lambda: plot.force_budget("runs/mine")),
-        (TypeError, r"its metrics\(\) returns", lambda: plot.loss([1.0])),
+        (
+            TypeError,
+            r"run_or_table must be a force table.*got str; RunLog\(path\)",
+            lambda: plot.force_budget("runs/mine"),
+        ),
+        (TypeError, r"as RunLog.metrics\(\) returns.* got list", lambda: plot.loss([1.0])),
         (ValueError, "run_or_table is no force table", lambda: plot.force_budget(M)),
         (ValueError, "lacks the columns", lambda: plot.weibull_trajectory(M)),
         (ValueError, "holds no losses by step", lambda: plot.loss(F)),
-        (ValueError, "no rows of weibull", lambda: plot.weibull_trajectory(W.iloc[:0])),
+        (ValueError, "has no Weibull fits; log some", lambda: plot.weibull_trajectory(W.iloc[:0])),
         (ValueError, "no Weibull fits", lambda: plot.weibull_trajectory(W.assign(lam=np.nan))),
     ],
 )

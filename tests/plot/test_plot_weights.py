@@ -150,7 +150,7 @@ def test_what_cannot_be_fitted_is_drawn_and_says_so():
 
 def test_a_map_has_a_cell_for_each_component_and_layer():
     table = fit_table()
-    k, lam = plot.weights_map(table)
+    lam, k = plot.weights_map(table)
     inside = table[table["layer"].notna()]
     for ax, column in ((k, "k"), (lam, "lam")):
         values, rows = cells(ax)
@@ -159,7 +159,8 @@ def test_a_map_has_a_cell_for_each_component_and_layer():
             assert values[rows.index(row.component), row.layer] == pytest.approx(getattr(row, column))
         assert values.shape == (6, 3)
         assert ax.get_ylim()[0] > ax.get_ylim()[1]  # q on top
-    assert lam.get_xlabel() == "layer"
+    assert k.get_xlabel() == "layer"
+    assert [text.get_text() for text in k.get_xticklabels()] == ["0", "1", "2"]
 
 
 def test_white_is_the_shape_of_a_normal_initialisation():
@@ -190,7 +191,7 @@ def test_a_missing_matrix_is_grey_and_a_missing_layer_too():
 def test_heads_are_pooled_and_a_trajectory_is_drawn_at_its_end():
     table = fit_table(layers=1, components=("q",)).iloc[[0, 0, 0]]
     table = table.assign(step=[1, 2, 2], k=[0.5, 1.0, 1.3], lam=[9.0, 1.0, 7.0], numel=[1, 1, 2])
-    k, lam = plot.weights_map(table.reset_index(drop=True))
+    lam, k = plot.weights_map(table.reset_index(drop=True))
     assert cells(k)[0] == pytest.approx(np.array([[1.2]]))
     assert cells(lam)[0] == pytest.approx(np.array([[math.sqrt((1 + 2 * 49) / 3)]]))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.tables import FORCES
+from weightdyn.core.tables import FORCES, IDENTITY
 from weightdyn.plot.style import (
     DARK,
     FORCE_COLORS,
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Shifts between paired runs.
-
-
 def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Draw what a rescaling shifts, arm minus control over the updates: force shares, λ, k and loss.
 
@@ -34,8 +31,9 @@ def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | 
 
     Args:
         shift: what `Comparison.shift` returned; `window=` there makes calmer lines.
-        group: which component, role or layer to draw, of a table that has several ("q" of by="component"). The
-            loss is the model's.
+        group: which component, role or layer to draw, of a table that has several ("q" of by="component"); of
+            several stacks ("encoder", 0), and of a list of columns their values in its order. The loss is the
+            model's.
         ax: four Axes to draw on; None makes a figure.
 
     Returns:
@@ -56,9 +54,8 @@ def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | 
     names = sorted(
         {name for name in table["quantity"] if "loss" in str(name)}, key=lambda name: (len(name), name)
     )
-    losses = [
-        (name, (DARK, *ROLE_COLORS.values())[i], name.replace("_", " ")) for i, name in enumerate(names)
-    ]
+    colors = (DARK, *ROLE_COLORS.values())
+    losses = [(name, colors[i % len(colors)], name.replace("_", " ")) for i, name in enumerate(names)]
     for panel, lines in zip(axes, (shares, [("lam", DARK, "λ")], [("k", DARK, "k")], losses), strict=True):
         panel.axhline(0, color=GREY, linewidth=0.6, zorder=0)
         scale = 100 if lines is shares else 1
@@ -92,23 +89,25 @@ def _one_group(shift: Any, group: Any) -> pd.DataFrame:
         raise TypeError(
             f"shift must be the table that Comparison.shift() returns, got {type(shift).__name__}"
         )
-    own = ("step", "quantity", "value", "control", "difference", "low", "high", "seeds")
     if missing := [name for name in ("step", "quantity", "difference", "low", "high") if name not in shift]:
         raise ValueError(f"shift lacks the columns {missing}; Comparison.shift() returns them")
-    keys = [name for name in shift if name not in own]
-    if len(keys) > 1:
-        raise ValueError(
-            f"shift has the groups {keys}; one of them can be drawn: Comparison.shift(…, by={keys[0]!r})"
-        )
-    loss_rows = shift["quantity"].astype(str).str.contains("loss")
+    of_loss = shift["quantity"].astype(str).str.contains("loss")
+    own = shift[~of_loss]
+    keys = [name for name in IDENTITY if name in shift]
+    if (
+        "stack" in keys
+        and own.loc[own["layer"].notna() if "layer" in own else slice(None), "stack"].nunique() < 2
+    ):
+        keys.remove("stack")
     if not keys:
         if group is not None:
             raise ValueError(f"group: the table has one for the whole model only, got {group!r}")
         return shift
-    column = shift[keys[0]]
-    names = list(column[~loss_rows].dropna().unique())
+    rows = own[keys].apply(lambda row: row.iloc[0] if len(keys) == 1 else tuple(row), axis=1)
+    inside = own[keys].notna().all(axis=1)
+    names = list(dict.fromkeys(rows[inside]))
     if group is None and len(names) == 1:
         group = names[0]
     if group not in names:
         raise ValueError(f"group must be one of {names}, got {group!r}")
-    return shift[loss_rows | column.eq(group).fillna(False).astype(bool)]
+    return pd.concat([own[rows.map(lambda name: name == group) & inside], shift[of_loss]])
