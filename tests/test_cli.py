@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from weightdyn.cli import app
-from weightdyn.explain.trajectory import summarize
+from weightdyn.explain.summary import summarize
 from weightdyn.record.runlog import RunLog, RunWriter
 from weightdyn.train import trainer as selftrain
 from weightdyn.train.trainer import DEMO, TrainConfig

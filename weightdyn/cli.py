@@ -19,7 +19,8 @@ import typer
 from weightdyn.core.forces import timescale
 from weightdyn.core.naming import Views
 from weightdyn.core.tables import FORCES, By
-from weightdyn.explain.trajectory import closure, summarize
+from weightdyn.explain.summary import summarize
+from weightdyn.explain.trajectory import closure
 from weightdyn.record.runlog import RunLog
 from weightdyn.train.models import MODELS
 from weightdyn.train.trainer import DEMO, TrainConfig, train

@@ -14,7 +14,7 @@ Progress = bool | None
 
 
 def is_watched(progress: Progress = None) -> bool:
-    """Whether a bar is to be shown: `progress` where it is given, else whether stderr is a terminal or a notebook."""
+    """Whether to show a bar: `progress` where it is given, else whether stderr is a terminal or a notebook."""
     if progress is not None:
         return bool(progress)
     if "ipykernel" in sys.modules and "IPython" in sys.modules:

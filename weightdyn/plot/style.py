@@ -1,6 +1,6 @@
 """What all figures share: groups, sizes, fonts, colours, legends, panels.
 
-`by=` says what a figure has a panel or a line for, as it does in every table: "layer" (with its stack), "component",
+`by=` says what a figure has a panel or a line for, as in every table: "layer" (with its stack), "component",
 "role", "model" (everything in one), a list of such columns, or None for each tensor by itself. More than a figure
 can hold are refused.
 
