@@ -29,8 +29,9 @@ from scipy.optimize import least_squares
 from weightdyn import plot
 from weightdyn.checkpoints.published import NUMEL, read_published_forces, read_published_recovery
 from weightdyn.checkpoints.recipe import Recipe
-from weightdyn.checkpoints.recovery import compare_recovery, noise_rho, recover_forces
+from weightdyn.checkpoints.recovery import compare_recovery, recover_forces
 from weightdyn.checkpoints.series import Checkpoints
+from weightdyn.core.forces import noise_rho
 from weightdyn.record.runlog import RunLog
 from weightdyn.train.trainer import TrainConfig, train
 

@@ -79,9 +79,9 @@ def test_fit_prints_a_line_for_each_matrix(model):
     assert result.exit_code == 0, result.output
     table = fit_weights(model)
     header, *lines = result.output.splitlines()
-    assert header.split() == ["numel", "k", "lam", "r_squared", "ks", "lam_over_rms", "top_share"]
+    assert header.split() == ["numel", "lam", "k", "r_squared", "ks", "lam_over_rms", "top_share"]
     for line, row in zip(lines, table.itertuples(), strict=True):
-        name, numel, k, lam = line.split()[:4]
+        name, numel, lam, k = line.split()[:4]
         assert name == row.tensor
         assert numel == f"{row.numel:,}"
         assert float(k) == pytest.approx(row.k, abs=5e-5)

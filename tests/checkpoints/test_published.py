@@ -104,10 +104,10 @@ def test_a_trajectory_is_a_weibull_table_with_or_without_layers(tmp_path):
     (tmp_path / "pooled.json").write_text(json.dumps(pooled))
     (tmp_path / "layered.json").write_text(json.dumps(layered))
     table = read_published_trajectory(tmp_path / "pooled.json")
-    assert list(table) == ["step", "k", "lam", "sigma"]
-    assert table.to_numpy().tolist() == [[10, 1.1, 0.03, 0.035], [20, 1.2, 0.02, 0.022]]
+    assert list(table) == ["step", "lam", "k", "sigma"]
+    assert table.to_numpy().tolist() == [[10, 0.03, 1.1, 0.035], [20, 0.02, 1.2, 0.022]]
     table = read_published_trajectory(tmp_path / "layered.json")
-    assert list(table) == ["step", "layer", "k", "lam", "sigma"]
+    assert list(table) == ["step", "layer", "lam", "k", "sigma"]
     assert table["layer"].tolist() == [0, 1]
     assert table["lam"].tolist() == [0.03, 0.02]
 

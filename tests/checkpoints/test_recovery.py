@@ -19,11 +19,11 @@ from weightdyn.checkpoints.recovery import (
     balance_forces,
     compare_recovery,
     injection_scale,
-    noise_rho,
     recover_forces,
     spline_forces,
     two_point_forces,
 )
+from weightdyn.core.forces import noise_rho
 from weightdyn.core.tables import FORCE_TABLE, FORCES, budget
 from weightdyn.explain.trajectory import closure
 

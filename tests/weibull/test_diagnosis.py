@@ -48,8 +48,8 @@ def model(layers=2, shapes=None, k=None, lam=0.02, scale=4):
     return state
 
 
-def flags(found, tensor):
-    return found.table.set_index("tensor")["flags"][tensor]
+def reasons(found, tensor):
+    return found.table.set_index("tensor")["reasons"][tensor]
 
 
 def test_a_fresh_model_has_nothing_that_stands_out():
@@ -69,7 +69,7 @@ def test_a_k_out_of_the_band_of_its_role_is_flagged(component, k, side):
     role = found.table.set_index("tensor")["role"][name(1, component)]
     low, high = BANDS[role]
     expected = f"k {k:.3f} {side} the {role} band {low:.3f}–{high:.3f}" if side else ""
-    assert flags(found, name(1, component)) == expected
+    assert reasons(found, name(1, component)) == expected
     assert len(found.flagged) == (2 if side else 0)
 
 
@@ -82,7 +82,7 @@ def test_a_second_population_is_flagged():
     state = model(scale=8)
     state[name(1, "gate")][:200] *= 1e-4
     found = diagnose(state)
-    reason = flags(found, name(1, "gate"))
+    reason = reasons(found, name(1, "gate"))
     assert "second population: 26 % of the weights" in reason
     assert "the plot is not straight" in reason
     assert found.flagged["tensor"].tolist() == [name(1, "gate")]
@@ -96,7 +96,7 @@ def test_super_weights_are_flagged():
     x = state[name(0, "down")].double()
     top = x.abs().reshape(-1).sort().values[-int(1e-4 * x.numel()) :]
     share = 100 * float((top**2).sum() / (x**2).sum())
-    assert flags(found, name(0, "down")) == f"super-weights: {share:.1f} % of ‖w‖² in 0.01 % of the weights"
+    assert reasons(found, name(0, "down")) == f"super-weights: {share:.1f} % of ‖w‖² in 0.01 % of the weights"
 
 
 def test_what_cannot_be_fitted_is_flagged():
@@ -105,8 +105,8 @@ def test_what_cannot_be_fitted_is_flagged():
         state[name(layer, "o")].zero_()
     state[name(1, "up")][0, 0] = math.nan
     found = diagnose(state)
-    assert flags(found, name(0, "o")) == "no non-zero finite magnitudes"
-    assert flags(found, name(1, "up")) == "1 NaN or infinite values left out"
+    assert reasons(found, name(0, "o")) == "no non-zero finite magnitudes"
+    assert reasons(found, name(1, "up")) == "1 NaN or infinite values left out"
     assert found.table.set_index("tensor")["regime"][name(0, "o")] == "unknown"
     assert "nan" in str(found)
 
@@ -220,7 +220,7 @@ def test_it_prints_in_a_terminal_and_in_a_notebook():
     assert "<b>state dict" in page
     assert "&lt;b&gt;" in page
     assert name(0, "down") in page
-    assert flags(found, name(0, "down")) in page
+    assert reasons(found, name(0, "down")) in page
     assert list(found.components.index) == ["q", "k", "v", "o", "gate", "up", "down", "other"]
     assert found.components.loc["down", "flagged"] == 25
     assert found.components.loc["q", "regime"] in ("transmission", "init baseline")

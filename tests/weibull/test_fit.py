@@ -333,7 +333,7 @@ def test_a_fit_prints_its_numbers_in_one_line():
     x = weights(1000)
     fit = fit_weibull(x)
     expected = (
-        f"WeibullFit(k={fit.k:.6g}, lam={fit.lam:.6g}, r_squared={fit.r_squared:.5f}, ks={fit.ks:.4f}, "
+        f"WeibullFit(lam={fit.lam:.6g}, k={fit.k:.6g}, r_squared={fit.r_squared:.5f}, ks={fit.ks:.4f}, "
     )
     assert repr(fit) == expected + "n=1000, method='plot')"
     assert f"k_se={fit_weibull(x, 'mle').k_se:.2g}" in repr(fit_weibull(x, "mle"))

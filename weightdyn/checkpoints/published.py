@@ -88,8 +88,8 @@ def read_published_trajectory(path: str | Path) -> pd.DataFrame:
     """Read a published Weibull trajectory (`lambda_trajectory_*.json`, `per_layer_lambda_*.json`).
 
     Returns:
-        One row per step (and layer), ascending: `step`, `layer` (in a file by layer only), `k`, `lam` (the
-        Weibull scale λ) and `sigma` (rms of the weights).
+        One row per step (and layer), ascending: `step`, `layer` (in a file by layer only), `lam` (the
+        Weibull scale λ), `k` and `sigma` (rms of the weights).
 
     Raises:
         ValueError: the file is not such a list.
@@ -97,7 +97,7 @@ def read_published_trajectory(path: str | Path) -> pd.DataFrame:
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = [
-            (record["step"], layer, fit["k"], fit["lambda"], fit["sigma"])
+            (record["step"], layer, fit["lambda"], fit["k"], fit["sigma"])
             for record in records
             for layer, fit in (record["layers"].items() if "layers" in record else [(None, record)])
         ]
@@ -106,7 +106,7 @@ def read_published_trajectory(path: str | Path) -> pd.DataFrame:
             f"{path} is not a published trajectory, a list of "
             f'{{"step", "k", "lambda", "sigma"}} or {{"step", "layers"}}: {error!r}'
         ) from error
-    table = pd.DataFrame(rows, columns=["step", "layer", "k", "lam", "sigma"])
+    table = pd.DataFrame(rows, columns=["step", "layer", "lam", "k", "sigma"])
     table["layer"] = pd.to_numeric(table["layer"]).astype("Int64")
     table = table.sort_values(["step", "layer"], ignore_index=True)
     return table.drop(columns="layer") if table["layer"].isna().all() else table

@@ -383,7 +383,7 @@ class Recipe:
             ValueError: the run does not say how it was trained.
         """
         log = run if isinstance(run, RunLog) else RunLog(run)
-        names = [name for name in inspect.signature(cls.from_settings).parameters]
+        names = list(inspect.signature(cls.from_settings).parameters)
         train = log.info.get("train")
         if not isinstance(train, dict) or not {"lr", "steps"} <= set(train):
             raise ValueError(

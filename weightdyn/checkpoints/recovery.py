@@ -17,16 +17,16 @@ Here are functions of numbers for one tensor, and `recover_forces`, which applie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
-from weightdyn.core.forces import forces_from_products
+from weightdyn.core.forces import forces_from_products, noise_rho
 from weightdyn.core.naming import Views, split_label
+from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import FORCE_TABLE, IDENTITY, RECOVERY_TABLE, check_force_table
 
 if TYPE_CHECKING:
@@ -34,14 +34,6 @@ if TYPE_CHECKING:
     from weightdyn.checkpoints.series import Checkpoints
     from weightdyn.record.runlog import RunLog
 
-
-Method = Literal["balance", "spline", "two_point"]
-
-METHODS: tuple[Method, ...] = ("balance", "spline", "two_point")
-"""Ways to recover forces, the best first."""
-
-GRAM: dict[Method, Literal["band", "full"]] = {"balance": "band", "spline": "full", "two_point": "band"}
-"""Which inner products of checkpoints each method takes from `Checkpoints.measure`."""
 
 RHO_RANGE = {"displacement": (0.55, 1.65), "noise": (0.45, 3.35)}
 """Where ρ lies in logged runs, as multiples of the estimate that knows the displacements and of the one that does
@@ -61,25 +53,6 @@ class Course(NamedTuple):
 
 
 # --- how large an update is --------------------------------------------------------------------------------
-
-
-def noise_rho(updates: Any, beta1: float) -> np.ndarray:
-    """Mean square ρ = ‖u‖²/n of Adam's update where gradients are noise of a steady size.
-
-        ρ_t = (1−β₁)/(1+β₁) · (1+β₁ᵗ)/(1−β₁ᵗ)
-
-    m̂ is then a weighted mean of t independent gradients and √v̂ their size. ρ₁ = 1 (the first update is the
-    gradient's sign), and after a few 1/(1−β₁) updates ρ is 0.0526 for β₁ = 0.9.
-
-    Args:
-        updates: update numbers t, 1-based.
-        beta1: β₁ of the first moment.
-
-    >>> noise_rho([1, 2, 1000], beta1=0.9).round(4).tolist()
-    [1.0, 0.5014, 0.0526]
-    """
-    left = beta1 ** np.asarray(updates, dtype=float)
-    return (1 - beta1) / (1 + beta1) * (1 + left) / (1 - left)
 
 
 def injection_scale(
@@ -244,17 +217,65 @@ def _course(dot: np.ndarray, moved_sq: np.ndarray, w_sq: np.ndarray, lr: np.ndar
     return Course(w_sq, *forces_from_products(rate * dot, rate**2 * moved_sq, w_sq, lr, decay))
 
 
+class Known(NamedTuple):
+    """What is known of one tensor, of which each method takes what it needs.
+
+    Attributes:
+        norm_sq: ‖W‖² at K checkpoints.
+        gram: ⟨W_i,W_j⟩ of them (K, K), of neighbours alone or of all; None where it was not measured.
+        steps: their steps, ascending.
+        lr: η of the updates steps[0]+1 … steps[-1].
+        weight_decay: decoupled decay λ.
+        numel: weights n.
+        rho: ρ = ‖u‖²/n of those updates.
+    """
+
+    norm_sq: np.ndarray
+    gram: Any
+    steps: np.ndarray
+    lr: np.ndarray
+    weight_decay: float
+    numel: int
+    rho: np.ndarray
+
+
+class Method(NamedTuple):
+    """One way to recover forces.
+
+    Attributes:
+        forces: the forces of every update, from what is known of a tensor.
+        gram: the inner products of checkpoints that it takes, as `Checkpoints.measure` calls them.
+        without: whether it does without them, if less well.
+    """
+
+    forces: Callable[[Known], Course]
+    gram: Literal["band", "full"]
+    without: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "balance": Method(
+        lambda it: balance_forces(it.norm_sq, it.steps, it.lr, it.weight_decay, it.numel, it.rho),
+        gram="band",
+        without=True,
+    ),
+    "spline": Method(lambda it: spline_forces(it.gram, it.steps, it.lr, it.weight_decay), gram="full"),
+    "two_point": Method(lambda it: two_point_forces(it.gram, it.steps, it.lr, it.weight_decay), gram="band"),
+}
+"""Ways to recover forces, the best first. A new one is a new entry here."""
+
+
 # --- a series ----------------------------------------------------------------------------------------------
 
 
 def recover_forces(
     source: Checkpoints | RunLog | pd.DataFrame | str | PathLike[str],
     recipe: Recipe,
-    method: Method = "balance",
+    method: str = "balance",
     every: int | None = None,
     *,
     views: Views = True,
-    progress: bool = True,
+    progress: Progress = None,
 ) -> pd.DataFrame:
     """Recover the force table of a training from its checkpoints.
 
@@ -262,12 +283,14 @@ def recover_forces(
         source: a `Checkpoints`, what it opens (a folder, a run directory, "hf://…"), a `RunLog`, or the table
             of `Checkpoints.measure`, whose rows may be filtered to fewer steps or tensors.
         recipe: η of every update, λ, β₁, and which tensors decay.
-        method: "balance", the most accurate; "spline" and "two_point" as published, for comparison. What they
-            need to be measured: gram="band" ("none" will do, with a rougher ρ), "full", "band".
+        method: a name of `METHODS`: "balance", the most accurate; "spline" and "two_point" as published, for
+            comparison. What they need to be measured: gram="band" ("none" will do, with a rougher ρ), "full",
+            "band".
         every: None gives one row for each gap between checkpoints, its forces the mean over the gap. A number
             gives rows of span 1 for the updates that are multiples of it, as a log with that interval has.
         views: True splits fused tensors, "head" makes rows for each head of q, k and v, False leaves all whole.
-        progress: show bars while checkpoints are measured, and for what takes longer than two seconds.
+        progress: show bars while checkpoints are measured, and for what takes longer than two seconds; None:
+            where someone watches.
 
     Returns:
         A force table, sorted by step, then in the order of the tensors. `lr` is the mean over the span,
@@ -293,14 +316,14 @@ def recover_forces(
     0    10    10     0.0151
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(f"every must be None (one row for each gap) or a whole number >= 1, got {every!r}")
     if not hasattr(recipe, "lr_at"):
         raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {recipe!r}")
     measured = _measured(source, method, views, progress)
     parts = list(measured.groupby("tensor", sort=False, observed=True))
-    bar = tqdm(parts, unit="tensor", desc="recover", delay=2, disable=not progress)
+    bar = progress_bar(parts, progress=progress, unit="tensor", desc="recover", delay=2)
     tables = [
         _recover(rows, place, recipe, method, every) for place, (_, rows) in enumerate(bar) if len(rows) > 1
     ]
@@ -313,7 +336,7 @@ def recover_forces(
     return table[[*FORCE_TABLE, *RECOVERY_TABLE]].astype(kinds)
 
 
-def _measured(source: Any, method: Method, views: Views, progress: bool) -> pd.DataFrame:
+def _measured(source: Any, method: str, views: Views, progress: Progress) -> pd.DataFrame:
     if not isinstance(source, pd.DataFrame):
         from weightdyn.checkpoints.series import Checkpoints
         from weightdyn.record.runlog import RunLog
@@ -323,7 +346,7 @@ def _measured(source: Any, method: Method, views: Views, progress: bool) -> pd.D
                 raise ValueError("source is a RunLog in memory, which has no checkpoints: give their folder")
             source = source.path
         series = source if isinstance(source, Checkpoints) else Checkpoints(source)
-        return series.measure(gram=GRAM[method], weibull=False, views=views, progress=progress)
+        return series.measure(gram=METHODS[method].gram, weibull=False, views=views, progress=progress)
     if views is not True:
         raise ValueError(
             f"views: the table has its rows; measure it with views={views!r}, got {views!r} here"
@@ -337,15 +360,11 @@ def _measured(source: Any, method: Method, views: Views, progress: bool) -> pd.D
         raise ValueError(
             f"source: ‖W‖² of {one['tensor']} at step {one['step']} is {one['norm_sq']}; leave that checkpoint out"
         )
-    return source.assign(
-        **{name: value for name, value in (("stack", ""), ("layer", pd.NA), ("component", "other"), ("role", "other"))
-           if name not in source}
-    )  # fmt: skip
+    defaults = {"stack": "", "layer": pd.NA, "component": "other", "role": "other"}
+    return source.assign(**{name: value for name, value in defaults.items() if name not in source})
 
 
-def _recover(
-    rows: pd.DataFrame, place: int, recipe: Recipe, method: Method, every: int | None
-) -> pd.DataFrame:
+def _recover(rows: pd.DataFrame, place: int, recipe: Recipe, method: str, every: int | None) -> pd.DataFrame:
     """Rows of one tensor."""
     rows = rows.sort_values("step")
     first = rows.iloc[0]
@@ -362,10 +381,11 @@ def _recover(
     starts, span = steps[:-1] - steps[0], np.diff(steps)
     gap = np.repeat(np.arange(len(span)), span)
 
-    gram = _gram(rows, full=method == "spline")
-    if method != "balance" and gram is None:
+    wanted = METHODS[method]
+    gram = _gram(rows, full=wanted.gram == "full")
+    if gram is None and not wanted.without:
         raise ValueError(
-            f"method={method!r} needs the inner products of checkpoints: measure(gram={GRAM[method]!r})"
+            f"method={method!r} needs the inner products of checkpoints: measure(gram={wanted.gram!r})"
         )
     rho = noise_rho(updates, recipe.betas[0])
     lr_sum, lr_sq_sum = np.add.reduceat(lr, starts), np.add.reduceat(lr**2, starts)
@@ -379,11 +399,9 @@ def _recover(
         rho = rho * injection_scale(moved_sq, numel, lr_sum, lr_sq_sum, mean, recipe.betas[0])[gap]
     low, high = RHO_RANGE["noise" if gram is None else "displacement"]
 
-    balance = balance_forces(norm_sq, steps, lr, weight_decay, numel, rho)
-    course = balance
-    if gram is not None and method != "balance":
-        forces = spline_forces if method == "spline" else two_point_forces
-        course = forces(gram, steps, lr, weight_decay)
+    known = Known(norm_sq, gram, steps, lr, weight_decay, numel, rho)
+    balance = METHODS["balance"].forces(known)
+    course = balance if method == "balance" else wanted.forces(known)
 
     # Stored weights are w + e: ‖W‖² is off by 2⟨w,e⟩, of variance 4·Σw²e² = 4·kurtosis·‖w‖²·‖e‖²/n.
     variance = 4 * _KURTOSIS * norm_sq * rounding / numel

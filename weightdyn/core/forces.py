@@ -1,4 +1,4 @@
-"""The algebra of one AdamW update, and the table that everything speaks.
+"""The algebra of one AdamW update.
 
 AdamW takes w to w' = (1 − ηλ)w − ηu with u = m̂/(√v̂ + ε), so the change of ‖w‖² splits exactly:
 
@@ -6,8 +6,8 @@ AdamW takes w to w' = (1 − ηλ)w − ηu with u = m̂/(√v̂ + ε), so the c
                         alignment        injection         decay
 
 Three inner products say it all, ⟨w,u⟩, ‖u‖² and ‖w‖²; those of the state after the step give those before it
-in closed form. Here are functions of numbers and arrays (floats, NumPy, pandas, broadcast as usual) and of
-force tables: no torch, no files.
+in closed form. Here are functions of numbers and arrays (floats, NumPy, pandas, broadcast as usual): no tables,
+no torch, no files.
 """
 
 from __future__ import annotations
@@ -145,3 +145,24 @@ def timescale(lr: Any, weight_decay: Any) -> Any:
     rate = np.asarray(lr * weight_decay, dtype=float)
     out = np.divide(1.0, rate, out=np.full(rate.shape, np.inf), where=rate != 0)
     return float(out) if out.ndim == 0 else out
+
+
+def noise_rho(updates: Any, beta1: float) -> Any:
+    """Mean square ρ = ‖u‖²/n of Adam's update where gradients are noise of a steady size.
+
+        ρ_t = ρ·(1+β₁ᵗ)/(1−β₁ᵗ),      ρ = (1−β₁)/(1+β₁) for t → ∞
+
+    m̂ is then a weighted mean of t independent gradients and √v̂ their size. ρ₁ = 1 (the first update is the
+    gradient's sign), and after a few 1/(1−β₁) updates ρ is 0.0526 for β₁ = 0.9.
+
+    Args:
+        updates: update numbers t, 1-based; inf for the value that they settle at.
+        beta1: β₁ of the first moment, in [0, 1).
+
+    Source: the variance of an exponential mean of white noise, (1−β₁)²·Σβ₁²ˢ over (1−β₁ᵗ)².
+
+    >>> noise_rho([1, 2, 1000, np.inf], beta1=0.9).round(4).tolist()
+    [1.0, 0.5014, 0.0526, 0.0526]
+    """
+    left = beta1 ** np.asarray(updates, dtype=float)
+    return (1 - beta1) / (1 + beta1) * (1 + left) / (1 - left)

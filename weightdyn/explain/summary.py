@@ -45,7 +45,11 @@ def summarize(run: RunLog, by: By | Sequence[str] | None = "role") -> pd.DataFra
     table = phases(pool_weibull(check_weibull_table(run, argument="run", empty=False), by))
     keys = group_columns(forces, by)
     if keys == ["role"]:
-        table = table.set_index("role").reindex([role for role in ROLES if role in set(table["role"])]).reset_index()
+        table = (
+            table.set_index("role")
+            .reindex([role for role in ROLES if role in set(table["role"])])
+            .reset_index()
+        )
     worst = closure(forces)
     sums = aggregate(forces, by)
     last = sums["step"].max()

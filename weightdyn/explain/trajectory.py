@@ -161,9 +161,9 @@ def equilibrium(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = No
     >>> equilibrium(t)["equilibrium"].item()
     8.0
     """
-    table = check_force_table(table) if by is None else aggregate(table, by)
-    growth = table["alignment"] + table["injection"]
-    return table.assign(equilibrium=-table["norm_sq"] * growth / table["decay"])
+    forces = check_force_table(table) if by is None else aggregate(table, by)
+    growth = forces["alignment"] + forces["injection"]
+    return forces.assign(equilibrium=-forces["norm_sq"] * growth / forces["decay"])
 
 
 def pool_weibull(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None) -> pd.DataFrame:
@@ -191,11 +191,11 @@ def pool_weibull(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None) ->
     >>> pool_weibull(t, by="role")[["lam", "k"]].round(3).to_numpy().tolist()
     [[2.646, 1.15]]
     """
-    table = check_weibull_table(table, unique=True)
-    keys = group_columns(table, by)
-    table = table[table["lam"].notna() & table["k"].notna()]
-    count = next((table[name].astype(float) for name in ("n", "numel") if name in table), 1.0)
-    weighted = table[["step", *keys]].assign(n=count, lam=count * table["lam"] ** 2, k=count * table["k"])
+    fits = check_weibull_table(table, unique=True)
+    keys = group_columns(fits, by)
+    fits = fits[fits["lam"].notna() & fits["k"].notna()]
+    count = next((fits[name].astype(float) for name in ("n", "numel") if name in fits), 1.0)
+    weighted = fits[["step", *keys]].assign(n=count, lam=count * fits["lam"] ** 2, k=count * fits["k"])
     sums = weighted.groupby(["step", *keys], dropna=False, observed=True, sort=True).sum().reset_index()
     lam, k = np.sqrt(sums["lam"] / sums["n"]), sums["k"] / sums["n"]
     return in_order(sums.assign(lam=lam, k=k, n=sums["n"].astype("int64")), WEIBULL_TABLE)
@@ -227,24 +227,24 @@ def phases(table: pd.DataFrame | RunLog, value: str = "lam") -> pd.DataFrame:
     [{'half_step': 3, 'peak_step': 5, 'peak': 3.5, 'end_step': 8, 'end': 3.0, 'overshoot': True}]
     """
     kind = "forces" if value in FORCE_TABLE else "weibull"
-    table = check_columns(table_of(table, kind), ("step", value), "trajectory")
-    keys = group_columns(table, None)
-    table = table[table[value].notna()].sort_values("step", kind="stable")
-    groups = group_numbers(table, keys)
-    steps, values = table["step"].to_numpy(), table[value].to_numpy(float)
+    rows = check_columns(table_of(table, kind), ("step", value), "trajectory")
+    keys = group_columns(rows, None)
+    rows = rows[rows[value].notna()].sort_values("step", kind="stable")
+    groups = group_numbers(rows, keys)
+    steps, values = rows["step"].to_numpy(), rows[value].to_numpy(float)
     found: list[dict[str, object]] = []
     firsts: list[int] = []
-    for rows in _rows_of(groups):
-        step, x = steps[rows], values[rows]
+    for own in _rows_of(groups):
+        step, x = steps[own], values[own]
         if (np.diff(step) == 0).any():
             at = step[:-1][np.diff(step) == 0][0]
             raise ValueError(
                 f"table has two rows at step {at} for one group of {keys or 'the whole table'}; "
                 f"pool it first (pool_weibull, aggregate) or keep the columns that tell them apart"
             )
-        firsts.append(rows[0])
+        firsts.append(own[0])
         found.append(_phases_of(step, x))
-    identity = table[keys].iloc[firsts].reset_index(drop=True)
+    identity = rows[keys].iloc[firsts].reset_index(drop=True)
     columns = [name for name in PHASE_TABLE if name not in IDENTITY]
     return pd.concat([identity, pd.DataFrame(found, columns=columns)], axis=1)
 

@@ -83,31 +83,45 @@ def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | 
     return np.array(axes)
 
 
-def _one_group(shift: Any, group: Any) -> pd.DataFrame:
-    """The rows of one group of a table of shifts, and those of the losses."""
+def shift_groups(shift: pd.DataFrame) -> list[Any]:
+    """What `group` of `wisca_shift` can be for a table of shifts; [None] where it has the whole model only."""
+    named = _groups(shift)
+    return [None] if named is None else list(dict.fromkeys(named.dropna()))
+
+
+def _groups(shift: Any) -> pd.Series | None:
+    """The group of each row, missing of losses and outside the blocks; None of a table for the whole model."""
     if not isinstance(shift, pd.DataFrame):
         raise TypeError(
             f"shift must be the table that Comparison.shift() returns, got {type(shift).__name__}"
         )
     if missing := [name for name in ("step", "quantity", "difference", "low", "high") if name not in shift]:
         raise ValueError(f"shift lacks the columns {missing}; Comparison.shift() returns them")
-    of_loss = shift["quantity"].astype(str).str.contains("loss")
-    own = shift[~of_loss]
     keys = [name for name in IDENTITY if name in shift]
-    if (
-        "stack" in keys
-        and own.loc[own["layer"].notna() if "layer" in own else slice(None), "stack"].nunique() < 2
-    ):
+    if "stack" in keys and shift.loc[shift["layer"].notna(), "stack"].nunique() < 2:
         keys.remove("stack")
     if not keys:
+        return None
+    rows = shift[keys].itertuples(index=False, name=None)
+    named = [row[0] if len(keys) == 1 else row for row in rows]
+    whole = shift[keys].notna().all(axis=1) & ~_of_loss(shift)
+    return pd.Series(named, shift.index, dtype=object).where(whole, None)
+
+
+def _of_loss(shift: pd.DataFrame) -> pd.Series:
+    return shift["quantity"].astype(str).str.contains("loss")
+
+
+def _one_group(shift: Any, group: Any) -> pd.DataFrame:
+    """The rows of one group of a table of shifts, and those of the losses."""
+    named = _groups(shift)
+    if named is None:
         if group is not None:
             raise ValueError(f"group: the table has one for the whole model only, got {group!r}")
         return shift
-    rows = own[keys].apply(lambda row: row.iloc[0] if len(keys) == 1 else tuple(row), axis=1)
-    inside = own[keys].notna().all(axis=1)
-    names = list(dict.fromkeys(rows[inside]))
+    names = shift_groups(shift)
     if group is None and len(names) == 1:
         group = names[0]
     if group not in names:
         raise ValueError(f"group must be one of {names}, got {group!r}")
-    return pd.concat([own[rows.map(lambda name: name == group) & inside], shift[of_loss]])
+    return shift[_of_loss(shift) | named.map(lambda name: name == group)]

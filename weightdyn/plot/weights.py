@@ -13,7 +13,7 @@ from weightdyn.core.naming import COMPONENTS
 from weightdyn.core.tables import check_columns, table_of
 from weightdyn.explain.trajectory import pool_weibull
 from weightdyn.plot.style import DARK, DASHES, SYMBOLS, make_axes, small_size, stack_names
-from weightdyn.weibull.fit import K0, Method, as_histogram, fit_weibull
+from weightdyn.weibull.fit import K0, Method, as_histogram, cloglog, fit_weibull
 from weightdyn.weibull.laws import law_cdf, rank_laws
 
 if TYPE_CHECKING:
@@ -75,11 +75,11 @@ def weibull(
         raise ValueError(f"rivals must be True or some of {laws}, got {unknown[0]!r}")
     (panel,) = make_axes(ax, 1, height=2.9)
 
-    ends = _spaced(np.array([max(_LOWEST, 0.5 / sample.n), 1 - 0.5 / sample.n]))
+    ends = cloglog(np.array([max(_LOWEST, 0.5 / sample.n), 1 - 0.5 / sample.n]))
     grid = np.linspace(ends[0], ends[1], 300)
     rank = np.unique(np.round(sample.n * _fraction(grid) + 0.5).clip(1, sample.n))
     fraction = (rank - 0.5) / sample.n
-    value, height = sample.quantile(fraction), _spaced(fraction)
+    value, height = sample.quantile(fraction), cloglog(fraction)
     kept = (fraction >= fit.trim[0]) & (fraction <= fit.trim[1]) if method == "plot" else fraction > 0
     dots = {"marker": "o", "linestyle": "", "markersize": 2.2, "markeredgewidth": 0}
     panel.plot(value[kept], height[kept], color=DARK, label="weights", zorder=2, **dots)
@@ -89,7 +89,7 @@ def weibull(
     title = f"no fit: {fit.note}"
     if not math.isnan(fit.k):
         title = f"λ = {fit.lam:.3g},  k = {fit.k:.4g},  R² = {fit.r_squared:.4f}"
-        fitted = _spaced(np.array(fit.trim)).clip(*ends) if method == "plot" else ends
+        fitted = cloglog(np.array(fit.trim)).clip(*ends) if method == "plot" else ends
         for reach, dashes, label in ((ends, (0, (2, 2)), None), (fitted, "-", "Weibull")):
             line = {"color": LAW_COLORS["weibull"], "linestyle": dashes, "linewidth": 1.1, "label": label}
             panel.plot(fit.quantile(_fraction(reach)), reach, zorder=3, **line)
@@ -102,7 +102,7 @@ def weibull(
                 cdf = law_cdf(str(law), row["shape"], row["scale"], grid)
                 inside = (cdf > 0) & (cdf < 1)
                 style = {"color": color, "linestyle": dashes, "linewidth": 0.9, "label": law}
-                panel.plot(grid[inside], _spaced(cdf[inside]), zorder=2.5, **style)
+                panel.plot(grid[inside], cloglog(cdf[inside]), zorder=2.5, **style)
 
     panel.set_xscale("log")
     margin = 0.04 * (ends[1] - ends[0])
@@ -110,18 +110,13 @@ def weibull(
     panel.set_xlim(*np.exp(_widened(np.log([value[0], value[-1]]))))
     # Minor ticks are named where |w| spans under a decade.
     panel.tick_params(axis="x", which="minor", labelsize=small_size(panel))
-    ticks = [tick for tick in _TICKS if ends[0] - 0.01 <= _spaced(tick) <= ends[1]]
-    panel.set_yticks(_spaced(np.array(ticks)), [f"{100 * tick:.8g}" for tick in ticks])
+    ticks = [tick for tick in _TICKS if ends[0] - 0.01 <= cloglog(tick) <= ends[1]]
+    panel.set_yticks(cloglog(np.array(ticks)), [f"{100 * tick:.8g}" for tick in ticks])
     panel.set_ylabel("weights up to |w| (%)")
     panel.set_xlabel("|w|")
     # The plot rises from corner to corner and leaves the other two free.
     panel.legend(loc="best", fontsize=small_size(panel), frameon=False, handlelength=1.6, labelspacing=0.3)
     return panel
-
-
-def _spaced(fraction: Any) -> Any:
-    """Where a fraction lies on Weibull paper."""
-    return np.log(-np.log1p(-fraction))
 
 
 def _fraction(spaced: Any) -> Any:

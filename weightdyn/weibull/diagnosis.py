@@ -97,8 +97,8 @@ class Diagnosis:
         source: what was diagnosed, in a few words.
         attention: its kind of attention: "MHA", "GQA 4:1", "MQA", with "fused" behind it where q, k and v are
             one matrix; "unknown" where names and config do not tell.
-        table: the columns of `FIT_TABLE`, `regime` (`weibull.classify`) and `flags`, the reasons why the matrix
-            stands out, empty if it does not.
+        table: the columns of `FIT_TABLE`, `regime` (`classify`) and `reasons`, why the matrix stands out, empty if
+            it does not.
         nearest: published models by distance, the nearest first, or None without a database: `model`, `distance`
             (root mean square difference of the components' median k), `components` compared, `lam_ratio` (median
             ratio of this model's median λ to that one's).
@@ -116,12 +116,12 @@ class Diagnosis:
         summary = pd.DataFrame(
             {
                 "matrices": groups.size(),
+                "λ": groups["lam"].median(),
                 "k": groups["k"].median(),
                 "k min": groups["k"].min(),
                 "k max": groups["k"].max(),
-                "λ": groups["lam"].median(),
                 "R²": groups["r_squared"].median(),
-                "flagged": groups["flags"].agg(lambda flags: int((flags != "").sum())),
+                "flagged": groups["reasons"].agg(lambda reasons: int((reasons != "").sum())),
             }
         )
         summary.insert(
@@ -131,8 +131,8 @@ class Diagnosis:
 
     @property
     def flagged(self) -> pd.DataFrame:
-        """The matrices that stand out: `tensor`, `k`, `r_squared`, `flags`."""
-        return self.table.loc[self.table["flags"] != "", ["tensor", "k", "r_squared", "flags"]]
+        """The matrices that stand out: `tensor`, `lam`, `k`, `r_squared`, `reasons`."""
+        return self.table.loc[self.table["reasons"] != "", ["tensor", "lam", "k", "r_squared", "reasons"]]
 
     def _headline(self) -> str:
         matrices = f"{len(self.table)} matri{'x' if len(self.table) == 1 else 'ces'}"
@@ -153,7 +153,7 @@ class Diagnosis:
         lines = [self._headline(), "", _formatted(self.components).to_string(), ""]
         flagged = self.flagged
         lines.append(f"{len(flagged)} flagged" + (":" if len(flagged) else "."))
-        lines += [f"  {row.tensor}: {row.flags}" for row in flagged.head(_LISTED).itertuples()]
+        lines += [f"  {row.tensor}: {row.reasons}" for row in flagged.head(_LISTED).itertuples()]
         if len(flagged) > _LISTED:
             lines.append(f"  … and {len(flagged) - _LISTED} more, in .flagged")
         return "\n".join([*lines, *filter(None, [self._nearest_line()])])
@@ -180,7 +180,7 @@ _LISTED = 20
 
 def _formatted(summary: pd.DataFrame) -> pd.DataFrame:
     shown = summary.astype({"matrices": str, "flagged": str})
-    for name, form in {"k": ".3f", "k min": ".3f", "k max": ".3f", "λ": ".3g", "R²": ".4f"}.items():
+    for name, form in {"λ": ".3g", "k": ".3f", "k min": ".3f", "k max": ".3f", "R²": ".4f"}.items():
         shown[name] = [format(value, form) for value in summary[name]]
     return shown.rename_axis(None)
 
@@ -200,7 +200,7 @@ def diagnose(
     A matrix is flagged where
     - its k lies out of the band that is usual for its role (`BANDS`), by four standard errors;
     - its probability plot is not straight: R² under 0.95;
-    - some of its weights form a second population (`weibull.tails`);
+    - some of its weights form a second population (`tails`);
     - a few super-weights hold more than 2 % of its ‖w‖²;
     - its fit is doubtful or impossible.
 
@@ -221,7 +221,7 @@ def diagnose(
     >>> model = torch.nn.ModuleDict({"o_proj": torch.nn.Linear(256, 256), "up_proj": torch.nn.Linear(256, 256)})
     >>> for matrix in model.values():
     ...     matrix.weight.data.normal_(std=0.02)[:16] *= 1e-4
-    >>> print(diagnose(model).table["flags"][0].split(";")[-1].strip())
+    >>> print(diagnose(model).table["reasons"][0].split(";")[-1].strip())
     second population: 6 % of the weights
     """
     published = None if database is None else _read_database(database)
@@ -229,7 +229,7 @@ def diagnose(
     options = {"config": config, "rules": rules, "n_jobs": n_jobs, "progress": progress}
     table = fit_weights(source, views=views, **options)
     table["regime"] = [classify(k, r) for k, r in zip(table["k"], table["r_squared"], strict=True)]
-    table["flags"] = ["; ".join(_reasons(row)) for row in table.to_dict("records")]
+    table["reasons"] = ["; ".join(_reasons(row)) for row in table.to_dict("records")]
     nearest = None
     if published is not None:
         # Published medians are of whole matrices, and of fused ones as they are stored.
@@ -238,7 +238,7 @@ def diagnose(
         if fused and "qkv" not in set(whole["component"]):
             pattern = f"^(?:{'|'.join(map(re.escape, fused))})$"
             whole = pd.concat([whole, fit_weights(source, views=False, tensors=pattern, **options)])
-        medians = whole.groupby(whole["component"].astype(str))[["k", "lam"]].median()
+        medians = whole.groupby(whole["component"].astype(str))[["lam", "k"]].median()
         nearest = _nearest(medians, published)
     return Diagnosis(_name(source), _attention(matrices, config, rules), table, nearest)
 

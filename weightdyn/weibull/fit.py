@@ -38,8 +38,8 @@ class WeibullFit:
     """A Weibull law fitted to magnitudes.
 
     Attributes:
-        k: shape; NaN where nothing could be fitted.
         lam: scale λ, in units of the weights; NaN where nothing could be fitted.
+        k: shape; NaN where nothing could be fitted.
         r_squared: squared correlation of ln x and ln(−ln(1−F)) in the trimmed probability plot: how straight
             the plot is, whatever the method.
         ks: Kolmogorov-Smirnov distance between the law and the whole sample, not only the trimmed part.
@@ -47,25 +47,25 @@ class WeibullFit:
         method: how it was fitted.
         trim: the range of F that the probability plot used.
         note: empty, or what makes the fit doubtful or impossible.
-        k_se: standard error of k, from the observed information; NaN for other methods than "mle".
-        lam_se: that of λ.
+        lam_se: standard error of λ, from the observed information; NaN for other methods than "mle".
+        k_se: that of k.
     """
 
-    k: float
     lam: float
+    k: float
     r_squared: float
     ks: float
     n: int
     method: Method = "plot"
     trim: tuple[float, float] = (0.1, 0.9)
     note: str = ""
-    k_se: float = math.nan
     lam_se: float = math.nan
+    k_se: float = math.nan
 
     def __repr__(self) -> str:
-        shown = {"k": f"{self.k:.6g}", "lam": f"{self.lam:.6g}"}
+        shown = {"lam": f"{self.lam:.6g}", "k": f"{self.k:.6g}"}
         if self.method == "mle":
-            shown |= {"k_se": f"{self.k_se:.2g}", "lam_se": f"{self.lam_se:.2g}"}
+            shown |= {"lam_se": f"{self.lam_se:.2g}", "k_se": f"{self.k_se:.2g}"}
         shown |= {"r_squared": f"{self.r_squared:.5f}", "ks": f"{self.ks:.4f}", "n": str(self.n)}
         shown |= {"method": repr(self.method)} | ({"note": repr(self.note)} if self.note else {})
         return f"WeibullFit({', '.join(f'{name}={value}' for name, value in shown.items())})"
@@ -118,7 +118,7 @@ def fit_weibull(
         x: weights of any shape and device, or the histogram of their magnitudes. Zeros and non-finite values
             are left out. Up to 262,144 weights are sorted; more of them in float32 or float64, like a
             histogram, are taken in bins 0.4 % wide, which moves k by less than 1e-5 at that size.
-        method: how k and λ are found.
+        method: how λ and k are found.
             "plot", the published protocol: ordinary least squares of ln(−ln(1−F)) on ln x over the sorted
             magnitudes with F = (i−½)/n in `trim`.
             "mle": maximum likelihood over the whole sample. λ^k = Σx^k/n leaves one concave function of k,
@@ -127,8 +127,8 @@ def fit_weibull(
         trim: the range of F that the probability plot uses, both ends included.
 
     Returns:
-        A `WeibullFit`. A sample without two distinct magnitudes (for "plot", in the trim) gives NaN for k and
-        λ, and a note; one with fewer than 50 distinct magnitudes is fitted and noted.
+        A `WeibullFit`. A sample without two distinct magnitudes (for "plot", in the trim) gives NaN for λ and
+        k, and a note; one with fewer than 50 distinct magnitudes is fitted and noted.
 
     Raises:
         TypeError: x is no tensor, array or histogram, or not of a float type.
@@ -139,8 +139,8 @@ def fit_weibull(
     >>> import torch
     >>> x = 0.02 * (-torch.log1p(-(torch.arange(1000) + 0.5) / 1000)) ** (1 / 1.2)
     >>> fit = fit_weibull(x)
-    >>> round(fit.k, 5), round(fit.lam, 6)
-    (1.2, 0.02)
+    >>> round(fit.lam, 6), round(fit.k, 5)
+    (0.02, 1.2)
     """
     if method not in ("plot", "mle", "moments"):
         raise ValueError(f"method must be 'plot', 'mle' or 'moments', got {method!r}")
@@ -148,20 +148,20 @@ def fit_weibull(
     sample = as_histogram(x)
     line = _fit_plot(sample, (low, high))
     if method == "plot":
-        found = _Found(line.k, line.lam)
+        found = Found(line.lam, line.k)
     else:
         found = fit_likelihood(sample) if method == "mle" else _fit_moments(sample)
     fit = WeibullFit(
-        k=found.k,
         lam=found.lam,
+        k=found.k,
         r_squared=line.r_squared,
         ks=math.nan,
         n=sample.n,
         method=method,
         trim=(low, high),
         note=_note(sample, found.k),
-        k_se=found.k_se,
         lam_se=found.lam_se,
+        k_se=found.k_se,
     )
     return fit if math.isnan(fit.k) else replace(fit, ks=ks_distance(sample, fit.cdf))
 
@@ -170,16 +170,18 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 709 else math.inf
 
 
-class _Found(NamedTuple):
-    k: float = math.nan
+class Found(NamedTuple):
+    """Parameters of a law, and their standard errors where these are known."""
+
     lam: float = math.nan
-    k_se: float = math.nan
+    k: float = math.nan
     lam_se: float = math.nan
+    k_se: float = math.nan
 
 
 class _Line(NamedTuple):
-    k: float = math.nan
     lam: float = math.nan
+    k: float = math.nan
     r_squared: float = math.nan
 
 
@@ -243,9 +245,16 @@ _BLOCK = 1 << 14
 # The probability plot.
 
 
-def _plotted(rank: Any, n: int) -> Any:
-    """y = ln(−ln(1−F)) at F = rank/n; the i-th smallest magnitude has the rank i − ½."""
-    return np.log(-np.log1p(-rank / n))
+def cloglog(fraction: Any) -> Any:
+    """ln(−ln(1−F)), the ordinate of Weibull paper: there the law is the line k·ln x − k·ln λ.
+
+    Args:
+        fraction: F in (0, 1), a number or an array; (i − ½)/n for the i-th smallest of n magnitudes.
+
+    >>> cloglog(np.array([0.1, 0.5, 0.9])).round(4).tolist()
+    [-2.2504, -0.3665, 0.834]
+    """
+    return np.log(-np.log1p(-fraction))
 
 
 _ALL_SUMMED = 4096
@@ -266,17 +275,17 @@ def _sums_of_y(ranks: np.ndarray, n: int) -> np.ndarray:
     survival = 1 - inner / n
     sums = n * (-survival * np.log(t) - scipy.special.exp1(t)) - 1 / (24 * n * t * survival)
     if ranks[0] < _ENDS:
-        head = np.concatenate([[0.0], np.cumsum(_plotted(np.arange(_ENDS) + 0.5, n))])
+        head = np.concatenate([[0.0], np.cumsum(cloglog((np.arange(_ENDS) + 0.5) / n))])
         sums += head[np.minimum(ranks, _ENDS)] - head[-1]
     if ranks[-1] > n - _ENDS:
-        tail = np.concatenate([[0.0], np.cumsum(_plotted(n - _ENDS + np.arange(_ENDS) + 0.5, n))])
+        tail = np.concatenate([[0.0], np.cumsum(cloglog((n - _ENDS + np.arange(_ENDS) + 0.5) / n))])
         sums += tail[np.maximum(ranks - (n - _ENDS), 0)]
     return sums
 
 
 @lru_cache(maxsize=4)  # models have many matrices of a size
 def _all_sums_of_y(n: int) -> np.ndarray:
-    return np.concatenate([[0.0], np.cumsum(_plotted(np.arange(n) + 0.5, n))])
+    return np.concatenate([[0.0], np.cumsum(cloglog((np.arange(n) + 0.5) / n))])
 
 
 @lru_cache(maxsize=1)
@@ -288,16 +297,16 @@ def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
 def _sum_of_squared_y(first: int, last: int, n: int) -> float:
     """Σ y² over the magnitudes with ranks in (first, last]."""
     if n <= _ALL_SUMMED:
-        return float(np.sum(_plotted(np.arange(first, last) + 0.5, n) ** 2))
+        return float(np.sum(cloglog((np.arange(first, last) + 0.5) / n) ** 2))
     a, b = np.clip([first, last], _ENDS, n - _ENDS)
     ends = np.concatenate([np.arange(first, max(first, a)), np.arange(min(last, b), last)])
-    total = float(np.sum(_plotted(ends + 0.5, n) ** 2))
+    total = float(np.sum(cloglog((ends + 0.5) / n) ** 2))
     # dF = e^{y − e^y} dy makes the integrand smooth over the whole range.
-    low, high = _plotted(a, n), _plotted(b, n)
+    low, high = cloglog(a / n), cloglog(b / n)
     node, weight = _gauss_legendre()
     y = (low + high) / 2 + (high - low) / 2 * node
     total += n * (high - low) / 2 * float(np.sum(weight * y**2 * np.exp(y - np.exp(y))))
-    slope = [2 * _plotted(i, n) / (-np.log1p(-i / n) * (1 - i / n)) for i in (a, b)]
+    slope = [2 * cloglog(i / n) / (-np.log1p(-i / n) * (1 - i / n)) for i in (a, b)]
     return total - (slope[1] - slope[0]) / (24 * n)
 
 
@@ -329,10 +338,10 @@ def _fit_plot(sample: MagnitudeHistogram, trim: tuple[float, float]) -> _Line:
     x, size = np.log(low), last - first
     slope = slope_spread = 0.0
     if not sample.exact:
-        edge = _plotted(np.clip([ends - counts, ends], 0.5, n - 0.5), n)
+        edge = cloglog(np.clip([ends - counts, ends], 0.5, n - 0.5) / n)
         slope = (np.log(high) - x) / np.maximum(edge[1] - edge[0], np.finfo(float).tiny)
         x += slope * (y - edge[0])
-        slope_spread = slope * np.diff(_plotted(np.clip(ranks, 0.5, n - 0.5), n)) ** 2 / 12
+        slope_spread = slope * np.diff(cloglog(np.clip(ranks, 0.5, n - 0.5) / n)) ** 2 / 12
     x_mean, y_mean = np.sum(m * x) / size, np.sum(m * y) / size  # no @: BLAS would wake its threads
     x -= x_mean
     y -= y_mean
@@ -343,7 +352,7 @@ def _fit_plot(sample: MagnitudeHistogram, trim: tuple[float, float]) -> _Line:
         xy += np.sum((m - 1) * slope_spread)
     yy = _sum_of_squared_y(first, last, n) - size * y_mean**2
     k = float(xy / xx)
-    return _Line(k, _exp(x_mean - y_mean / k), min(float(xy**2 / (xx * yy)), 1.0))
+    return _Line(_exp(x_mean - y_mean / k), k, min(float(xy**2 / (xx * yy)), 1.0))
 
 
 def _half_normal() -> _Line:
@@ -351,11 +360,11 @@ def _half_normal() -> _Line:
     node, weight = _gauss_legendre()
     f = 0.5 + 0.4 * node  # [0.1, 0.9]
     x = np.log([NormalDist().inv_cdf((1 + each) / 2) for each in f])  # √2 erf⁻¹(F)
-    y = np.log(-np.log1p(-f))
+    y = cloglog(f)
     x_mean, y_mean, xx, xy, yy = (np.sum(weight * v) / 2 for v in (x, y, x * x, x * y, y * y))
     xx, xy, yy = xx - x_mean**2, xy - x_mean * y_mean, yy - y_mean**2
     k = float(xy / xx)
-    return _Line(k, math.exp(x_mean - y_mean / k), float(xy**2 / (xx * yy)))
+    return _Line(math.exp(x_mean - y_mean / k), k, float(xy**2 / (xx * yy)))
 
 
 K0 = _half_normal().k
@@ -376,10 +385,11 @@ LAM0 = _half_normal().lam
 # Likelihood and moments.
 
 
-def fit_likelihood(sample: MagnitudeHistogram) -> _Found:
+def fit_likelihood(sample: MagnitudeHistogram) -> Found:
+    """λ and k of the greatest likelihood, and their standard errors; NaN for fewer than two magnitudes."""
     value, weight = sample.points()
     if len(sample.keys) < 2:
-        return _Found()
+        return Found()
     n = sample.n
     z = np.log(value)
     centre = np.sum(weight * z) / n
@@ -398,11 +408,11 @@ def fit_likelihood(sample: MagnitudeHistogram) -> _Found:
     # ln(x/λ) under the weights x^k; its determinant is n²k²·curvature.
     curvature = 1 / k**2 + variance
     second = variance + (mean - log_lam) ** 2
-    return _Found(
-        k=k,
+    return Found(
         lam=lam,
-        k_se=1 / math.sqrt(n * curvature),
+        k=k,
         lam_se=lam * math.sqrt((1 / k**2 + second) / (n * k**2 * curvature)),
+        k_se=1 / math.sqrt(n * curvature),
     )
 
 
@@ -417,9 +427,9 @@ def _under_power(k: float, z: np.ndarray, weight: np.ndarray) -> tuple[float, fl
     return float(top + math.log(total)), float(mean), float(np.sum(share * (z - mean) ** 2) / total)
 
 
-def _fit_moments(sample: MagnitudeHistogram) -> _Found:
+def _fit_moments(sample: MagnitudeHistogram) -> Found:
     if len(sample.keys) < 2:
-        return _Found()
+        return Found()
     value, weight = sample.points()
     top = value[-1]
     mean = np.sum(weight * (value / top)) / sample.n
@@ -429,7 +439,7 @@ def _fit_moments(sample: MagnitudeHistogram) -> _Found:
     u = find_root(
         lambda u: scipy.special.gammaln(1 + 2 * u) - 2 * scipy.special.gammaln(1 + u) - target, 1e-6, 1e3
     )
-    return _Found(k=1 / u, lam=float(top * mean / math.exp(scipy.special.gammaln(1 + u))))
+    return Found(lam=float(top * mean / math.exp(scipy.special.gammaln(1 + u))), k=1 / u)
 
 
 def find_root(function: Callable[[float], float], low: float, high: float) -> float:

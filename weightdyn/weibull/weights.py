@@ -1,8 +1,8 @@
 """Weibull fits of whole models: one row per matrix, or per group of matrices pooled.
 
 A model, a state dict or a checkpoint file is read once, one matrix at a time: names say what each is
-(`weightdyn.naming`), fused matrices fall into their parts, and every part is fitted and measured. Trajectories of
-such fits say how far k drifted, and whether k or λ made the weights grow.
+(`core/naming`), fused matrices fall into their parts, and every part is fitted and measured. Trajectories of
+such fits say how far k drifted, and whether λ or k made the weights grow.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def fit_weights(
         rules: {regular expression: component} for names that are not known, as in `naming.describe`.
         views: True splits fused matrices, "head" makes one row for each head of q, k and v, False fits all whole.
         tensors: a regular expression; only the matrices in whose name it is found. None: all.
-        by: fit the weights of each "layer", "component", "role", of the whole "model", or of a list of such columns,
-            as one sample; None fits each tensor by itself.
+        by: fit the weights of each "layer", "component", "role", of the whole "model", or of a list of such
+            columns, as one sample; None fits each tensor by itself.
         method: "plot", "mle" or "moments", as in `fit_weibull`.
         trim: as in `fit_weibull`.
         n_jobs: matrices that are fitted at a time, by threads; -1 for as many as there are cores. Each holds
@@ -351,7 +351,7 @@ INVARIANT, STRONG = 0.01, 0.30
 
 
 def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
-    """How far k drifted from the first to the last step, and which of k and λ made σ grow.
+    """How far k drifted from the first to the last step, and which of λ and k made σ grow.
 
     A Weibull law has σ = rms = λ√Γ(1 + 2/k), so the growth splits exactly:
 
@@ -359,7 +359,7 @@ def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
         sigma_growth  lam_growth     k_growth
 
     Args:
-        table: a trajectory of fits with `step`, `k`, `lam`, and whichever of `tensor`, `layer`, `component`,
+        table: a trajectory of fits with `step`, `lam`, `k`, and whichever of `tensor`, `layer`, `component`,
             `role` tell its groups apart, such as `RunLog.weibull()`.
 
     Returns:
@@ -373,7 +373,7 @@ def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
 
     Source: arXiv 2605.18898 for the limits; the split is Γ's.
 
-    >>> t = pd.DataFrame({"step": [0, 9], "k": [1.2, 1.2], "lam": [0.01, 0.02]})
+    >>> t = pd.DataFrame({"step": [0, 9], "lam": [0.01, 0.02], "k": [1.2, 1.2]})
     >>> shape_drift(t)[["severity", "explained_by"]].to_numpy().tolist()
     [['invariant', 'lam']]
     """

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from weightdyn.core.forces import noise_rho
 from weightdyn.core.naming import describe, split_label
 from weightdyn.core.tables import FORCE_TABLE, FORCES, check_force_table
 from weightdyn.wisca.pairs import ScalingPair, unwrap
@@ -120,12 +121,12 @@ def _faded(
     f: np.ndarray, j: np.ndarray, u_sq: np.ndarray, moments: str, beta1: float, beta2: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Factor of the alignment, and ‖u‖²/n, j updates after the moments were kept or reset."""
-    rho = (1 - beta1) / (1 + beta1)
+    rho = noise_rho(np.inf, beta1)
     steady = np.clip((u_sq - rho) / (1 - rho), 0, 1)
     noise = np.minimum(rho, u_sq)
     if moments == "reset":
         noise = noise + (rho - noise) * beta2 ** (j - 1)
-        return f, steady + (1 - steady) * noise * (1 + beta1**j) / (1 - beta1**j)
+        return f, steady + (1 - steady) * noise * noise_rho(j, beta1) / rho
     v = beta2**j + (1 - beta2**j) / f**2
     mean = beta1**j + (1 - beta1**j) / f
     spread = beta1 ** (2 * j) + (1 - beta1 ** (2 * j)) / f**2
