@@ -54,6 +54,17 @@ def fit_table(layers=3, components=("q", "k", "v", "o", "up", "down")):
     return table.astype({"layer": "Int64", "component": "category"})
 
 
+def two_stacks():
+    """An encoder of three layers and a decoder of two, whose λ and k differ, as fit_weights has them."""
+    table = fit_table()
+    inside = table[table["layer"].notna()]
+    decoder = inside[inside["layer"] < 2].assign(
+        stack="model.decoder", k=inside["k"] + 0.05, lam=inside["lam"] + 50
+    )
+    outside = table[table["layer"].isna()].assign(stack="")
+    return pd.concat([outside, inside.assign(stack="model.encoder"), decoder], ignore_index=True)
+
+
 def cells(ax):
     """What a map shows: values by row and column, with the names of the rows."""
     (mesh,) = ax.collections
@@ -99,7 +110,7 @@ def test_the_line_is_the_fit_solid_inside_the_trim_and_dashed_outside():
     np.testing.assert_allclose(fraction(solid.get_ydata()), (0.1, 0.9), rtol=1e-9)
     assert solid.get_linestyle() == "-"
     assert [line.is_dashed() for line in dashed] == [True]
-    assert f"k = {fit.k:.4g}" in ax.get_title(loc="left")
+    assert f"λ = {fit.lam:.3g},  k = {fit.k:.4g}" in ax.get_title(loc="left")
 
 
 def test_a_likelihood_fit_trims_nothing():
@@ -161,6 +172,33 @@ def test_a_map_has_a_cell_for_each_component_and_layer():
         assert ax.get_ylim()[0] > ax.get_ylim()[1]  # q on top
     assert k.get_xlabel() == "layer"
     assert [text.get_text() for text in k.get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_stacks_stand_side_by_side_under_their_names():
+    table = two_stacks()
+    lam, k = plot.weights_map(table)
+    assert [text.get_text() for text in lam.texts] == ["encoder", "decoder"]
+    assert [text.get_text() for text in k.get_xticklabels()] == ["0", "1", "2", "0", "1"]
+    places = [
+        ("model.encoder", 0),
+        ("model.encoder", 1),
+        ("model.encoder", 2),
+        ("model.decoder", 0),
+        ("model.decoder", 1),
+    ]
+    for ax, column in ((k, "k"), (lam, "lam")):
+        values, rows = cells(ax)
+        assert values.shape == (6, 5)
+        for row in table[table["layer"].notna()].itertuples():
+            place = places.index((row.stack, row.layer))
+            assert values[rows.index(row.component), place] == pytest.approx(getattr(row, column))
+
+
+def test_layers_keep_their_numbers_where_the_first_is_not_0():
+    table = fit_table(layers=5)
+    table = table[table["layer"].isna() | (table["layer"] > 1).fillna(False)]
+    ax = plot.weights_map(table, value="k")
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["2", "3", "4"]
 
 
 def test_white_is_the_shape_of_a_normal_initialisation():
@@ -237,13 +275,20 @@ def test_a_wrong_argument_is_named(error, message, draw):
 
 
 def test_figures_are_finished_for_a_column_of_a_paper():
-    figures = [plot.weibull(weights(), rivals=True).figure, plot.weights_map(fit_table(layers=48))[0].figure]
+    narrow = torch.from_numpy(
+        0.02 + 0.001 * weights(1000).numpy()
+    )  # |w| within a decade: minor ticks are named
+    figures = [
+        plot.weibull(weights(), rivals=True).figure,
+        plot.weibull(narrow).figure,
+        plot.weights_map(fit_table(layers=48))[0].figure,
+        plot.weights_map(two_stacks())[0].figure,
+    ]
     for figure in figures:
         assert figure.get_size_inches()[0] == pytest.approx(3.4)
         figure.canvas.draw()
         shown = [one for one in figure.findobj(Text) if one.get_text().strip() and one.get_visible()]
-        assert min(one.get_fontsize() for one in shown) >= 5
-        assert min(one.get_fontsize() for one in figure.axes[0].get_yticklabels()) >= 7
+        assert min(one.get_fontsize() for one in shown) >= 7
         whole = figure.bbox
         for axis in (a for ax in figure.axes for a in (ax.xaxis, ax.yaxis)):
             box = axis.get_tightbbox(figure.canvas.get_renderer())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from weightdyn.record.runlog import RunLog
 
 
-METHOD_COLORS = {"balance": FORCE_COLORS["alignment"], "spline": "#CC79A7", "two_point": "#B8860B"}
+METHOD_COLORS = {"balance": FORCE_COLORS["alignment"], "spline": "#A100FF", "two_point": "#BFB21B"}
 """Colour of each way to recover forces."""
 
 

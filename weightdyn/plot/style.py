@@ -88,11 +88,13 @@ def split_groups(table: pd.DataFrame, by: By | Sequence[str] | None) -> list[Gro
     }
 
     def position(group: Group) -> list[Any]:
-        ranks = [
-            (0 if pd.isna(value) else value) if key == "layer" else order[key].index(value)
+        ranks = {
+            key: (0 if pd.isna(value) else value) if key == "layer" else order[key].index(value)
             for key, value in group.place.items()
-        ]
-        return [group.outside, *ranks]
+        }
+        if "tensor" in ranks:  # a model is gone through block by block
+            ranks["tensor"] = ranks.pop("tensor")
+        return [group.outside, *ranks.values()]
 
     names = _names(places)
     groups = [

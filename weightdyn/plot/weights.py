@@ -12,7 +12,7 @@ import pandas as pd
 from weightdyn.core.naming import COMPONENTS
 from weightdyn.core.tables import check_columns, table_of
 from weightdyn.explain.trajectory import pool_weibull
-from weightdyn.plot.style import DARK, DASHES, SYMBOLS, make_axes, small_size, stack_names
+from weightdyn.plot.style import DASHES, SYMBOLS, make_axes, small_size, stack_names
 from weightdyn.weibull.fit import K0, Method, as_histogram, cloglog, fit_weibull
 from weightdyn.weibull.laws import law_cdf, rank_laws
 
@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 
 
 LAW_COLORS = {
-    "weibull": "#D55E00",
-    "half-normal": "#332288",
-    "log-normal": "#44AA99",
-    "gamma": "#882255",
-    "exponential": "#999933",
-    "generalised normal": "#6699CC",
+    "weibull": "#B54406",
+    "half-normal": "#5315DA",
+    "log-normal": "#149BFF",
+    "gamma": "#7D037F",
+    "exponential": "#EAB70F",
+    "generalised normal": "#827468",
 }
 """Colour of each law in a probability plot."""
+
+WEIGHT_COLORS = {"weights": "#202020", "outside the trim": "#D9D9D9"}
+"""Colour of the weights themselves there."""
 
 _LOWEST = 1e-3  # of F: below it the logarithm spreads the few weights next to zero over most of the figure
 _TICKS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999)
@@ -82,9 +85,10 @@ def weibull(
     value, height = sample.quantile(fraction), cloglog(fraction)
     kept = (fraction >= fit.trim[0]) & (fraction <= fit.trim[1]) if method == "plot" else fraction > 0
     dots = {"marker": "o", "linestyle": "", "markersize": 2.2, "markeredgewidth": 0}
-    panel.plot(value[kept], height[kept], color=DARK, label="weights", zorder=2, **dots)
+    panel.plot(value[kept], height[kept], color=WEIGHT_COLORS["weights"], label="weights", zorder=2, **dots)
     if not kept.all():
-        panel.plot(value[~kept], height[~kept], color="#BDBDBD", label="outside the trim", zorder=1, **dots)
+        color = WEIGHT_COLORS["outside the trim"]
+        panel.plot(value[~kept], height[~kept], color=color, label="outside the trim", zorder=1, **dots)
 
     title = f"no fit: {fit.note}"
     if not math.isnan(fit.k):

@@ -380,7 +380,7 @@ def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
     missing = [name for name in ("step", "k", "lam") if name not in table]
     if missing:
         raise ValueError(f"table lacks the columns {missing}; it has {list(table.columns)}")
-    keys = [name for name in ("tensor", "layer", "component", "role") if name in table]
+    keys = group_columns(table, None)
     fitted = table[table["k"].notna() & table["lam"].notna()]
     fitted = fitted.sort_values("step", kind="stable", ignore_index=True)
     group = (
