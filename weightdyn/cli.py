@@ -128,6 +128,7 @@ def train_command(
 ) -> None:
     """Train a small language model on text, with the forces of every tensor on record."""
     with _told():
+        _check_folder("--out", out)
         config = TrainConfig(
             model=model,
             corpus=tuple(corpus or ()),
@@ -163,6 +164,7 @@ def demo(
 ) -> None:
     """Train a small GPT-NeoX on Python's own source, log the three forces, fit, draw: a few minutes."""
     with _told():
+        _check_folder("--out", out)
         config = replace(
             DEMO,
             steps=steps,
@@ -514,6 +516,10 @@ def wisca_compare(
         if groups is None:
             raise ValueError("--by tensor would be a figure for each tensor; group them")
         _check_folder("--out", out)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch's, of a word or a device that it does not have
+            raise ValueError(f"--device {device} cannot be used: {error}") from error
         config = TrainConfig(
             model=model,
             corpus=tuple(corpus or ()),

@@ -95,7 +95,7 @@ def force_budget(
     """
     if kind not in ("forces", "shares"):
         raise ValueError(f"kind must be 'forces' or 'shares', got {kind!r}")
-    table = check_force_table(run_or_table, argument="run_or_table", empty=False)
+    table = check_force_table(run_or_table, argument="run_or_table", empty=False, unique=True)
     table = budget(aggregate(table, by))
     panels = split_groups(table, by)
     check_number(panels, by, PANELS, "panels")
@@ -158,7 +158,7 @@ def weibull_trajectory(
     """
     if value not in ("lam", "k", None):
         raise ValueError(f"value must be 'lam', 'k' or None for both, got {value!r}")
-    table = check_weibull_table(run_or_table, argument="run_or_table", empty=False)
+    table = check_weibull_table(run_or_table, argument="run_or_table", empty=False, unique=True)
     pooled = pool_weibull(table, by)
     if pooled.empty:
         raise ValueError("run_or_table has no Weibull fits: λ or k is missing in every row")
