@@ -13,7 +13,6 @@ Training takes 10 to 20 minutes on one core; runs that are there already are use
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -193,8 +192,12 @@ def observations(runs: dict[str, RunLog]) -> pd.DataFrame:
                 weight_decay = own["weight_decay"].iloc[0]
                 lr_sq_sum = np.add.reduceat(lr**2, starts)
                 shrink = np.exp(np.add.reduceat(np.log1p(-lr * weight_decay), starts))
-                norm_sq, dots = rows["norm_sq"].to_numpy(), rows["dots"].to_numpy()
-                dot = np.array([late[len(early) - 1] for early, late in itertools.pairwise(dots)])
+                norm_sq, present = rows["norm_sq"].to_numpy(), rows["step"].tolist()
+                known = [
+                    dict(zip(*pair, strict=True))
+                    for pair in zip(rows["dot_steps"], rows["dots"], strict=True)
+                ]
+                dot = np.array([late[before] for before, late in zip(present, known[1:], strict=False)])
                 moved_sq = norm_sq[1:] - 2 * shrink * dot + shrink**2 * norm_sq[:-1]
                 rho = np.add.reduceat(lr**2 * noise_rho(own["step"], 0.9), starts) / lr_sq_sum
                 columns = {

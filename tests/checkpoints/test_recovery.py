@@ -45,6 +45,7 @@ def measured(weights, steps, tensor="w", **columns):
                 "numel": stack.shape[1],
                 "norm_sq": stack[i] @ stack[i],
                 "rounding": 0.0,
+                "dot_steps": np.array(steps[: i + 1]),
                 "dots": np.array([stack[i] @ stack[j] for j in range(i + 1)]),
                 **columns,
             }
@@ -406,7 +407,7 @@ def test_series_that_do_not_do_are_named(adam):
         recover_forces(series.assign(norm_sq=[1.0, np.nan, 1.0]), recipe)
     with pytest.raises(ValueError, match=r"needs the inner products of checkpoints: .*'full'"):
         recover_forces(series.drop(columns="dots"), recipe, "spline")
-    band = series.assign(dots=[np.where(np.arange(len(d)) >= len(d) - 2, d, np.nan) for d in series["dots"]])
+    band = series.assign(**{name: [each[-2:] for each in series[name]] for name in ("dots", "dot_steps")})
     assert len(recover_forces(band, recipe, "two_point")) == 2
     with pytest.raises(ValueError, match=r"needs the inner products of checkpoints: .*'full'"):
         recover_forces(band, recipe, "spline")

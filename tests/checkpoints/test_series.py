@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from weightdyn.checkpoints import measure as measuring
 from weightdyn.checkpoints import series as checkpoints
 from weightdyn.checkpoints.measure import identical_steps
+from weightdyn.checkpoints.recipe import Recipe
+from weightdyn.checkpoints.recovery import recover_forces
 from weightdyn.checkpoints.series import Checkpoints
 from weightdyn.cli import app
 from weightdyn.core.tables import CHECKPOINT_TABLE
@@ -67,10 +69,13 @@ def measure(source, gram="none", **options):
 def read(monkeypatch):
     """Names of the files of which rows are read."""
     files = []
-    rows = measuring.row_reader
-    monkeypatch.setattr(
-        measuring, "row_reader", lambda file, name: files.append(file.name) or rows(file, name)
-    )
+    rows = measuring.Stored.read
+
+    def reading(stored, start=0, stop=None):
+        files.append(stored.file.name)
+        return rows(stored, start, stop)
+
+    monkeypatch.setattr(measuring.Stored, "read", reading)
     return files
 
 
@@ -90,6 +95,7 @@ def test_norms_fits_and_inner_products_are_those_of_the_whole_tensors(folder):
         x = np.stack([found[name].double().numpy().ravel() for found in every])
         truth = x @ x.T
         for i, row in enumerate(rows.itertuples()):
+            assert row.dot_steps.tolist() == STEPS[: i + 1]
             np.testing.assert_allclose(row.dots, truth[i, : i + 1], rtol=1e-13, atol=1e-15)
             assert row.norm_sq == pytest.approx(truth[i, i], rel=1e-14)
             fit = fit_weibull(every[i][name])
@@ -98,11 +104,13 @@ def test_norms_fits_and_inner_products_are_those_of_the_whole_tensors(folder):
 
 def test_a_band_has_neighbours_alone_and_none_has_nothing(folder):
     full, band = measure(folder, "full"), measure(folder, "band")
-    for wide, narrow in zip(full["dots"], band["dots"], strict=True):
-        assert len(wide) == len(narrow)
-        np.testing.assert_array_equal(narrow[-2:], wide[-2:])
-        assert np.isnan(narrow[:-2]).all()
-    assert measure(folder)["dots"].isna().all()
+    for step, wide, narrow, steps in zip(
+        full["step"], full["dots"], band["dots"], band["dot_steps"], strict=True
+    ):
+        assert steps.tolist() == STEPS[: STEPS.index(step) + 1][-2:]
+        np.testing.assert_array_equal(narrow, wide[-2:])
+    nothing = measure(folder)
+    assert nothing[["dots", "dot_steps"]].isna().all(axis=None)
 
 
 def test_tensors_that_are_read_in_pieces_give_the_same(folder, monkeypatch):
@@ -116,7 +124,7 @@ def test_tensors_that_are_read_in_pieces_give_the_same(folder, monkeypatch):
     for a, b in zip(pieces["dots"], whole["dots"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
     band = measure(folder, "band", cache=False)
-    np.testing.assert_allclose(band["dots"].iloc[-1][-2:], whole["dots"].iloc[-1][-2:], rtol=1e-12)
+    np.testing.assert_allclose(band["dots"].iloc[-1], whole["dots"].iloc[-1][-2:], rtol=1e-12)
 
 
 def test_heads_have_rows_of_their_own_for_norms_and_inner_products(folder):
@@ -214,7 +222,7 @@ def test_checkpoints_are_found_under_all_these_names_and_forms(tmp_path, form):
     series = Checkpoints(tmp_path)
     assert series.steps == [20, 500]
     assert len(series) == 2
-    assert series.tensors[UP] == ((40, 16), "float32")
+    assert series.tensors()[UP] == ((40, 16), "float32")
     assert torch.equal(series.load(500, UP), weights(500)[UP])
     norms = measure(series, cache=False).set_index(["step", "tensor"])["norm_sq"]
     assert norms[20, O2] == pytest.approx(float((weights(20)[O2].double() ** 2).sum()), rel=1e-13)
@@ -241,20 +249,22 @@ def test_buffers_scalars_and_integers_are_left_out_and_tied_tensors_counted_once
         "step": 3,
     }
     torch.save(state, tmp_path / "step1.pt")
-    assert list(Checkpoints(tmp_path).tensors) == ["embed_in.weight"]
+    assert list(Checkpoints(tmp_path).tensors()) == ["embed_in.weight"]
 
 
 def test_a_run_directory_has_the_norms_that_its_logger_saw(tmp_path):
     config = TrainConfig(steps=6, batch_size=1, seq_len=16, warmup=2, save_every=3, weibull_every=3)
     run = train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "measured").exists()
     for source in (run, tmp_path / "run"):
         table = measure(Checkpoints(source))
-    assert sorted(set(table["step"])) == [0, 1, 2, 3, 4, 6]
-    assert (tmp_path / "run" / "measured").is_dir()
-    both = run.forces().merge(table, on=["step", "tensor"], suffixes=("", "_read"))
-    assert len(both) == 5 * run.forces()["tensor"].nunique()
-    np.testing.assert_allclose(both["norm_sq_read"], both["norm_sq_after"], rtol=1e-6)
-    assert both["component"].astype(str).equals(both["component_read"].astype(str))
+        assert sorted(set(table["step"])) == [0, 1, 2, 3, 4, 6]
+        assert (tmp_path / "run" / "measured").is_dir()
+        both = run.forces().merge(table, on=["step", "tensor"], suffixes=("", "_read"))
+        assert len(both) == 5 * run.forces()["tensor"].nunique()
+        np.testing.assert_allclose(both["norm_sq_read"], both["norm_sq_after"], rtol=1e-6)
+        assert both["component"].astype(str).equals(both["component_read"].astype(str))
+        shutil.rmtree(tmp_path / "run" / "measured")
 
 
 # Cache.
@@ -345,11 +355,81 @@ def test_measurements_go_where_the_user_says_or_nowhere(folder, tmp_path):
 
 
 def test_a_plan_tells_what_would_be_read(folder, read):
-    plan = Checkpoints(folder).plan(progress=False)
+    plan = Checkpoints(folder).plan()
     assert plan["bytes"].tolist() == [(folder / f"step{step}.safetensors").stat().st_size for step in STEPS]
     assert not plan["measured"].any()
     measure(folder)
-    assert Checkpoints(folder).plan(progress=False)["measured"].all()
+    assert Checkpoints(folder).plan()["measured"].all()
+    band = Checkpoints(folder).plan("band").set_index("step")
+    assert band["passes"].to_dict() == dict.fromkeys(STEPS, 1), "for the inner products, which are not there"
+    assert not band["measured"].any()
+
+
+def test_a_plan_and_the_measurement_with_the_same_arguments_agree_whatever_happened_before(folder, read):
+    rng = np.random.default_rng(0)
+    seen = set()
+    for attempt in range(25):
+        arguments = {"gram": str(rng.choice(["none", "band", "full"])), "weibull": bool(rng.integers(2))}
+        steps = sorted(rng.choice(STEPS, rng.integers(1, 6), replace=False).tolist())
+        change = rng.integers(4)
+        if change == 0:
+            step = int(rng.choice(STEPS))
+            safetensors.torch.save_file(weights(step + 10 + attempt), folder / f"step{step}.safetensors")
+        elif change == 1 and (stored := sorted((folder / "measured").rglob("*.parquet"))):
+            stored[rng.integers(len(stored))].unlink()
+        plan = Checkpoints(folder, steps).plan(**arguments, cache=True).set_index("step")
+        read.clear()
+        Checkpoints(folder, steps).measure(**arguments, n_jobs=1)
+        times = {step: read.count(f"step{step}.safetensors") / 4 for step in steps}
+        assert plan["passes"].to_dict() == times, (attempt, arguments)
+        assert (plan["measured"] == (plan["passes"] == 0)).all()
+        seen.update(times.values())
+    assert seen == {0, 1, 2}
+
+
+def test_fits_that_are_asked_for_later_leave_the_inner_products_stored(folder, read):
+    measure(folder, "full", weibull=False)
+    measure(folder, "none", weibull=True)
+    read.clear()
+    table = measure(folder, "full", weibull=True)
+    assert read == []
+    assert table["k"].notna().any()
+
+
+def test_inner_products_are_found_by_step_after_filtering_joining_and_a_file(folder, tmp_path):
+    recipe = Recipe(lr=1e-3, weight_decay=0.1, steps=1000)
+    table = measure(folder, "full")
+    few = table[table["step"].isin([1, 100, 1000])]
+    truth = recover_forces(measure(Checkpoints(folder, [1, 100, 1000]), "full"), recipe, "spline")
+    pd.testing.assert_frame_equal(recover_forces(few, recipe, "spline"), truth)
+    few.to_parquet(tmp_path / "table.parquet")
+    read_again = pd.read_parquet(tmp_path / "table.parquet")
+    pd.testing.assert_frame_equal(recover_forces(read_again, recipe, "spline"), truth)
+    parts = [few[few["step"] == step] for step in (1000, 1, 100)]
+    joined = pd.concat(parts, ignore_index=True)
+    joined["tensor"] = joined["tensor"].cat.set_categories(few["tensor"].cat.categories)
+    pd.testing.assert_frame_equal(
+        recover_forces(joined, recipe, "spline").sort_values(["step", "tensor"], ignore_index=True),
+        truth.sort_values(["step", "tensor"], ignore_index=True),
+        check_categorical=False,
+    )
+    band = measure(folder, "band")
+    with pytest.raises(ValueError, match="needs the inner products"):
+        recover_forces(band[band["step"] != 2], recipe, "two_point")
+
+
+def test_workers_of_other_processes_measure_the_same(folder):
+    truth = measure(folder, "full", cache=False)
+    with joblib.parallel_config("loky", n_jobs=2):
+        pd.testing.assert_frame_equal(Checkpoints(folder).measure("full", cache=False), truth)
+
+
+def test_a_bar_is_shown_when_it_is_asked_for_and_none_where_nobody_watches(folder, capfd):
+    Checkpoints(folder).measure("band", cache=False)
+    Checkpoints(folder).plan("band")
+    assert capfd.readouterr() == ("", "")
+    Checkpoints(folder).measure("band", cache=False, progress=True)
+    assert "measure: 100%" in capfd.readouterr().err
 
 
 # Checkpoints that are not sound.
@@ -391,9 +471,57 @@ def test_a_bad_checkpoint_is_named_with_its_file_and_the_rest_is_usable(folder, 
     with pytest.warns(UserWarning, match=f"left out: .*{message}"):
         table = measure(series, "full")
     assert series.steps == [0, 1, 100, 1000]
-    assert message.split()[0] in series.skipped[2] or "step2" in series.skipped[2]
+    assert list(series.skipped) == [2]
+    assert str(folder / "step2.safetensors") in series.skipped[2]
     last = table[(table["step"] == 1000) & (table["tensor"] == UP)].iloc[0]
-    assert len(last["dots"]) == 4, "one for each step that is left"
+    assert last["dot_steps"].tolist() == [0, 1, 100, 1000], "those that are left"
+
+
+def test_a_series_of_which_nothing_is_left_says_why(folder):
+    for step in STEPS:
+        truncate(folder / f"step{step}.safetensors")
+    series = Checkpoints(folder, errors="skip")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(
+            CheckpointError, match=r"no checkpoint that can be read .*step 0: .*step0\.safetensors"
+        ),
+    ):
+        measure(series)
+
+
+@pytest.mark.parametrize("name", [f"step{2**63}", f"step{10**60}"])
+def test_a_step_that_no_table_can_hold_is_refused_by_name(folder, name):
+    shutil.copy(folder / "step2.safetensors", folder / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name}\.safetensors: the step {name[4:]} is not between"):
+        Checkpoints(folder)
+    with pytest.warns(UserWarning, match=f"left out: .*{name}"):
+        series = Checkpoints(folder, errors="skip")
+    assert series.steps == STEPS
+    assert sorted(set(measure(series)["step"])) == STEPS
+    largest = Checkpoints({2**63 - 1: folder / "step2.safetensors"})
+    assert set(measure(largest, cache=False)["step"]) == {2**63 - 1}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (float("nan"), "is nan in step2"),
+        (float("inf"), "is inf in step2"),
+        (1e30, "the weights' rms is .* in step2"),
+    ],
+)
+def test_weights_that_cannot_be_sound_are_named_with_their_file_in_the_table_and_a_warning(
+    folder, bad, message
+):
+    state = weights(2)
+    state[O2][3, 3] = bad
+    safetensors.torch.save_file(state, folder / "step2.safetensors")
+    for _ in range(2):  # measured, and read from what was stored
+        with pytest.warns(UserWarning, match=rf"1 rows are doubtful.*step2\.safetensors, {O2}: .*{message}"):
+            table = measure(folder)
+        noted = table[table["note"] != ""]
+        assert noted[["step", "tensor"]].to_numpy().tolist() == [[2, O2]]
 
 
 def test_a_truncated_pickle_is_named(folder):
@@ -440,7 +568,8 @@ def test_an_index_that_points_outside_its_folder_is_refused(folder, tmp_path, ta
             {"model.safetensors.index.json": json.dumps({"weight_map": {UP: "lost.safetensors"}})},
             "lacks the shards",
         ),
-        ({"model.safetensors.index.json": "{"}, "is no index of shards"),
+        ({"model.safetensors.index.json": "{"}, "model.safetensors.index.json is no JSON"),
+        ({"model.safetensors.index.json": "{}"}, "is no index of shards"),
         ({"a.safetensors": "", "b.safetensors": ""}, "2 weight files and no index"),
         ({"optimizer.pt": "", "readme.txt": ""}, "holds no weights"),
     ],
@@ -479,6 +608,20 @@ def test_identical_content_under_two_steps_is_reported(folder):
             r"no checkpoint of \[3\]; the nearest to 3 is 2",
         ),
         (lambda folder: Checkpoints(folder, errors="ignore"), ValueError, "errors must be"),
+        (lambda folder: Checkpoints(folder, []), ValueError, "steps is empty"),
+        (
+            lambda folder: Checkpoints(folder, [1.5]),
+            TypeError,
+            "steps: a step must be a whole number, got 1.5",
+        ),
+        (
+            lambda folder: Checkpoints({1.5: folder}),
+            TypeError,
+            "source: a step must be a whole number, got 1.5",
+        ),
+        (lambda folder: Checkpoints({-1: folder}), ValueError, "source: the step -1 is not between"),
+        (lambda folder: Checkpoints(folder).plan("all"), ValueError, "gram must be"),
+        (lambda folder: Checkpoints(folder).measure(views="heads"), ValueError, "views must be"),
         (lambda folder: Checkpoints({}), ValueError, "is empty"),
         (lambda folder: Checkpoints(folder).measure("all"), ValueError, "gram must be"),
         (lambda folder: Checkpoints(folder).load(3, UP), KeyError, "step 3 is not in the series"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from weightdyn.core.naming import TensorRow, View
 from weightdyn.core.tables import CHECKPOINT_TABLE
 from weightdyn.files.durable import write_file
-from weightdyn.files.weightfiles import MANTISSA, CheckpointError, Stored, refused, row_reader
+from weightdyn.files.weightfiles import MANTISSA, CheckpointError, Stored, refused
 from weightdyn.weibull.fit import SORTED, fit_weibull
 from weightdyn.weibull.magnitudes import PIECE, MagnitudeHistogram
 
@@ -58,8 +58,7 @@ class Sums(NamedTuple):
 class Task(NamedTuple):
     """Rows of one tensor of one checkpoint, to be measured."""
 
-    file: Path
-    name: str
+    stored: Stored
     rows: tuple[int, int]
     parts: tuple[TensorRow, ...]
 
@@ -86,8 +85,8 @@ def run_tasks(tasks: Sequence[Task], weibull: bool) -> list[tuple[list[Sums], by
     done = []
     for task in tasks:
         try:
-            with refused(task.file):
-                rows = row_reader(task.file, task.name)(*task.rows).contiguous()
+            with refused(task.stored.file):
+                rows = task.stored.read(*task.rows).contiguous()
                 sums = []
                 for part in task.parts:
                     cut = _cut(rows, part.view, task.rows[0])
@@ -148,8 +147,23 @@ _SURE = 64
 """Weights with a mantissa whose low bits must all be zero before float32 counts as a copy of something coarser."""
 
 
-def table_row(part: TensorRow, sums: Sums, dtype: str, digest: str) -> dict[str, Any]:
-    precision = dtype
+ABSURD = 1e4
+"""Root mean square of a tensor's weights from which on they are taken for damaged: a bit of an exponent that flips
+makes a weight 2^16 to 2^128 times as large."""
+
+
+def doubt(norm_sq: float, numel: int, file: Path) -> str:
+    """What makes the content of a tensor doubtful; empty if nothing does."""
+    if not math.isfinite(norm_sq):
+        return f"‖W‖² is {norm_sq} in {file.name}: the training diverged, or the file is damaged"
+    if norm_sq > ABSURD**2 * numel:
+        return f"the weights' rms is {math.sqrt(norm_sq / numel):.1e} in {file.name}: is it damaged?"
+    return ""
+
+
+def table_row(part: TensorRow, sums: Sums, stored: Stored, digest: str) -> dict[str, Any]:
+    """The columns of `CHECKPOINT_TABLE` from `tensor` on, without the inner products."""
+    precision = dtype = stored.dtype
     if dtype == "float32" and sums.odd >= _SURE and not sums.low & 0x1FFF:
         precision = "float16" if sums.low else "bfloat16"
     spacing = sums.half_spacing if precision == "float16" else sums.spacing
@@ -163,12 +177,12 @@ def table_row(part: TensorRow, sums: Sums, dtype: str, digest: str) -> dict[str,
         "hash": digest,
         **{name: getattr(fit, name) if fit else math.nan for name in ("lam", "k", "r_squared", "ks")},
         "n": fit.n if fit else math.nan,
+        "note": doubt(sums.squares, part.numel, stored.file),
     }
 
 
 def inner_products(
-    files: Sequence[Path],
-    name: str,
+    copies: Sequence[Stored],
     rows: tuple[int, int],
     parts: Sequence[TensorRow],
     pairs: np.ndarray | None,
@@ -177,21 +191,16 @@ def inner_products(
     """Inner products of rows of one tensor at several steps: of the pairs, or of `new` (None: all) with all.
 
     Returns:
-        float64 of shape (parts, pairs) or (parts, new, files).
+        float64 of shape (parts, pairs) or (parts, new, copies).
     """
-    count = len(files)
+    count = len(copies)
     size = (len(pairs),) if pairs is not None else (count if new is None else len(new), count)
     total = np.zeros((len(parts), *size))
     try:
-        readers = []
-        for file in files:
-            with refused(file):
-                readers.append(row_reader(file, name))
-        first = readers[0](rows[0], rows[0] + 1)
-        height = max(1, _GRAM // count // max(1, first.numel()))
+        height = max(1, _GRAM // count // max(1, math.prod(copies[0].shape[1:])))
         for start in range(*rows, height):
             stop = min(start + height, rows[1])
-            read = [reader(start, stop) for reader in readers]
+            read = [stored.read(start, stop) for stored in copies]
             for i, part in enumerate(parts):
                 cuts = [cut for tensor in read if (cut := _cut(tensor, part.view, start)) is not None]
                 if not cuts:
@@ -232,6 +241,7 @@ _PRODUCT = 1 << 18  # ... of so many multiplications
 
 
 def layout_of(contents: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
     return {name: stored.shape for name, stored in contents.items()}
 
 
@@ -283,12 +293,13 @@ class Measured:
         self.rows = rows  # the columns from tensor to n
         self.dots = dots  # step j -> its fingerprint, and ⟨W_i, W_j⟩ of each row
 
-    def knows(self, other: Measured) -> bool:
-        """Whether the inner products with another step are there, and of its present content."""
-        return other.step in self.dots and self.dots[other.step][0] == other.fingerprint
+    def knows(self, step: int, fingerprint: str | None) -> bool:
+        """Whether the inner products with another step are there, and of that content."""
+        return step in self.dots and self.dots[step][0] == fingerprint
 
     @staticmethod
     def path(folder: Path, step: int) -> Path:
+        """The file of a step."""
         return folder / f"step-{step:06d}.parquet"
 
     def write(self, folder: Path | None) -> None:
@@ -308,7 +319,7 @@ class Measured:
         )
         arrays = [pa.array([self.step] * len(self.rows), pa.int64())]
         fields = [pa.field("step", pa.int64(), metadata={"meaning": CHECKPOINT_TABLE["step"]})]
-        for name in [name for name in CHECKPOINT_TABLE if name not in ("step", "dots")]:
+        for name in [name for name in CHECKPOINT_TABLE if name not in ("step", "dot_steps", "dots")]:
             array = pa.array(self.rows[name], _TYPES.get(name, pa.float64()), from_pandas=True)
             arrays.append(array)
             fields.append(pa.field(name, array.type, metadata={"meaning": CHECKPOINT_TABLE[name]}))
@@ -319,53 +330,68 @@ class Measured:
         schema = pa.schema(fields, metadata={"weightdyn": json.dumps(about)})
         path = self.path(folder, self.step)
         table = pa.Table.from_arrays(arrays, schema=schema)
-        write_file(path, lambda temporary: pq.write_table(table, temporary))
+        write_file(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
     @classmethod
     def read(cls, folder: Path, step: int) -> Measured | None:
         """What was stored of a step; None if nothing was, or nothing that can be read."""
+        path = cls.path(folder, step)
+        if not path.is_file():
+            return None
         try:
-            table = pq.read_table(cls.path(folder, step))
+            table = pq.read_table(path, page_checksum_verification=True)
             about = json.loads(table.schema.metadata[b"weightdyn"])
             if about["format"] != FORMAT:
                 return None
+            layout = {name: tuple(shape) for name, shape in about["layout"].items()}
             dots = np.array(table["dots"].to_pylist(), dtype=np.float64).reshape(table.num_rows, -1)
             partners = {
                 int(other): (fingerprint, dots[:, i])
                 for i, (other, fingerprint) in enumerate(about["partners"])
             }
             rows = table.drop_columns(["step", "dots"]).to_pandas()
-            return cls(step, about["fingerprint"], about["weibull"], about["layout"], rows, partners)
-        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
+            return cls(step, about["fingerprint"], about["weibull"], layout, rows, partners)
+        except (
+            Exception
+        ):  # whatever is wrong with what was stored: the checkpoint is there to be measured again
             return None
 
 
-FORMAT = 2
+FORMAT = 3
 """Version of the stored measurements; others are measured again."""
 
 _TYPES = {
-    **dict.fromkeys(("tensor", "stack", "component", "role", "dtype", "precision", "hash"), pa.string()),
+    **dict.fromkeys(
+        ("tensor", "stack", "component", "role", "dtype", "precision", "hash", "note"), pa.string()
+    ),
     "layer": pa.int64(),
     "numel": pa.int64(),
 }
 
 
+def wanted_dots(steps: Sequence[int], gram: Gram) -> dict[int, list[int]]:
+    """Step -> the earlier steps with which its inner products are asked for."""
+    if gram == "none":
+        return {}
+    return {step: list(steps[max(0, i - 1) if gram == "band" else 0 : i]) for i, step in enumerate(steps)}
+
+
 def series_table(parts: Sequence[Measured], gram: Gram, weibull: bool) -> pd.DataFrame:
     """The table of all steps."""
     frames = []
-    for i, part in enumerate(parts):
+    wanted = wanted_dots([part.step for part in parts], gram)
+    for part in parts:
         rows = part.rows.copy()
         rows.insert(0, "step", part.step)
-        dots: list[Any] = [None] * len(rows)
+        for name in ("dot_steps", "dots"):
+            rows[name] = pd.Series([None] * len(rows), dtype=object)
         if gram != "none":
-            values = np.full((len(rows), i + 1), np.nan)
-            values[:, i] = rows["norm_sq"]
-            for j in range(max(0, i - 1) if gram == "band" else 0, i):
-                values[:, j] = part.dots[parts[j].step][1]
-            dots = list(values)
-        column = pd.Series([None] * len(rows), dtype=object)
-        column[:] = dots
-        frames.append(rows.assign(dots=column))
+            others = wanted[part.step]
+            columns = [*(part.dots[other][1] for other in others), rows["norm_sq"].to_numpy()]
+            rows["dots"] = pd.Series(list(np.stack(columns, axis=1)), dtype=object)
+            at = np.array([*others, part.step], dtype=np.int64)
+            rows["dot_steps"] = pd.Series([at] * len(rows), dtype=object)
+        frames.append(rows)
     table = pd.concat(frames, ignore_index=True)[list(CHECKPOINT_TABLE)]
     table = table.astype({"layer": "Int64", "n": "float64"})
     for name in ("tensor", "stack", "component", "role"):

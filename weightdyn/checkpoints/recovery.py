@@ -441,14 +441,14 @@ def _recover(rows: pd.DataFrame, place: int, recipe: Recipe, method: str, every:
 
 def _gram(rows: pd.DataFrame, full: bool) -> np.ndarray | None:
     """⟨W_i,W_j⟩ of the rows' checkpoints, of neighbours alone or of all; None where one was not measured."""
-    if "dots" not in rows or any(np.ndim(dots) == 0 for dots in rows["dots"]):
+    if "dots" not in rows or "dot_steps" not in rows or any(np.ndim(dots) == 0 for dots in rows["dots"]):
         return None
-    dots = [np.asarray(each, dtype=float) for each in rows["dots"]]
-    place = [len(each) - 1 for each in dots]  # in the series, of which these rows may be a part
-    gram = np.zeros((len(dots), len(dots)))
-    for i, each in enumerate(dots):
+    steps = rows["step"].tolist()
+    gram = np.zeros((len(steps), len(steps)))
+    for i, (partners, dots) in enumerate(zip(rows["dot_steps"], rows["dots"], strict=True)):
+        known = dict(zip(map(int, partners), map(float, dots), strict=True))
         for j in range(0 if full else max(0, i - 1), i + 1):
-            gram[i, j] = gram[j, i] = each[place[j]]
+            gram[i, j] = gram[j, i] = known.get(steps[j], np.nan)
     return None if np.isnan(gram).any() else gram
 
 

@@ -19,12 +19,11 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
-from tqdm import tqdm
 
 from weightdyn.checkpoints.measure import (
     Gram,
@@ -40,17 +39,19 @@ from weightdyn.checkpoints.measure import (
     run_tasks,
     series_table,
     table_row,
+    wanted_dots,
 )
-from weightdyn.core.naming import TensorRow, Views, describe
-from weightdyn.files.hub import Hub
+from weightdyn.core.naming import TensorRow, Views, check_views, describe
+from weightdyn.core.progress import Progress, progress_bar
+from weightdyn.files.hub import Hub, RevisionError
 from weightdyn.files.weightfiles import (
     ENDINGS,
     CheckpointError,
     Stored,
-    choose_files,
+    checkpoint_files,
+    config_beside,
     list_tensors,
     refused,
-    row_reader,
 )
 from weightdyn.record.runlog import RunLog
 
@@ -62,7 +63,8 @@ Errors = Literal["raise", "skip"]
 _BUNDLE = 1 << 20  # weights of small tensors that make up one piece of work
 _BATCH = 1 << 28  # bytes of whole checkpoints that are handed to the workers at a time
 _STEP = re.compile(
-    r"(?:^|[._-])(?:global[._-]?)?(?:step|checkpoint|ckpt|iter|update)[._-]?(\d+)(?=$|[._-])", re.IGNORECASE
+    r"(?:^|[._-])(?:global[._-]?)?(?:step|checkpoint|ckpt|iter|update)[._-]?([0-9]+)(?=$|[._-])",
+    re.IGNORECASE,
 )
 
 
@@ -73,7 +75,7 @@ class _Folder:
     """Checkpoints on a disk."""
 
     local = keep = True
-    progress = True
+    progress: Progress = None
     hold: frozenset[int] | set[int] = frozenset()
 
     def __init__(self, places: dict[int, Path], name: str, cache: Path | None, config: Any) -> None:
@@ -82,37 +84,40 @@ class _Folder:
     def where(self, step: int) -> str:
         return str(self.places[step])
 
-    def config(self) -> Any:
-        """What the run says, or the config.json in or beside a checkpoint."""
-        if self._config is not None:
-            return self._config
-        for place in self.places.values():
-            for folder in (place, place.parent):
-                if (folder / "config.json").is_file():
-                    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return None
+    def config(self, step: int) -> Any:
+        """What the run says, or what lies in or beside the checkpoint."""
+        return self._config if self._config is not None else config_beside(self.places[step])
 
     def files(self, step: int) -> dict[str, int]:
         """The checkpoint's weight files by name, with their sizes in bytes."""
-        return {str(path): path.stat().st_size for path in self.fetch(step)}
+        return {str(path): stat.st_size for path, stat in self._stats(step)}
+
+    def _stats(self, step: int) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.fetch(step):
+            with refused(path):
+                yield path, path.stat()
 
     def fetch(self, step: int) -> list[Path]:
-        place = self.places[step]
-        if place.is_file():
-            return [place]
-        if not place.is_dir():
-            raise FileNotFoundError(f"step {step}: there is no file or folder {place}")
-        names = [path.name for path in place.iterdir() if path.is_file()]
-        read = lambda name: (place / name).read_text(encoding="utf-8")  # noqa: E731
-        return [place / name for name in choose_files(names, str(place), read)]
+        """The checkpoint's weight files."""
+        return checkpoint_files(self.places[step])
 
     def fingerprint(self, step: int) -> str:
         """Names, sizes and times of change: what a measurement that was stored is checked against."""
-        stats = [(path.name, path.stat()) for path in self.fetch(step)]
-        return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+        return json.dumps([[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in self._stats(step)])
 
     def release(self, steps: Collection[int] = ()) -> None:
         """Nothing: the files are the user's."""
+
+
+def _checked_step(step: Any, what: str) -> int:
+    """A step that a table can hold."""
+    if isinstance(step, bool) or not isinstance(step, int | np.integer):
+        raise TypeError(f"{what}: a step must be a whole number, got {step!r}")
+    if not 0 <= step < 1 << 63:
+        raise CheckpointError(
+            f"{what}: the step {step} is not between 0 and 2^63 - 1: rename it, or leave it out"
+        )
+    return int(step)
 
 
 def _step_of(name: str) -> int | None:
@@ -135,6 +140,14 @@ def _scan(folder: Path) -> list[tuple[int, Path]]:
 # The series.
 
 
+class _State(NamedTuple):
+    """Where a measurement stands before anything is read."""
+
+    folder: Path | None
+    stored: dict[int, Measured]  # of the present files; some may lack the fits
+    todo: list[int]  # the steps that are to be measured
+
+
 class Checkpoints:
     """The checkpoints of one training, ordered by step, read a tensor at a time.
 
@@ -142,16 +155,19 @@ class Checkpoints:
         source: a run directory or `RunLog`; a folder with files or folders named step1000, step-001000,
             checkpoint-500, global_step1000, …; {step: file or folder}; or hf://owner/name, a repository on the
             hub with branches step1000, … (of OLMo's stages the first). A checkpoint is a safetensors file,
-            shards with their index, pytorch_model.bin or its shards, or what torch.save wrote. Pickles are opened
-            with weights_only=True alone.
+            shards with their index, pytorch_model.bin or its shards, or what torch.save wrote. No code of a file
+            ever runs. The checksums of what torch.save wrote are verified; safetensors and the format of torch
+            before 1.6 have none, so a changed bit among their weights shows at best in the column `note`.
         steps: the steps to take; None for all.
         config: the model's config (of transformers, or a dict), which says how fused matrices are split; None
             looks for it beside the checkpoints.
         rules: {regular expression: component} for names that are not known, as in `naming.describe`.
-        errors: what to do with a checkpoint that is damaged, of other names or shapes than the first, or there
-            twice: "raise" a CheckpointError that names its file, or "skip" it with a warning.
+        errors: what to do with a checkpoint that is damaged, not to be had from the hub, of other names or shapes
+            than the first, or there twice: "raise" a CheckpointError that names its file, or "skip" it with a
+            warning.
         keep: leave what is downloaded in the hub's own cache. False: at most one checkpoint is on the disk at a
-            time (two for gram="band"), and none afterwards.
+            time (two for gram="band"), and none afterwards. Each file may take ten minutes and a second for every
+            100 kB over all attempts (`files.hub.TIME_LIMIT`, `SLOWEST`); a slower server ends in an error.
         endpoint: address of the hub; None for HF_ENDPOINT or the public one.
 
     Attributes:
@@ -160,7 +176,7 @@ class Checkpoints:
 
     Raises:
         FileNotFoundError: there is no such source, or nothing in it is a checkpoint.
-        CheckpointError: two checkpoints of one step.
+        CheckpointError: two checkpoints of one step, or a step beyond 2^63 - 1 (unless errors="skip").
 
     >>> from safetensors.torch import save_file
     >>> import tempfile, torch
@@ -168,9 +184,9 @@ class Checkpoints:
     >>> for step in (0, 100):
     ...     save_file({"mlp.up_proj.weight": torch.full((8, 8), 1.0 + step)}, folder / f"step{step}.safetensors")
     >>> series = Checkpoints(folder)
-    >>> series.steps, series.tensors
+    >>> series.steps, series.tensors()
     ([0, 100], {'mlp.up_proj.weight': ((8, 8), 'float32')})
-    >>> series.measure(weibull=False, cache=False, progress=False)["norm_sq"].tolist()
+    >>> series.measure(weibull=False, cache=False)["norm_sq"].tolist()
     [64.0, 652864.0]
     """
 
@@ -190,11 +206,13 @@ class Checkpoints:
         self.errors = errors
         self.rules = rules
         self.skipped: dict[int, str] = {}
-        self._given_config = config
+        self._config: list[Any] = [] if config is None else [config]  # once it is known
         self._store: _Folder | Hub = self._open(source, keep, endpoint)
         self.steps: list[int] = sorted(self._store.places)
         if steps is not None:
-            wanted = sorted({int(step) for step in steps})
+            wanted = sorted({_checked_step(step, "steps") for step in steps})
+            if not wanted:
+                raise ValueError("steps is empty; None takes all")
             if missing := [step for step in wanted if step not in self._store.places]:
                 near = min(self.steps, key=lambda step: abs(step - missing[0]))
                 raise ValueError(
@@ -209,13 +227,11 @@ class Checkpoints:
             if repo.count("/") != 1:
                 raise ValueError(f"source must be hf://owner/name, got {source!r}")
             hub = Hub(repo, keep, endpoint)
-            for step, one, other in hub.twice:
-                self._fail(
-                    step, CheckpointError(f"step {step} is there twice, as {one} and {other}"), gone=False
-                )
+            for step, error in hub.refused:
+                self._fail(step, error, gone=False)
             return hub
         if isinstance(source, Mapping):
-            places = {int(step): Path(path) for step, path in source.items()}
+            places = {_checked_step(step, "source"): Path(path) for step, path in source.items()}
             if not places:
                 raise ValueError("source: the mapping {step: path} is empty")
             return _Folder(places, "the mapping given as source", None, None)
@@ -226,7 +242,8 @@ class Checkpoints:
         folder, config, run = Path(source), None, False
         if (folder / "run.json").is_file():
             run = True
-            config = RunLog(folder).info.get("train", {}).get("architecture")
+            train = RunLog(folder).info.get("train")
+            config = train.get("architecture") if isinstance(train, Mapping) else None
             folder = folder / "checkpoints"
         if not folder.is_dir():
             what = "has no folder of checkpoints" if run else "is no folder"
@@ -236,14 +253,14 @@ class Checkpoints:
             )
         places: dict[int, Path] = {}
         for step, path in _scan(folder):
-            if step not in places:
-                places[step] = path
+            try:
+                _checked_step(step, str(path))
+                if step in places:
+                    raise CheckpointError(f"step {step} is there twice, as {places[step]} and {path}")
+            except CheckpointError as error:
+                self._fail(step, error, gone=False)
             else:
-                self._fail(
-                    step,
-                    CheckpointError(f"step {step} is there twice, as {places[step]} and {path}"),
-                    gone=False,
-                )
+                places[step] = path
         if not places:
             raise FileNotFoundError(
                 f"source: nothing in {folder} is named like a checkpoint (step1000, step-001000.safetensors, "
@@ -260,6 +277,8 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception, *, gone: bool = True) -> None:
         """Raise, or note that a step is not usable."""
+        if self.errors == "raise" and isinstance(error, CheckpointError):
+            raise CheckpointError(f"{error}; errors='skip' leaves the step out") from error
         if self.errors == "raise":
             raise error
         warnings.warn(f"left out: {error}", stacklevel=3)
@@ -267,14 +286,31 @@ class Checkpoints:
         if gone:
             self.steps = [other for other in self.steps if other != step]
 
-    @property
     def config(self) -> Any:
-        """The model's config: the one given, or the one found beside the checkpoints, or None."""
-        return self._given_config if self._given_config is not None else self._store.config()
+        """The model's config: the one given, or the one found beside the checkpoints, or None.
 
-    @property
+        From the hub that of the first checkpoint is downloaded.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        while not self._config:
+            try:
+                steps = self.steps if self._store.local else self.steps[:1]
+                found = (self._store.config(step) for step in steps)
+                self._config.append(next((config for config in found if config is not None), None))
+            except RevisionError as error:
+                self._fail(error.step, error)
+        return self._config[0]
+
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name -> (shape, dtype) of the first checkpoint's float tensors, by name; buffers are left out."""
+        """Name -> (shape, dtype) of the first checkpoint's float tensors, by name; buffers are left out.
+
+        From the hub that checkpoint is downloaded.
+
+        Raises:
+            CheckpointError: it is damaged (under errors="skip": all are).
+        """
         while self.steps:
             step = self.steps[0]
             try:
@@ -282,7 +318,11 @@ class Checkpoints:
                 return {name: (stored.shape, stored.dtype) for name, stored in found.items()}
             except (CheckpointError, FileNotFoundError) as error:
                 self._fail(step, error)
-        raise CheckpointError(f"{self._store.name} holds no checkpoint that can be read")
+        raise self._nothing_left()
+
+    def _nothing_left(self) -> CheckpointError:
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in list(self.skipped.items())[:3])
+        return CheckpointError(f"{self._store.name} holds no checkpoint that can be read ({reasons})")
 
     def load(self, step: int, name: str) -> Tensor:
         """One tensor of one checkpoint, as it is stored.
@@ -296,8 +336,7 @@ class Checkpoints:
         found = list_tensors(self._store.fetch(step))
         if name not in found:
             raise KeyError(f"step {step} has no tensor {name!r}; it has {list(found)[:5]} …")
-        with refused(found[name].file):
-            return row_reader(found[name].file, name)(0, found[name].shape[0])
+        return found[name].read()
 
     # Measuring.
 
@@ -309,7 +348,7 @@ class Checkpoints:
         *,
         n_jobs: int = -1,
         cache: str | os.PathLike[str] | bool = True,
-        progress: bool = True,
+        progress: Progress = None,
     ) -> pd.DataFrame:
         """Measure every tensor of every checkpoint, each checkpoint once.
 
@@ -320,36 +359,31 @@ class Checkpoints:
             gram: inner products ⟨W_i, W_j⟩ between steps i ≥ j: "none"; "band", those of neighbours and of each
                 step with itself; "full", all. They take a second pass over the files, which holds 64 MB.
             weibull: fit a Weibull law to the magnitudes.
-            views: True splits fused tensors, "head" makes a row for each head of q, k and v, False leaves all whole.
+            views: True splits fused tensors, "head" makes a row for each head of q, k and v, False splits nothing.
             n_jobs: pieces of work at a time, by threads; -1 for as many as there are cores. Under
                 `joblib.parallel_config` another backend takes over: processes, or a cluster.
             cache: where measurements are stored: a folder of your own, True for `measured` in the run directory
                 or in the folder of checkpoints, False for nowhere.
-            progress: show a bar.
+            progress: show bars; None: where someone watches.
 
         Returns:
             The columns of `CHECKPOINT_TABLE`: one row per step and tensor, or per part of a fused tensor, sorted by
-            step and then by name. `dots` holds None for gram="none"; else an array with an
-            entry for each step of the series up to the row's own.
+            step and then by name. `dots` holds a float64 array of inner products, and `dot_steps` an int64 array
+            of the steps that they are with: each row says so for itself, and may be moved and filtered. Both hold
+            None for gram="none". `note` names rows whose ‖W‖² cannot be that of sound weights; so does a warning.
 
         Raises:
             CheckpointError: a checkpoint is damaged or does not belong to the series (unless errors="skip").
             OSError: the cache cannot be written.
         """
-        if gram not in ("none", "band", "full"):
-            raise ValueError(f"gram must be 'none', 'band' or 'full', got {gram!r}")
-        if gram == "full" and not self._store.keep:
-            raise ValueError(
-                "gram='full' needs all checkpoints on the disk at once: give Checkpoints(…, keep=True)"
-            )
         from joblib import Parallel  # where it is used: it is slow to load
 
-        self._store.progress = progress
-        folder = self._cache_folder(cache, views)
-        parts = {step: part for step in self.steps if (part := self._stored(folder, step, weibull))}
-        todo = [step for step in self.steps if step not in parts]
+        state = self._state(gram, weibull, views, cache, progress)
+        folder, parts, todo = state.folder, state.stored, state.todo
         sizes = self._sizes(todo)
-        bar = tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=not progress, desc="measure")
+        bar = progress_bar(
+            progress=progress, total=sum(sizes.values()), unit="B", unit_scale=True, desc="measure"
+        )
         try:
             with bar, Parallel(n_jobs=n_jobs, prefer="threads") as work:
                 for batch in self._batches(todo, sizes):
@@ -367,37 +401,66 @@ class Checkpoints:
         finally:
             self._store.hold = set()
             self._store.release()
+        if not self.steps:
+            raise self._nothing_left()
         table = series_table([parts[step] for step in self.steps], gram, weibull)
         if same := identical_steps(table):
             listed = ", ".join(" = ".join(map(str, steps)) for steps in same[:5])
             warnings.warn(f"{self._store.name}: some steps hold identical weights: {listed}", stacklevel=2)
+        if len(odd := table[table["note"] != ""]):
+            listed = "; ".join(
+                f"{self._store.where(row.step)}, {row.tensor}: {row.note}" for row in odd.head(3).itertuples()
+            )
+            warnings.warn(f"{len(odd)} rows are doubtful (column note): {listed}", stacklevel=2)
         return table
 
     def plan(
         self,
+        gram: Gram = "none",
         weibull: bool = True,
         views: Views = True,
         *,
+        n_jobs: int = -1,
         cache: str | os.PathLike[str] | bool = True,
-        progress: bool = True,
+        progress: Progress = None,
     ) -> pd.DataFrame:
         """What `measure` with these arguments would read, or download, before it does.
 
+        Args:
+            gram, weibull, views, n_jobs, cache, progress: as in `measure`; nothing is measured, so n_jobs is idle.
+
         Returns:
-            One row per step: `step`, `place` (path or revision), `files` (number of weight files), `bytes`, and
-            `measured`: whether it is stored already, so that nothing of it would be read. A checkpoint without
-            weights has no files.
+            One row per step: `step`, `place` (path or revision), `files` (number of weight files), `bytes`,
+            `passes`: how often its files would be read, once to be measured and once for inner products that are
+            missing (from the hub they are downloaded once), and `measured`: whether nothing of it would be read.
+            A checkpoint without weights has no files. What only reading shows, a damaged file, is not foreseen.
         """
-        folder = self._cache_folder(cache, views)
+        state = self._state(gram, weibull, views, cache, progress)
+        _, needed = self._missing_dots(state.stored, gram, self.steps)
         rows = []
-        for step in tqdm(self.steps, unit="checkpoint", disable=not progress, desc="plan"):
+        for step in progress_bar(self.steps, progress=progress, unit="checkpoint", desc="plan"):
             try:
                 files = self._store.files(step)
             except (CheckpointError, FileNotFoundError):
                 files = {}
-            measured = self._stored(folder, step, weibull) is not None
-            rows.append((step, self._store.where(step), len(files), sum(files.values()), measured))
-        return pd.DataFrame(rows, columns=["step", "place", "files", "bytes", "measured"])
+            passes = (step in state.todo) + (step in needed)
+            rows.append((step, self._store.where(step), len(files), sum(files.values()), passes, passes == 0))
+        return pd.DataFrame(rows, columns=["step", "place", "files", "bytes", "passes", "measured"])
+
+    def _state(self, gram: Gram, weibull: bool, views: Views, cache: Any, progress: Progress) -> _State:
+        """Check the arguments of `measure`, and find what is stored and what is to be done."""
+        if gram not in ("none", "band", "full"):
+            raise ValueError(f"gram must be 'none', 'band' or 'full', got {gram!r}")
+        check_views(views)
+        if gram == "full" and not self._store.keep:
+            raise ValueError(
+                "gram='full' needs all checkpoints on the disk at once: give Checkpoints(…, keep=True)"
+            )
+        self._store.progress = progress
+        folder = self._cache_folder(cache, views)
+        stored = {step: part for step in self.steps if (part := self._stored(folder, step))}
+        todo = [step for step in self.steps if step not in stored or (weibull and not stored[step].weibull)]
+        return _State(folder, stored, todo)
 
     def _cache_folder(self, cache: str | os.PathLike[str] | bool, views: Views) -> Path | None:
         """Where the measurements of these views lie; None for nowhere."""
@@ -406,21 +469,20 @@ class Checkpoints:
             self._store.folder = folder / "download"
         if folder is None:
             return None
-        config = self.config
+        config = self.config()
         config = config.to_dict() if hasattr(config, "to_dict") else config
         asked = json.dumps([views, self.rules, config], sort_keys=True, default=str)
         return folder / hashlib.sha256(asked.encode()).hexdigest()[:12]
 
-    def _stored(self, folder: Path | None, step: int, weibull: bool) -> Measured | None:
-        """The measurement of a step that was stored, if it still holds and has what is asked for."""
-        if folder is None:
-            return None
-        part = Measured.read(folder, step)
-        if part is None or (weibull and not part.weibull):
-            return None
+    def _stored(self, folder: Path | None, step: int) -> Measured | None:
+        """The measurement of a step that was stored, if it is of the present files."""
+        part = None if folder is None else Measured.read(folder, step)
+        return part if part is not None and part.fingerprint == self._fingerprint(step) else None
+
+    def _fingerprint(self, step: int) -> str | None:
         try:
-            return part if part.fingerprint == self._store.fingerprint(step) else None
-        except (CheckpointError, FileNotFoundError):
+            return self._store.fingerprint(step)
+        except (CheckpointError, FileNotFoundError, NotADirectoryError):
             return None  # measuring it will say what is wrong
 
     def _sizes(self, steps: Sequence[int]) -> dict[int, int]:
@@ -448,7 +510,7 @@ class Checkpoints:
 
     def _parts(self, layout: Mapping[str, Sequence[int]], views: Views) -> dict[str, tuple[TensorRow, ...]]:
         """The rows that each tensor has."""
-        config = self.config
+        config = self.config()
         return {
             name: describe(name, shape, config, views=views, rules=self.rules).rows(shape)
             for name, shape in layout.items()
@@ -463,61 +525,75 @@ class Checkpoints:
         views: Views,
     ) -> Iterator[tuple[int, Measured]]:
         """Measure the steps of a batch; yields each that is sound."""
+        import joblib
+
         found: dict[int, dict[str, Stored]] = {}
         for step in batch:
             try:
                 found[step] = list_tensors(self._store.fetch(step))
-                first = min([*parts, *found])
+                first = min([*(step for step in self.steps if step in parts), *found])
                 layout = parts[first].layout if first in parts else layout_of(found[first])
                 check_same(step, found[step], first, layout)
             except (CheckpointError, FileNotFoundError) as error:
                 found.pop(step, None)
                 self._fail(step, error)
+        rows = {step: self._parts(layout_of(contents), views) for step, contents in found.items()}
         bundles: list[tuple[int, list[Task]]] = []
         for step, contents in found.items():
-            rows = self._parts(layout_of(contents), views)
             size = _BUNDLE
             for name, stored in contents.items():
                 for start, stop in pieces_of(stored.shape):
                     if size >= _BUNDLE:
                         bundles.append((step, []))
                         size = 0
-                    bundles[-1][1].append(Task(stored.file, name, (start, stop), rows[name]))
+                    bundles[-1][1].append(Task(stored, (start, stop), rows[step][name]))
                     size += math.prod(stored.shape) * (stop - start) // stored.shape[0]
-        from joblib import delayed
-
-        results = work(delayed(run_tasks)(tasks, weibull) for _, tasks in bundles)
-        for step, contents in found.items():
-            tensors: dict[str, tuple[list[Sums], list[bytes]]] = {}
-            broken = None
-            for (owner, tasks), result in zip(bundles, results, strict=True):
-                if owner != step:
-                    continue
-                if isinstance(result, CheckpointError):
-                    broken = result
-                    break
-                for task, (sums, digest) in zip(tasks, result, strict=True):
-                    if task.name in tensors:
-                        known, digests = tensors[task.name]
-                        tensors[task.name] = (
-                            [a + b for a, b in zip(known, sums, strict=True)],
-                            [*digests, digest],
-                        )
-                    else:
-                        tensors[task.name] = sums, [digest]
-            if broken is not None:
-                self._fail(step, broken)
+        results = work(joblib.delayed(run_tasks)(tasks, weibull) for _, tasks in bundles)
+        done: dict[int, dict[str, tuple[list[Sums], list[bytes]]]] = {step: {} for step in found}
+        broken: dict[int, CheckpointError] = {}
+        for (step, tasks), result in zip(bundles, results, strict=True):
+            if isinstance(result, CheckpointError):
+                broken.setdefault(step, result)
                 continue
-            layout = layout_of(contents)
-            rows = [
-                table_row(part, sums, contents[name].dtype, joined_digest(tensors[name][1]))
-                for name, parts_ in self._parts(layout, views).items()
-                for part, sums in zip(parts_, tensors[name][0], strict=True)
+            for task, (sums, digest) in zip(tasks, result, strict=True):
+                known, digests = done[step].get(task.stored.name, ([Sums()] * len(sums), []))
+                added = [a + b for a, b in zip(known, sums, strict=True)]
+                done[step][task.stored.name] = added, [*digests, digest]
+        for step, contents in found.items():
+            if step in broken:
+                self._fail(step, broken[step])
+                continue
+            table = [
+                table_row(part, sums, contents[name], joined_digest(done[step][name][1]))
+                for name, own in rows[step].items()
+                for part, sums in zip(own, done[step][name][0], strict=True)
             ]
+            fingerprint = self._store.fingerprint(step)
+            # Measured again for its fits, it is still the checkpoint that its inner products are of.
+            before = parts.get(step)
+            dots = before.dots if before is not None and before.fingerprint == fingerprint else {}
             yield (
                 step,
-                Measured(step, self._store.fingerprint(step), weibull, layout, pd.DataFrame(rows), {}),
+                Measured(step, fingerprint, weibull, layout_of(contents), pd.DataFrame(table), dots),
             )
+
+    def _missing_dots(
+        self, parts: Mapping[int, Measured], gram: Gram, asked: Iterable[int]
+    ) -> tuple[dict[int, list[int]], list[int]]:
+        """Inner products that are wanted and not stored, step -> earlier steps; and all steps read for them."""
+        marks = {step: self._fingerprint(step) for step in self.steps} if gram != "none" else {}
+        wanted = wanted_dots(self.steps, gram)
+        missing = {}
+        for step in asked:
+            known = parts.get(step)
+            others = [
+                other
+                for other in wanted.get(step, [])
+                if known is None or known.fingerprint != marks[step] or not known.knows(other, marks[other])
+            ]
+            if others:
+                missing[step] = others
+        return missing, sorted({*missing, *(other for others in missing.values() for other in others)})
 
     def _add_dots(
         self,
@@ -527,22 +603,15 @@ class Checkpoints:
         views: Views,
         folder: Path | None,
         asked: Sequence[int],
-        progress: bool,
+        progress: Progress,
     ) -> None:
         """Measure the inner products of the steps asked for that are wanted and not stored yet."""
-        steps = self.steps
-        wanted = {
-            step: steps[max(0, i - 1) : i] if gram == "band" else steps[:i] for i, step in enumerate(steps)
-        }
-        missing = {
-            step: [other for other in others if not parts[step].knows(parts[other])]
-            for step, others in wanted.items()
-            if step in asked and step in parts
-        }
-        new = [step for step in steps if missing.get(step)]
-        if not new:
+        import joblib
+
+        missing, needed = self._missing_dots(parts, gram, [step for step in asked if step in parts])
+        if not missing:
             return
-        needed = sorted({*new, *(other for others in missing.values() for other in others)})
+        new = list(missing)
         place = {step: i for i, step in enumerate(needed)}
         self._store.hold = set(needed)
         found = {step: list_tensors(self._store.fetch(step)) for step in needed}
@@ -555,12 +624,10 @@ class Checkpoints:
             None if len(new) == len(needed) or pairs is not None else np.array([place[step] for step in new])
         )
         jobs = [(name, piece) for name, shape in layout.items() for piece in pieces_of(shape)]
-        bar = tqdm(jobs, unit="tensor", disable=not progress, desc="inner products")
-        from joblib import delayed
-
+        bar = progress_bar(jobs, progress=progress, unit="tensor", desc="inner products")
         results = work(
-            delayed(inner_products)(
-                [found[step][name].file for step in needed], name, piece, rows[name], pairs, against
+            joblib.delayed(inner_products)(
+                [found[step][name] for step in needed], piece, rows[name], pairs, against
             )
             for name, piece in bar
         )

@@ -116,7 +116,9 @@ CHECKPOINT_TABLE = {
     "rounding": "expected ‖W − stored W‖² if the weights were rounded to `precision`: Σ ulp(w)²/12",
     "hash": "of the bytes of the whole stored tensor: equal for equal content",
     **_LAW,
-    "dots": "⟨W_i, W_j⟩ with each step j of the series up to this one, i; NaN where it was not asked for",
+    "note": "what makes the content doubtful, ‖W‖² that is not finite or absurd; empty if nothing",
+    "dot_steps": "steps j ≤ i, the row's own, that `dots` is of, ascending; missing where none was measured",
+    "dots": "⟨W_i, W_j⟩ with each of the steps j in `dot_steps`",
 }
 """Columns of a measured series and their meaning."""
 

@@ -1,23 +1,52 @@
-"""Checkpoints in the branches of a repository on the hub: listed, fetched one at a time, checked, deleted."""
+"""Checkpoints in the branches of a repository on the hub: listed, fetched one at a time, checked, deleted.
+
+The network fails in passing, so a request is made a bounded number of times; and it may crawl, so each file has
+one time limit over all attempts, `TIME_LIMIT` seconds and one more for each `SLOWEST` bytes. What the hub gives a
+digest of is held against it, and what does not agree is deleted, in the shared cache too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightdyn.files.weightfiles import CheckpointError, choose_files, unpickled
+from weightdyn.core.progress import Progress, is_watched
+from weightdyn.files.weightfiles import CheckpointError, choose_files, parse_json, read_text
 
 if TYPE_CHECKING:
     import filelock
+
+ATTEMPTS = 5
+"""How often a request to the hub is made before it counts as failed."""
+
+TIME_LIMIT = 600.0
+"""Seconds that a request, or a file, may take over all attempts ..."""
+
+SLOWEST = 100_000
+"""... and bytes of a file for each of which it may take a second more."""
+
+SMALL = 1 << 26
+"""Bytes of an index or config beyond which it is not fetched."""
+
+_WAIT = 1.0  # seconds before the second attempt; doubled each time
+_REVISION = re.compile(r"(?:stage1-)?(?:global_?)?(?:step|checkpoint)[-_]?([0-9]+)(?:-tokens[0-9]+[MB])?")
+
+
+class RevisionError(CheckpointError):
+    """One revision of a repository that cannot be had, and its step."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Hub:
@@ -38,21 +67,28 @@ class Hub:
         self.cache = _user_cache() / repo.replace("/", "--")
         self.folder = self.cache / "download"
         self.places: dict[int, _Revision] = {}
-        self.twice: list[tuple[int, str, str]] = []
+        self.refused: list[tuple[int, CheckpointError]] = []  # revisions that are left out, and why
         self.hold: set[int] = set()
-        self.progress = True
+        self.progress: Progress = None
         self._listed: dict[int, dict[str, _Remote]] = {}
         self._chosen: dict[int, dict[str, int]] = {}
         self._here: dict[int, list[Path]] = {}
         self._lock: filelock.BaseFileLock | None = None
-        refs = self._again(lambda: self._api.list_repo_refs(repo), f"the branches of {self.name}")
+        try:
+            refs = self._again(lambda: self._api.list_repo_refs(repo), f"the branches of {self.name}")
+        except self._hub.utils.HFValidationError as error:
+            raise ValueError(f"source must be hf://owner/name, got {self.name}: {error}") from error
         for ref in (*refs.branches, *refs.tags):
             match = _REVISION.fullmatch(ref.name)
             if match is None:
                 continue
-            step = int(match[1])
-            if step in self.places:
-                self.twice.append((step, self.places[step].name, ref.name))
+            step = int(match[1]) if len(match[1]) < 99 else 1 << 63
+            if step >= 1 << 63:
+                error = CheckpointError(f"{self.name}@{ref.name}: its step is beyond 2^63 - 1")
+                self.refused.append((step, error))
+            elif step in self.places:
+                error = f"step {step} is there twice, as {self.places[step].name} and {ref.name}"
+                self.refused.append((step, CheckpointError(f"{self.name}: {error}")))
             else:
                 self.places[step] = _Revision(ref.name, ref.target_commit)
         if not self.places:
@@ -63,16 +99,24 @@ class Hub:
             )
 
     def where(self, step: int) -> str:
+        """What to call a checkpoint."""
         return f"{self.name}@{self.places[step].name}"
 
-    def config(self) -> Any:
-        """The config.json of the first checkpoint."""
-        if not hasattr(self, "_config"):
-            step = min(self.places)
-            self._config = None
-            if "config.json" in self._tree(step):
-                self._config = json.loads(self._read(step, "config.json"))
-        return self._config
+    def config(self, step: int) -> Any:
+        """What the checkpoint's config.json holds; None if it has none."""
+        with self._of(step):
+            if "config.json" not in self._tree(step):
+                return None
+            text = self._read(step, "config.json")
+            return parse_json(text, f"{self.where(step)}/config.json", "pass config=")
+
+    @contextlib.contextmanager
+    def _of(self, step: int) -> Iterator[None]:
+        """Errors of one revision say which."""
+        try:
+            yield
+        except CheckpointError as error:
+            raise RevisionError(str(error), step) from error
 
     def _tree(self, step: int) -> dict[str, _Remote]:
         if step not in self._listed:
@@ -89,7 +133,12 @@ class Hub:
         return self._listed[step]
 
     def _read(self, step: int, name: str) -> str:
-        return self._download(step, name, self.folder / "small").read_text(encoding="utf-8")
+        """The text of a small file."""
+        if (size := self._tree(step)[name].size) > SMALL:
+            raise CheckpointError(
+                f"{self.where(step)}/{name} has {size:,} bytes, which no index or config has"
+            )
+        return read_text(self._download(step, name, self.folder / "small"))
 
     def files(self, step: int) -> dict[str, int]:
         """The checkpoint's weight files by name, with their sizes in bytes."""
@@ -109,13 +158,13 @@ class Hub:
         return self._here[step]
 
     def fingerprint(self, step: int) -> str:
+        """The commit: what a measurement that was stored is checked against."""
         return self.places[step].commit
 
     def release(self, steps: Collection[int] = ()) -> None:
         """Delete what was fetched, but the given steps, and what a killed process left."""
         kept = set(self._here) if self.keep else set(steps)
         self._here = {step: paths for step, paths in self._here.items() if step in kept}
-        unpickled.cache_clear()
         if self.folder.is_dir():
             self._acquire()
             for path in self.folder.iterdir():
@@ -126,7 +175,7 @@ class Hub:
             self._lock = None
 
     def _acquire(self) -> None:
-        import filelock  # here: whoever downloads nothing does without
+        import filelock  # where it is used: whoever reads from disks alone does without
 
         if self._lock is None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -161,19 +210,23 @@ class Hub:
                 )
             fresh = True
             if path.stat().st_size != remote.size:
-                raise OSError(f"it has {path.stat().st_size} bytes of {remote.size}")
-            if remote.sha256 is not None and _sha256(path) != remote.sha256:
-                path.unlink()
-                raise OSError("its content does not have the digest that the hub says it has")
-            return path
+                fault = f"it has {path.stat().st_size} bytes of {remote.size}"
+            elif remote.sha256 is not None and _sha256(path) != remote.sha256:
+                fault = "its content does not have the digest that the hub says it has"
+            else:
+                return path
+            # In the hub's own cache the path is a link: what it points to is what must not stay.
+            for each in {path, path.resolve()}:
+                each.unlink(missing_ok=True)
+            raise OSError(fault)
 
-        return self._again(attempt, f"{self.where(step)}/{name}")
+        return self._again(attempt, f"{self.where(step)}/{name}", TIME_LIMIT + remote.size / SLOWEST)
 
     @contextlib.contextmanager
     def _bars(self) -> Iterator[None]:
         """Without the client's bars where no progress is wanted."""
         utils = self._hub.utils
-        silent = not self.progress and not utils.are_progress_bars_disabled()
+        silent = not is_watched(self.progress) and not utils.are_progress_bars_disabled()
         if silent:
             utils.disable_progress_bars()
         try:
@@ -182,35 +235,83 @@ class Hub:
             if silent:
                 utils.enable_progress_bars()
 
-    def _again(self, call: Callable[[], Any], what: str) -> Any:
-        """Call, a bounded number of times, until no passing fault of the network comes."""
+    def _within(self, call: Callable[[], Any], seconds: float, what: str) -> Any:
+        """Call, and wait so long: the client's own limits are between two bytes, and those may trickle for ever."""
+        outcome: list[tuple[bool, Any]] = []
+
+        def work() -> None:
+            try:
+                outcome.append((True, call()))
+            except BaseException as error:
+                outcome.append((False, error))
+
+        thread = threading.Thread(target=work, name=f"fetching {what}", daemon=True)
+        thread.start()
+        try:
+            thread.join(max(seconds, 0.0))
+        finally:
+            if thread.is_alive():  # too slow, or the user wants to stop: its connection is closed under it
+                close = getattr(self._hub.utils, "close_session", None) or getattr(
+                    self._hub.utils, "reset_sessions", None
+                )
+                if close is not None:
+                    close()
+        if not outcome:
+            raise _TooSlow
+        good, found = outcome[0]
+        if good:
+            return found
+        raise found
+
+    def _again(self, call: Callable[[], Any], what: str, limit: float | None = None) -> Any:
+        """Call, a bounded number of times and seconds, until no passing fault of the network comes."""
+        limit = TIME_LIMIT if limit is None else limit
+        end = time.monotonic() + limit
         attempt = 1
         while True:
             try:
-                return call()
+                return self._within(call, end - time.monotonic(), what)
             except Exception as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
+                response = getattr(error, "response", None)
+                status = getattr(response, "status_code", None)
                 if isinstance(error, self._hub.utils.RepositoryNotFoundError):
                     raise FileNotFoundError(
                         f"source: there is no repository {self.name}, or it is private (hf auth login): {error}"
                     ) from error
-                final = status is not None and 400 <= status < 500 and status not in (408, 429)
-                if final or isinstance(error, ValueError) or getattr(error, "errno", None) == errno.ENOSPC:
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise OSError(
+                        errno.ENOSPC, f"{what}: the disk is full; give cache= a folder on a larger one"
+                    ) from error
+                if isinstance(error, _TooSlow):
+                    raise CheckpointError(
+                        f"{what} was not there after {limit:,.0f} seconds, the server is too slow; {_LATER}"
+                    ) from error
+                if status is not None and 400 <= status < 500 and status not in (408, 429):
+                    raise CheckpointError(
+                        f"{what} is not to be had from the hub, it answers {status} ({type(error).__name__}): look "
+                        "whether the revision is still whole"
+                    ) from error
+                if isinstance(error, self._hub.utils.HFValidationError):
                     raise
+                if isinstance(error, ValueError):
+                    raise CheckpointError(
+                        f"{what}: the answer is none of a hub's ({error}); does a login stand between, or is "
+                        "endpoint= wrong?"
+                    ) from error
                 if attempt == ATTEMPTS:
                     raise CheckpointError(
                         f"{what} could not be fetched in {ATTEMPTS} attempts ({type(error).__name__}: {error}); "
-                        "what was measured before is stored, and a later call goes on from there"
+                        + _LATER
                     ) from error
-            time.sleep(_WAIT * 2 ** (attempt - 1))
+            time.sleep(max(0.0, min(_WAIT * 2 ** (attempt - 1), end - time.monotonic())))
             attempt += 1
 
 
-ATTEMPTS = 5
-"""How often a request to the hub is made before it counts as failed."""
+_LATER = "what was measured before is stored, and a later call goes on from there"
 
-_WAIT = 1.0  # seconds before the second attempt; doubled each time
-_REVISION = re.compile(r"(?:stage1-)?(?:global_?)?(?:step|checkpoint)[-_]?(\d+)(?:-tokens\d+[MB])?")
+
+class _TooSlow(Exception):
+    pass
 
 
 class _Revision(NamedTuple):

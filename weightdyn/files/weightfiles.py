@@ -1,26 +1,54 @@
-"""The one reader of weight files: what a checkpoint holds, and rows of its tensors."""
+"""The one reader of weight files: which files make up a checkpoint, what tensors they hold, and rows of them.
+
+Whatever the format, a tensor of a file is a place: a type, a shape, strides, and the byte where it begins. So a
+file is opened once to list it, its header checked against its size, and then rows are read from where they lie:
+nothing is mapped into memory, no handle stays open, and a worker of another process reads as the first does.
+
+Files come from strangers. No code of a file ever runs: pickles go through torch's unpickler of `weights_only=True`,
+which never sees their data. An index names files of its own folder alone. What a header claims must lie within its
+file, so no file makes more memory than it is long. The checksums of a zip (`torch.save`) are verified when it is
+listed; safetensors has none, so a wrong bit in its payload cannot be seen. Every fault is a `CheckpointError`.
+"""
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import json
 import math
+import os
 import re
-import threading
+import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+from torch._weights_only_unpickler import Unpickler  # what torch.load(weights_only=True) is
 
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
-_BUFFER = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|running_mean|running_var)$")
+"""The float types that weights are measured in, and the bits of their mantissas."""
+
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+"""How the names of weight files end."""
+
+_WHOLE = ("model.safetensors", "pytorch_model.bin")  # or their shards, with an index
+_BUFFER = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|running_mean|running_var)$")
 _NOT_WEIGHTS = re.compile(r"optim|scheduler|scaler|rng_state|training_args|random_states", re.IGNORECASE)
+_SAFETENSORS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "U64": "uint64", "C64": "complex64", "I32": "int32", "U32": "uint32",
+    "I16": "int16", "U16": "uint16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_HEADER = 1 << 26  # bytes of a header, index or config; no real one comes near it
+_BLOCK = 1 << 20
 
 
 class CheckpointError(ValueError):
@@ -28,20 +56,147 @@ class CheckpointError(ValueError):
 
 
 class Stored(NamedTuple):
-    """Where a tensor of one checkpoint lies, and its form."""
+    """A tensor of a weight file: its form, and where it lies."""
 
+    name: str
     shape: tuple[int, ...]
     dtype: str
+    strides: tuple[int, ...]
     file: Path
+    begin: int  # the byte of the file where its first weight lies
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of the tensor; all where nothing is said.
+
+        Raises:
+            CheckpointError: the file is gone, or shorter than it was.
+        """
+        dtype = getattr(torch, self.dtype)
+        shape = ((self.shape[0] if stop is None else stop) - start, *self.shape[1:])
+        span = _span(shape, self.strides)
+        data = torch.empty(span * dtype.itemsize, dtype=torch.uint8)
+        with refused(self.file), open_regular(self.file) as opened:
+            opened.seek(self.begin + start * self.strides[0] * dtype.itemsize)
+            if span and opened.readinto(data.numpy().data) != len(data):  # type: ignore[attr-defined]
+                raise EOFError(f"it ends within {self.name}")
+        return data.view(dtype).as_strided(shape, self.strides)
 
 
-# One checkpoint: its files, and the tensors in them.
+class Matrix(NamedTuple):
+    """A weight matrix of a model, not read yet."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last of a tensor."""
+    if not math.prod(shape):
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+class refused:
+    """Turn whatever the reading of a damaged file raises into a CheckpointError that names it."""
+
+    def __init__(self, file: str | PathLike[str]) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, FileNotFoundError | CheckpointError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, PermissionError):
+            raise CheckpointError(f"{self.file} may not be read ({error.strerror}): allow it") from error
+        # What follows torch's first sentence is its advice to trust the file.
+        reason = str(error).split(". ")[0].split("\n")[0][:300] or type(error).__name__
+        raise CheckpointError(
+            f"{self.file} cannot be read; it is cut short, damaged, or no checkpoint (a whole safetensors file, or "
+            f"a state dict of tensors that torch.save wrote): {reason}. Fetch or copy it again"
+        ) from error
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Open a file for reading, unbuffered; what is no regular file is refused, and nothing is waited for."""
+    # A named pipe would block until someone writes to it, were it not for O_NONBLOCK.
+    try:
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENXIO, errno.ELOOP, errno.EACCES) and not file.is_file():
+            raise CheckpointError(f"{file} is no regular file ({error.strerror}): remove it") from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise CheckpointError(f"{file} is {kind}, where a regular file was expected: remove it")
+    return open(descriptor, "rb", buffering=0)
+
+
+def read_text(file: Path) -> str:
+    """The text of a small file.
+
+    Raises:
+        CheckpointError: it is no regular file, too large, or no UTF-8.
+    """
+    with open_regular(file) as opened:
+        if (size := os.fstat(opened.fileno()).st_size) > _HEADER:
+            raise CheckpointError(f"{file} has {size:,} bytes, which no index or config has: fetch it again")
+        try:
+            return opened.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is no text ({error}): fetch or copy it again") from None
+
+
+def parse_json(
+    text: str, file: str | PathLike[str], remedy: str = "fetch or copy it again"
+) -> dict[str, Any]:
+    """The object that a JSON text holds.
+
+    Args:
+        text: the text.
+        file: what to call it in an error.
+        remedy: what the user can do about it.
+
+    Raises:
+        CheckpointError: it is no JSON, nested too deeply, or something else than an object.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = (
+            "a web page, such as a login puts in a file's place," if text.lstrip()[:1] == "<" else str(error)
+        )
+        raise CheckpointError(f"{file} is no JSON ({what}): {remedy}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds a {type(found).__name__}, where {{…}} was expected: {remedy}")
+    return found
 
 
 def choose_files(names: Iterable[str], where: str, read: Callable[[str], str]) -> list[str]:
-    """The files with the weights among the files of one checkpoint; `read` returns the text of an index."""
+    """The files with the weights among the files of one checkpoint.
+
+    model.safetensors or its shards come before pytorch_model.bin or its shards, and both before any other file
+    that is the only one with its ending.
+
+    Args:
+        names: of the files in the checkpoint's folder.
+        where: the folder, for errors.
+        read: returns the text of an index.
+
+    Raises:
+        CheckpointError: there are no weights, or several files and no index, or the index is none or leads out of
+            the folder.
+    """
     names = set(names)
-    for whole in ("model.safetensors", "pytorch_model.bin"):
+    for whole in _WHOLE:
         index = f"{whole}.index.json"
         if index in names:
             return _shards(read(index), index, where, names)
@@ -54,7 +209,7 @@ def choose_files(names: Iterable[str], where: str, read: Callable[[str], str]) -
         if found:
             raise CheckpointError(
                 f"{where} holds {len(found)} weight files and no index ({', '.join(found[:3])} …): which of them "
-                "make up the checkpoint is unknown. Keep one, or give {step: file} as source"
+                "make up the checkpoint is unknown. Keep one, or name the file"
             )
     raise CheckpointError(
         f"{where} holds no weights: neither model.safetensors nor pytorch_model.bin, their shards with an index, "
@@ -63,103 +218,422 @@ def choose_files(names: Iterable[str], where: str, read: Callable[[str], str]) -
 
 
 def _shards(text: str, index: str, where: str, names: set[str]) -> list[str]:
-    try:
-        shards = sorted(set(json.loads(text)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}/{index} is no index of shards ({error!r}): fetch it again") from None
+    found = parse_json(text, f"{where}/{index}").get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{where}/{index} is no index of shards, it has no weight_map: fetch it again")
+    if wrong := [shard for shard in found.values() if not isinstance(shard, str)]:
+        raise CheckpointError(f"{where}/{index} is no index of shards, it names {wrong[0]!r}: fetch it again")
+    shards = sorted(set(found.values()))
     for shard in shards:
-        if not isinstance(shard, str) or re.search(r"[\\/:]", shard) or shard in ("", ".", ".."):
+        if re.search(r"[\\/:\0]", shard) or shard in ("", ".", ".."):
             raise CheckpointError(
                 f"{where}/{index} points outside its folder, to {shard!r}: it is not followed"
             )
     if missing := [shard for shard in shards if shard not in names]:
-        raise CheckpointError(f"{where} lacks the shards {missing} that {index} names: fetch them again")
+        raise CheckpointError(
+            f"{where} lacks the shards {missing[:5]} ({len(missing)}) that {index} names: fetch them again"
+        )
     return shards
+
+
+def checkpoint_files(place: Path) -> list[Path]:
+    """The weight files of the one checkpoint at a path: the file itself, or those that its folder holds.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        CheckpointError: it is neither file nor folder, or a folder that is no checkpoint.
+    """
+    if place.is_dir():
+        with refused(place):
+            names = [path.name for path in place.iterdir() if not path.is_dir()]
+        return [
+            place / name for name in choose_files(names, str(place), lambda name: read_text(place / name))
+        ]
+    if not place.exists():
+        raise FileNotFoundError(f"source: there is no file or folder {place}")
+    return [place]
+
+
+def newest_checkpoint(path: str | PathLike[str]) -> Path:
+    """The checkpoint with the highest step in a run directory; any other path as it is.
+
+    Raises:
+        FileNotFoundError: the run holds no checkpoints.
+    """
+    path = Path(path)
+    if not (path / "run.json").is_file():
+        return path
+    saved = sorted((path / "checkpoints").glob("step-*.safetensors"), key=lambda file: _natural(file.name))
+    if not saved:
+        raise FileNotFoundError(
+            f"source: the run {path} holds no checkpoints/step-*.safetensors to fit; give the model, or a file "
+            "with its weights. The fits that were logged are RunLog(path).weibull()"
+        )
+    return saved[-1]
+
+
+def config_beside(place: Path) -> Any:
+    """The model's config for the checkpoint at a path; None if there is none.
+
+    It is the config.json in its folder (or beside the folder, if the checkpoint is one), or what the run.json of
+    the run that it belongs to has of the architecture.
+
+    Raises:
+        CheckpointError: a file of that name is there and cannot be used.
+    """
+    folder = place if place.is_dir() else place.parent
+    files = [folder / "config.json", folder / "run.json", folder.parent / "run.json"]
+    if place.is_dir():
+        files.insert(2, folder.parent / "config.json")
+    for file in files:
+        if not file.exists():
+            continue
+        with refused(file):
+            found = parse_json(read_text(file), file, "mend it, or pass config=")
+        if file.name == "config.json":
+            return found
+        train = found.get("train")
+        return train.get("architecture") if isinstance(train, dict) else None
+    return None
+
+
+# --- tensors ----------------------------------------------------------------------------------------------
 
 
 def list_tensors(files: Sequence[Path]) -> dict[str, Stored]:
     """The float tensors of one checkpoint, of tied ones the first.
 
     They come in the order of their names, which is the same whatever the format: files have orders of their own.
+
+    Raises:
+        FileNotFoundError: a file is gone.
+        CheckpointError: a file is damaged, two hold the same tensor, or there is none of a float type.
     """
-    found: dict[str, Stored] = {}
-    for file in files:
-        for name, shape, dtype in _listed(file):
-            if name in found:
-                raise CheckpointError(f"{file} holds {name} a second time, after {found[name].file}")
-            if dtype in MANTISSA and shape and math.prod(shape) and not _BUFFER.search(name):
-                found[name] = Stored(shape, dtype, file)
-    if not found:
-        raise CheckpointError(f"{files[0]} holds no tensor of a float type")
+    found = {stored.name: stored for stored in _weights_of(files)}
     return {name: found[name] for name in sorted(found, key=_natural)}
 
 
-def _natural(name: str) -> list[int | str]:
-    """A key by which layer 2 comes before layer 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+def _weights_of(files: Sequence[Path]) -> list[Stored]:
+    """The same in the files' order."""
+    found: dict[str, Stored] = {}
+    for file in files:
+        with refused(file), open_regular(file) as opened:
+            state = os.fstat(opened.fileno())
+        for stored in _contents(file, state.st_mtime_ns, state.st_size, state.st_ino):
+            if stored.name in found:
+                raise CheckpointError(
+                    f"{file} holds {stored.name} a second time, after {found[stored.name].file}"
+                )
+            found[stored.name] = stored
+    if not found:
+        raise CheckpointError(f"{files[0]} holds no tensor of a float type")
+    return list(found.values())
 
 
-def _listed(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    if file.suffix == ".safetensors":
-        with refused(file), safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (no iterator)
-                header = opened.get_slice(name)
-                yield name, tuple(header.get_shape()), _FLOATS.get(str(header.get_dtype()), "other")
-        return
-    seen = set()
-    for name, tensor in _state_dict(file).items():
-        if isinstance(tensor, Tensor):
-            storage = (tensor.data_ptr(), tensor.shape, tensor.stride())
-            if storage not in seen or not tensor.data_ptr():
-                yield name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            seen.add(storage)
+def _natural(name: str) -> list[Any]:
+    """A key by which layer 2 comes before layer 10; digits count as a number by their length, then themselves."""
+    parts: list[Any] = re.split(r"([0-9]+)", name)
+    for i in range(1, len(parts), 2):
+        digits = parts[i].lstrip("0")
+        parts[i] = len(digits), digits
+    return parts
 
 
-class refused:
-    """Turn what the readers raise on a damaged file into a CheckpointError that names it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, FileNotFoundError | CheckpointError) or not isinstance(error, Exception):
-            return
-        raise CheckpointError(
-            f"{self.file} cannot be read; it is cut short, damaged, or no checkpoint ({error}): fetch or copy it "
-            "again, or leave its step out (errors='skip')"
-        ) from error
-
-
-_lock = threading.Lock()
-
-
-def _state_dict(file: Path) -> Mapping[str, Any]:
-    """What torch.save wrote, mapped into memory where its format allows; the last file stays open."""
-    with refused(file):
-        stat = file.stat()
-        with _lock:
-            return unpickled(str(file), stat.st_mtime_ns, stat.st_size)
+@functools.lru_cache(maxsize=8)
+def _contents(file: Path, changed: int, size: int, inode: int) -> tuple[Stored, ...]:
+    """The float tensors of one file, once for each of its versions."""
+    with refused(file), open_regular(file) as opened:
+        first = opened.read(16)
+        opened.seek(0)
+        if first[:1] == b"<" or first.lstrip()[:1] == b"<":
+            raise ValueError("it is a web page, such as a login puts in a file's place")
+        if first.startswith(b"version https://"):
+            raise ValueError("it is a pointer of git-lfs (git lfs pull fetches the file)")
+        if file.suffix == ".safetensors":
+            listed = _of_safetensors(file, opened, size)
+        elif first.startswith(b"PK"):
+            listed = _of_zip(file, opened, size)
+        elif first[8:9] == b"{":
+            listed = _of_safetensors(file, opened, size)
+        else:
+            listed = _of_legacy(file, opened, size)
+        return tuple(stored for stored in listed if _counts(stored))
 
 
-@functools.lru_cache(maxsize=1)
-def unpickled(file: str, changed: int, size: int) -> Mapping[str, Any]:
-    stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+def _counts(stored: Stored) -> bool:
+    """Whether a tensor holds weights: of a float type, not empty, no buffer."""
+    whole = len(stored.shape) > 0 and math.prod(stored.shape) > 0
+    return whole and stored.dtype in MANTISSA and not _BUFFER.search(stored.name)
+
+
+def _of_safetensors(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]:
+    """Its header is 8 bytes of length and JSON; the tensors follow without a gap."""
+    length = int.from_bytes(opened.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"its header of {length:,} bytes does not fit into its {size:,}")
+    if length > _HEADER:
+        raise ValueError(f"its header has {length:,} bytes")
+    header = json.loads(opened.read(length).decode("utf-8"), object_pairs_hook=_once)
+    if not isinstance(header, dict):
+        raise TypeError(f"its header is a {type(header).__name__}")
+    header.pop("__metadata__", None)
+    places = []
+    for name, entry in header.items():
+        kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has the shape {shape} and lies at {begin} to {end}")
+        dtype = _SAFETENSORS.get(kind, "other")
+        if dtype != "other" and end - begin != math.prod(shape) * getattr(torch, dtype).itemsize:
+            raise ValueError(f"{name} is {kind} of the shape {shape} and has {end - begin:,} bytes")
+        places.append((begin, end, name))
+        strides = [1] * len(shape)
+        for axis in range(len(shape) - 1, 0, -1):
+            strides[axis - 1] = strides[axis] * max(shape[axis], 1)
+        yield Stored(name, tuple(shape), dtype, tuple(strides), file, 8 + length + begin)
+    reached = 0
+    for begin, end, name in sorted(places):
+        if begin != reached or end < begin:
+            raise ValueError(
+                f"{name} lies at {begin:,} to {end:,}, and what is before it ends at {reached:,}"
+            )
+        reached = end
+    if 8 + length + reached != size:
+        raise ValueError(f"it has {size:,} bytes, and its header tells of {8 + length + reached:,}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+class _Record(NamedTuple):
+    """Where a storage lies in a file."""
+
+    begin: int
+    length: int
+
+
+def _of_zip(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]:
+    """What torch.save writes since 1.6: a zip of a pickle and of each storage, with their CRC-32."""
+    with zipfile.ZipFile(opened) as archive:
+        entries = archive.infolist()
+    pickles = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
+    if len(pickles) != 1 or pickles[0].count("/") != 1:
+        raise ValueError(f"it holds {len(pickles)} data.pkl where one is expected; it is not of torch.save")
+    prefix = pickles[0].removesuffix("data.pkl")
+    records: dict[str, _Record] = {}
+    reached = 0
+    # torch.serialization.set_crc32_options(False) leaves all checksums 0.
+    checked = any(entry.CRC for entry in entries)
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise ValueError(f"{entry.filename} is compressed or encrypted; it is not of torch.save")
+        opened.seek(entry.header_offset)
+        local = opened.read(30)
+        if len(local) < 30 or local[:4] != b"PK\x03\x04":
+            raise ValueError(f"{entry.filename} is not where the zip's directory says")
+        record = _Record(entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:30])), entry.file_size)
+        if entry.header_offset < reached or record.begin + record.length > size or entry.filename in records:
+            raise ValueError(f"{entry.filename} lies in another record, or beyond the file's end")
+        reached = record.begin + record.length
+        records[entry.filename] = record
+        if checked and _crc32(opened, record) != entry.CRC:
+            raise ValueError(f"the checksum of {entry.filename} does not hold: bits of it have changed")
+
+    def bytes_of(name: str, limit: int) -> bytes:
+        record = records[prefix + name]
+        if record.length > limit:
+            raise ValueError(f"{name} has {record.length:,} bytes")
+        opened.seek(record.begin)
+        return opened.read(record.length)
+
+    if prefix + "byteorder" in records and bytes_of("byteorder", 16) != b"little":
+        raise ValueError("it was written on a big-endian machine; save it again on a common one")
+    storages = _Storages(lambda key: records[f"{prefix}data/{key}"])
+    found = _unpickled(io.BytesIO(bytes_of("data.pkl", _HEADER)), storages)
+    yield from _of_state(file, found, storages, size)
+
+
+def _crc32(opened: BinaryIO, record: _Record) -> int:
+    opened.seek(record.begin)
+    crc, left = 0, record.length
+    while left and (block := opened.read(min(_BLOCK, left))):
+        crc, left = zlib.crc32(block, crc), left - len(block)
+    return crc
+
+
+def _of_legacy(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]:
+    """What torch.save wrote before 1.6: pickles, then each storage behind its number of elements."""
+    buffered = io.BufferedReader(opened)  # type: ignore[type-var]
+    try:
+        storages = _Storages(None)
+        if _unpickled(buffered) != 0x1950A86A20F9469CFC6C or _unpickled(buffered) != 1001:
+            raise ValueError("it begins as no file of torch.save does")
+        _unpickled(buffered)  # about the machine that wrote it
+        found = _unpickled(buffered, storages)
+        place = {}
+        keys = _unpickled(buffered)
+        begin = buffered.tell()
+        for key in keys:
+            length = storages.claimed[key]
+            buffered.seek(begin)
+            count = int.from_bytes(buffered.read(8), "little")
+            if count * storages.itemsize[key] != length or begin + 8 + length > size:
+                raise ValueError(f"storage {key!r} of {length:,} bytes is not whole")
+            place[key] = _Record(begin + 8, length)
+            begin += 8 + length
+        storages.record = place.__getitem__
+        yield from _of_state(file, found, storages, size)
+    finally:
+        buffered.detach()
+
+
+class _Storages:
+    """Storages for torch's unpickler that have no data (of the device "meta"), and where they lie."""
+
+    def __init__(self, record: Callable[[str], _Record] | None) -> None:
+        self.record = record
+        self.claimed: dict[str, int] = {}
+        self.itemsize: dict[str, int] = {}
+        self._made: dict[str, Any] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        """What the unpickler calls for a storage: ("storage", its type, key, device, elements, …)."""
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
+            raise ValueError("it refers to something else than storages")
+        kind, key, count = pid[1], pid[2], pid[4]
+        if len(pid) > 5 and pid[5] is not None:
+            raise ValueError("it holds views of storages, as torch before 0.4 wrote")
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if not isinstance(key, str) or type(count) is not int or not 0 <= count < 1 << 60:
+            raise ValueError(f"it has a storage {key!r} of {count!r} elements")
+        length = count * dtype.itemsize
+        if self.claimed.setdefault(key, length) != length:
+            raise ValueError(f"it gives storage {key!r} two lengths")
+        if self.record is not None and self.record(key).length != length:
+            raise ValueError(f"storage {key!r} has {self.record(key).length:,} bytes, not {length:,}")
+        self.itemsize.setdefault(key, dtype.itemsize)
+        if key not in self._made:
+            untyped = torch.UntypedStorage(length, device="meta")
+            untyped.weightdyn_key = key  # type: ignore[attr-defined]
+            self._made[key] = untyped
+        return torch.storage.TypedStorage(wrap_storage=self._made[key], dtype=dtype, _internal=True)
+
+
+def _unpickled(stream: Any, storages: _Storages | None = None) -> Any:
+    unpickler = Unpickler(stream, encoding="utf-8")
+    if storages is not None:
+        unpickler.persistent_load = storages.persistent_load  # type: ignore[method-assign,assignment]
+    return unpickler.load()
+
+
+def _of_state(file: Path, state: Any, storages: _Storages, size: int) -> Iterator[Stored]:
+    """The tensors of a state dict, or of the one inside what a trainer saved."""
     for key in ("model", "state_dict", "module"):
-        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
-            stored = stored[key]
-    if not isinstance(stored, Mapping):
-        raise TypeError(f"it holds a {type(stored).__name__}, not a state dict")
-    return stored
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping):
+        raise TypeError(f"it holds a {type(state).__name__}, not a state dict")
+    seen = set()
+    total = 0
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            continue
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in MANTISSA or not tensor.numel():
+            continue
+        key = getattr(tensor.untyped_storage(), "weightdyn_key", None)
+        if key is None or storages.record is None:
+            raise ValueError(f"{name} has no data in it")
+        record = storages.record(key)
+        shape, strides, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
+        itemsize = tensor.dtype.itemsize
+        if (offset + _span(shape, strides)) * itemsize > record.length:
+            raise ValueError(f"{name} reaches beyond its storage of {record.length:,} bytes")
+        if tensor.numel() * itemsize > record.length:
+            raise ValueError(
+                f"{name} repeats {record.length:,} bytes over the shape {shape}: it is no tensor of weights"
+            )
+        view = (key, offset, shape, strides)
+        if view in seen:
+            continue
+        seen.add(view)
+        total += tensor.numel() * itemsize
+        if total > 2 * size:
+            raise ValueError(
+                "its tensors lie in each other: together they are more than twice as long as the file"
+            )
+        yield Stored(name, shape, dtype, strides, file, record.begin + offset * itemsize)
 
 
-def row_reader(file: Path, name: str) -> Callable[[int, int], Tensor]:
-    """A reader of rows [start, stop) of a stored tensor."""
-    if file.suffix != ".safetensors":
-        tensor = _state_dict(file)[name]
-        return lambda start, stop: tensor[start:stop]
-    opened = safe_open(file, framework="pt")
-    rows = opened.get_slice(name)  # keeps the file mapped
-    return lambda start, stop: rows[start:stop]
+# --- what can be fitted -----------------------------------------------------------------------------------
+
+
+def read_matrices(source: Any, config: Any = None) -> tuple[list[Matrix], Any]:
+    """List the float matrices of a model, state dict, checkpoint file or folder, each with a way to load it.
+
+    Args:
+        source: a torch.nn.Module; a state dict; or the path of a checkpoint file, of a folder with one checkpoint,
+            or of a run directory, of which the last checkpoint is taken.
+        config: the model's config; None looks for it at the source.
+
+    Returns:
+        The matrices (two or more dimensions; tied ones once), and the config or None. They come in the order of
+        the source; of safetensors, which has none, by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: source is none of these, or holds no float matrix.
+        CheckpointError: a file is damaged.
+    """
+    if isinstance(source, torch.nn.Module):
+        config = getattr(source, "config", None) if config is None else config
+        found = _of_mapping(dict(source.named_parameters()))
+    elif isinstance(source, Mapping):
+        found = _of_mapping(source)
+    elif isinstance(source, str | PathLike):
+        path = newest_checkpoint(source)
+        files = checkpoint_files(path)
+        config = config_beside(path) if config is None else config
+        listed = _weights_of(files)
+        if files[0].suffix == ".safetensors":  # which sorts its tensors by their names' letters
+            listed.sort(key=lambda stored: _natural(stored.name))
+        found = [
+            Matrix(stored.name, stored.shape, getattr(torch, stored.dtype), stored.read)
+            for stored in listed
+            if len(stored.shape) > 1
+        ]
+    else:
+        raise TypeError(
+            "source must be a torch.nn.Module, a state dict, or the path of a checkpoint file or folder; "
+            f"got {type(source).__name__}"
+        )
+    if not found:
+        what = str(source) if isinstance(source, str | PathLike) else type(source).__name__
+        raise ValueError(f"source holds no matrix of a float type that can be counted: {what}")
+    return found, config
+
+
+def _of_mapping(tensors: Mapping[str, Any]) -> list[Matrix]:
+    found: list[Matrix] = []
+    seen = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.ndim < 2:
+            continue
+        if str(tensor.dtype).removeprefix("torch.") not in MANTISSA:
+            continue
+        if tensor.layout != torch.strided or tensor.is_meta:
+            what = "on the device meta and has no data" if tensor.is_meta else f"of layout {tensor.layout}"
+            raise TypeError(f"source: {name} is {what}; a dense tensor is needed (load it, or .to_dense())")
+        storage = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if storage in seen and tensor.data_ptr():
+            continue
+        seen.add(storage)
+        found.append(Matrix(name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor)))
+    return found
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 
 from weightdyn.core.naming import COMPONENTS, Views, describe
+from weightdyn.files.weightfiles import Matrix, newest_checkpoint, read_matrices
 from weightdyn.weibull.fit import K0
-from weightdyn.weibull.weights import Matrix, Weights, fit_weights, newest_checkpoint, read_matrices
+from weightdyn.weibull.weights import Weights, fit_weights
 
 # Regimes of k.
 

@@ -7,39 +7,27 @@ such fits say how far k drifted, and whether λ or k made the weights grow.
 
 from __future__ import annotations
 
-import json
 import re
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial, reduce
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from weightdyn.core.naming import TensorRow, Views, describe
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, group_columns, group_numbers
+from weightdyn.files.weightfiles import Matrix, read_matrices
 from weightdyn.weibull.fit import SORTED, Method, fit_weibull
 from weightdyn.weibull.laws import Tails, tails
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
 
 Weights = torch.nn.Module | Mapping[str, Tensor] | str | PathLike[str]
-
-
-class Matrix(NamedTuple):
-    """One weight matrix of a model, not read yet."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], Tensor]
 
 
 class _Common(NamedTuple):
@@ -185,163 +173,6 @@ def _pooled(
         own = {name: group[name].iloc[0] for name in keys}
         found.append({**own, "tensors": len(group), **_summary(histogram, method, trim)})
     return _typed(pd.DataFrame(found))
-
-
-# Where weights come from.
-
-
-def read_matrices(source: Weights, config: Any = None) -> tuple[list[Matrix], Any]:
-    """List the float matrices of a model, state dict, checkpoint file or folder, each with a way to load it.
-
-    Args:
-        source: as for `fit_weights`.
-        config: the model's config; None looks for it at the source.
-
-    Returns:
-        The matrices (two or more dimensions; tied ones once), and the config or None.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as for `fit_weights`.
-    """
-    if isinstance(source, torch.nn.Module):
-        config = getattr(source, "config", None) if config is None else config
-        found = _of_mapping(dict(source.named_parameters()))
-    elif isinstance(source, Mapping):
-        found = _of_mapping(source)
-    elif isinstance(source, str | PathLike):
-        path = newest_checkpoint(source)
-        files = _files(path)
-        config = _config_beside(path) if config is None else config
-        found = [matrix for file in files for matrix in _read(file)]
-        if files[0].suffix == ".safetensors":  # which sorts its tensors by their names' letters
-            found.sort(key=lambda matrix: _natural(matrix.name))
-    else:
-        raise TypeError(
-            "source must be a torch.nn.Module, a state dict, or the path of a checkpoint file or folder; "
-            f"got {type(source).__name__}"
-        )
-    if not found:
-        what = str(source) if isinstance(source, str | PathLike) else type(source).__name__
-        raise ValueError(f"source holds no matrix of a float type that can be counted: {what}")
-    return found, config
-
-
-def newest_checkpoint(path: str | PathLike[str]) -> Path:
-    """The checkpoint with the highest step in a run directory; any other path as it is.
-
-    Raises:
-        FileNotFoundError: the run holds no checkpoints.
-    """
-    path = Path(path)
-    if not (path / "run.json").is_file():
-        return path
-    saved = sorted((path / "checkpoints").glob("step-*.safetensors"), key=lambda file: _natural(file.name))
-    if not saved:
-        raise FileNotFoundError(
-            f"source: the run {path} holds no checkpoints/step-*.safetensors to fit; give the model, or a file "
-            "with its weights. The fits that were logged are RunLog(path).weibull()"
-        )
-    return saved[-1]
-
-
-def _config_beside(path: Path) -> Any:
-    """What config.json beside a checkpoint holds, or the run that it belongs to; None if there is neither."""
-    folder = path if path.is_dir() else path.parent
-    for file in (folder / "config.json", folder / "run.json", folder.parent / "run.json"):
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{file} is no JSON ({error}): mend it, or pass config=") from error
-            return found if file.name == "config.json" else found.get("train", {}).get("architecture")
-    return None
-
-
-def _natural(name: str) -> list[Any]:
-    """Key under which names with numbers sort by the numbers' values."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
-
-
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _of_mapping(tensors: Mapping[str, Any]) -> list[Matrix]:
-    found: list[Matrix] = []
-    seen = set()
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.ndim < 2 or tensor.dtype not in _FLOATS.values():
-            continue
-        storage = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if storage in seen and tensor.data_ptr():
-            continue
-        seen.add(storage)
-        found.append(Matrix(name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor)))
-    return found
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _read(path: Path) -> list[Matrix]:
-    try:
-        return _of_file(path)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load raises whatever a foreign file makes the unpickler do
-        reason = str(error).split(". ")[0].split("\n")[0]  # what follows is torch's advice to trust the file
-        raise ValueError(
-            f"source: {path} must be a whole safetensors file, or a state dict of tensors that torch.save wrote; "
-            f"reading it gives {type(error).__name__}: {reason}"
-        ) from error
-
-
-def _of_file(path: Path) -> list[Matrix]:
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-            return [
-                Matrix(
-                    name, tuple(header.get_shape()), _FLOATS[header.get_dtype()], partial(_load, path, name)
-                )
-                for name, header in headers.items()
-                if len(header.get_shape()) > 1 and header.get_dtype() in _FLOATS
-            ]
-    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    for key in ("model", "state_dict", "module"):
-        if isinstance(stored, Mapping) and isinstance(stored.get(key), Mapping):
-            stored = stored[key]
-    if not isinstance(stored, Mapping):
-        raise TypeError(f"it holds a {type(stored).__name__}")
-    return _of_mapping(stored)
-
-
-def _load(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of the one checkpoint at a path."""
-    if not path.exists():
-        raise FileNotFoundError(f"source: there is no file or folder {path}")
-    if path.is_file():
-        return [path]
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [path / shard for shard in dict.fromkeys(shards)]
-        if (path / name).is_file():
-            return [path / name]
-    found = sorted(file for kind in ("safetensors", "bin", "pt", "pth") for file in path.glob(f"*.{kind}"))
-    if len(found) != 1:
-        listed = ", ".join(file.name for file in found[:5]) or "none"
-        raise ValueError(
-            f"source: {path} must hold one checkpoint (model.safetensors, pytorch_model.bin, their shards with an "
-            f"index, or a single file); it holds {len(found)} weight files: {listed}. Name the file."
-        )
-    return found
 
 
 # Trajectories.
