@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from scipy.interpolate import CubicSpline
 
 from weightdyn.checkpoints.recipe import Recipe
-from weightdyn.checkpoints.recovery import GRAM, METHODS, recover_forces
+from weightdyn.checkpoints.recovery import METHODS, recover_forces
 from weightdyn.checkpoints.series import Checkpoints
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -78,7 +78,7 @@ def published(folder: Path, sample: int | None) -> np.ndarray:
 
 def ours(folder: Path, method: str) -> np.ndarray:
     series = Checkpoints(folder)
-    gram = GRAM[method]  # type: ignore[index]  # one of METHODS
+    gram = METHODS[method].gram
     table = series.measure(gram=gram, weibull=False, cache=False, progress=False)
     recipe = Recipe(lr=LR, weight_decay=DECAY, betas=BETAS)
     return recover_forces(table, recipe, method)["alignment"].to_numpy()  # type: ignore[arg-type]

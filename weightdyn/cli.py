@@ -439,7 +439,7 @@ def recover(
             hyperparameters = replace(hyperparameters, weight_decay=weight_decay)
         series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
         if dry_run:
-            plan = series.plan(GRAM[method], False, _views(views), cache=cache or True)
+            plan = series.plan(METHODS[method].gram, False, _views(views), cache=cache or True)
             left = plan[~plan["measured"]]
             verb = "download" if source.startswith("hf://") else "read"
             typer.echo(plan.to_string(index=False))

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from pathlib import Path
 
@@ -6,7 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from weightdyn.checkpoints.published import NUMEL, read_published_forces, read_published_trajectory
+from weightdyn.checkpoints.published import (
+    NUMEL,
+    read_published_forces,
+    read_published_recovery,
+    read_published_trajectory,
+)
 from weightdyn.core.tables import FORCE_TABLE, FORCES, budget
 from weightdyn.explain.trajectory import closure, integrate, phases
 
@@ -89,6 +95,65 @@ def test_a_foreign_line_is_named_by_file_and_number(tmp_path, logged, line):
     path.write_text(logged[0].read_text().splitlines()[0] + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"foreign\.jsonl, line 2, is not a record of a published force log"):
         read_published_forces(path, weight_decay=0.1)
+
+
+RECORD = {"step": 5, "eta": 1e-3, "true_align_full": 0.1, "inj_full": 0.1, "dec_full": 0.1, "rms": 0.02}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 1.5}, {"step": -1}, {"step": "5"}, {"eta": 0}, {"eta": math.nan}, {"rms": 0}, {"rms": -1},
+        {"inj_full": -1}, {"true_align_full": math.inf}, {"dec_full": None},
+    ],
+)  # fmt: skip
+def test_a_record_with_a_number_that_cannot_be_is_named(tmp_path, change):
+    (tmp_path / "odd.jsonl").write_text(json.dumps({**RECORD, **change}))
+    with pytest.raises(ValueError, match=rf"odd\.jsonl, line 1, .*{next(iter(change))} must be"):
+        read_published_forces(tmp_path / "odd.jsonl")
+
+
+def test_two_records_of_one_step_are_refused(tmp_path):
+    (tmp_path / "twice.jsonl").write_text(f"{json.dumps(RECORD)}\n{json.dumps(RECORD)}\n")
+    with pytest.raises(ValueError, match=r"twice\.jsonl has two records of step 5: keep one"):
+        read_published_forces(tmp_path / "twice.jsonl")
+
+
+@pytest.mark.parametrize(
+    "reader", [read_published_forces, read_published_recovery, read_published_trajectory]
+)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[" * 100_000, b"\xff\xfe\x00", b"[[]]", b"[null]", b'{"step": 1}', b'[{"step": "a"}]'],
+)
+def test_foreign_files_are_named_with_the_remedy(tmp_path, reader, content):
+    (tmp_path / "foreign.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"foreign\.json.*(download|fetch|copy) it again"):
+        reader(tmp_path / "foreign.json")
+    with pytest.raises(FileNotFoundError):
+        reader(tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is a folder"):
+        reader(tmp_path)
+    with pytest.raises(TypeError, match="path must be a path"):
+        reader(None)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize(
+    "reader", [read_published_forces, read_published_recovery, read_published_trajectory]
+)
+def test_pipes_are_refused_without_waiting(tmp_path, reader):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json is a pipe"):
+        reader(tmp_path / "pipe.json")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, "1.2", None, -1.0])
+def test_a_trajectory_with_what_is_no_fit_is_refused(tmp_path, number):
+    fit = {"step": 5, "k": number, "lambda": 0.02, "sigma": 0.022}
+    (tmp_path / "odd.json").write_text(json.dumps([fit]))
+    with pytest.raises(ValueError, match=r"odd\.json is not a published trajectory.*k must be"):
+        read_published_trajectory(tmp_path / "odd.json")
 
 
 def test_an_empty_log_is_refused(tmp_path):

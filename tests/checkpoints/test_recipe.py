@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from weightdyn.checkpoints import recipe
 from weightdyn.checkpoints.recipe import PRESETS, Recipe
 from weightdyn.record.runlog import RunWriter
-from weightdyn.train.trainer import TrainConfig, lr_at
+from weightdyn.train.trainer import TrainConfig
 
 
 def by_torch(factor, updates):
@@ -127,16 +129,26 @@ def test_warm_up_stable_decay_rises_rests_and_falls():
     assert set(lr[100:]) == {1.0}
 
 
+def reference_rate(update, schedule, warmup, steps=60, peak=3e-3, floor=0.3):
+    """What the reference trainer's documentation says of its schedule, in scalars."""
+    if update <= warmup:
+        return peak * update / warmup
+    if schedule == "constant" or warmup == steps:
+        return peak
+    angle = math.pi * (update - warmup) / (steps - warmup)
+    return peak * (floor + (1 - floor) * (1 + math.cos(angle)) / 2)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 13, 60])
 def test_the_recipe_of_a_run_has_its_learning_rate_at_every_update(tmp_path, schedule, warmup):
     config = TrainConfig(
-        steps=60, warmup=warmup, schedule=schedule, floor=0.3, weight_decay=0.2, decayed="all"
+        steps=60, lr=3e-3, warmup=warmup, schedule=schedule, floor=0.3, weight_decay=0.2, decayed="all"
     )
     writer = RunWriter(tmp_path / "run", 0, {"train": json.loads(json.dumps(vars(config)))})
     writer.close()
     found = Recipe.from_run(tmp_path / "run")
-    truth = [lr_at(config, update) for update in range(1, 61)]
+    truth = [reference_rate(update, schedule, warmup) for update in range(1, 61)]
     np.testing.assert_allclose(found.lr_at(np.arange(1, 61)), truth, rtol=1e-14)
     assert (found.decay_of("norm", "x"), found.steps, found.betas) == (0.2, 60, (0.9, 0.95))
 
@@ -152,6 +164,90 @@ def test_a_trainer_state_gives_the_logged_rates_and_lines_between_them(tmp_path)
     assert older.lr_at(11) == pytest.approx(9e-4)
     with pytest.raises(ValueError, match="log_history has no entry with a learning_rate"):
         Recipe.from_trainer_state({"log_history": [{"step": 1, "loss": 2.0}]})
+
+
+ENTRY = {"step": 10, "learning_rate": 1e-3}
+STATES = {
+    "": "no JSON",
+    "{": "no JSON",
+    "<html>log in</html>": "a web page",
+    "[" * 100_000: "no JSON",
+    "[]": "holds a list",
+    "3": "holds a int",
+    json.dumps({"log_history": 3}): "log_history must be a list of records",
+    json.dumps({"log_history": [3]}): "log_history must be a list of records",
+    json.dumps({"log_history": [{"loss": 1.0}]}): "no entry with a learning_rate",
+    json.dumps(
+        {"log_history": [{**ENTRY, "learning_rate": math.nan}]}
+    ): "learning_rate must be a number >= 0, got nan",
+    json.dumps({"log_history": [{**ENTRY, "learning_rate": -1e-3}]}): "learning_rate must be",
+    json.dumps({"log_history": [{**ENTRY, "learning_rate": "1e-3"}]}): "learning_rate must be",
+    json.dumps({"log_history": [{**ENTRY, "learning_rate": None}]}): "learning_rate must be",
+    json.dumps({"log_history": [{"learning_rate": 1e-3}]}): "step must be a whole number",
+    json.dumps({"log_history": [{**ENTRY, "step": -1}]}): "step must be a whole number",
+    json.dumps({"log_history": [{**ENTRY, "step": 1.5}]}): "step must be a whole number",
+    json.dumps({"log_history": [{**ENTRY, "step": "10"}]}): "step must be a whole number",
+    json.dumps({"log_history": [{**ENTRY, "step": 10**18}]}): "step must be a whole number",
+    json.dumps({"log_history": [ENTRY], "max_steps": 10**18}): "max_steps must be a whole number",
+    json.dumps({"log_history": [ENTRY], "max_steps": "many"}): "max_steps must be a whole number",
+}
+
+
+@pytest.mark.parametrize("text", STATES, ids=[text[:60] for text in STATES])
+def test_a_trainer_state_that_cannot_be_is_named_with_its_remedy(tmp_path, text):
+    (tmp_path / "trainer_state.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=f"trainer_state.json.*{STATES[text]}.*(copy it again|give the schedule)"
+    ):
+        Recipe.from_trainer_state(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_trainer_state_that_is_a_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "trainer_state.json")
+    with pytest.raises(ValueError, match=r"trainer_state\.json is a pipe"):
+        Recipe.from_trainer_state(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Recipe.from_trainer_state(tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="state must be a path"):
+        Recipe.from_trainer_state(None)  # type: ignore[arg-type]
+
+
+def test_the_longest_training_takes_no_memory():
+    state = {
+        "max_steps": 90_000_000,
+        "log_history": [{"step": s, "learning_rate": 1e-3} for s in (1, 80_000_000)],
+    }
+    tracemalloc.start()
+    try:
+        found = Recipe.from_trainer_state(state, weight_decay=0.1)
+        assert found.lr_at(85_000_000) == 1e-3
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+    with pytest.raises(
+        ValueError, match="update 90000001 lies behind the training, which has 90000000 updates"
+    ):
+        found.lr_at([1, 90_000_001])
+
+
+def test_the_timescale_is_that_of_the_peak_wherever_it_lies(monkeypatch):
+    monkeypatch.setattr(recipe, "_AT_A_TIME", 7)
+    found = Recipe(recipe.cosine(1e-3, steps=100, warmup=33), 0.1, steps=100)
+    assert found.tau == pytest.approx(1 / (1e-3 * 0.1))
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": None}, {"steps": 10**18}, {"warmup": -1}, {"schedule": "zigzag"}, {"betas": 3}]
+)
+def test_a_run_whose_settings_were_spoilt_is_named(tmp_path, change):
+    RunWriter(tmp_path / "run", 0, {"train": {"lr": 1e-3, "steps": 10, **change}}).close()
+    (name,) = change
+    with pytest.raises(
+        ValueError, match=f"run: .*run: the section 'train' of run.json cannot be used .*{name}"
+    ):
+        Recipe.from_run(tmp_path / "run")
 
 
 def test_the_trainer_of_transformers_logs_what_the_recipe_reads(tmp_path):
@@ -203,16 +299,32 @@ def test_a_number_an_array_and_a_function_are_learning_rates():
         (lambda: Recipe(0.1, betas=(0.9, 1.0)), "betas must be"),
         (lambda: Recipe(0.1, eps=-1), "eps must be"),
         (lambda: Recipe(0.1, steps=-1), "steps must be"),
+        (lambda: Recipe(0.1, steps=10**18), "steps must be"),
+        (lambda: Recipe("fast"), "lr must be .* got 'fast'"),
+        (lambda: Recipe(math.nan), "lr must be"),
+        (lambda: Recipe(0.1, weight_decay="0.1"), "weight_decay must be a number >= 0, got '0.1'"),
+        (lambda: Recipe(0.1, weight_decay=math.nan), "weight_decay must be"),
+        (lambda: Recipe(0.1, betas=None), "betas must be two numbers"),
+        (lambda: Recipe.preset(None), "name must be the name of a preset"),
+        (lambda: recipe.cosine("1", 10), "peak must be a number"),
+        (lambda: recipe.linear(1.0, 1.5), "steps must be a whole number"),
+        (
+            lambda: Recipe(lambda t: "fast").lr_at(1),
+            "lr: the function must return one learning rate for each",
+        ),
+        (lambda: Recipe(lambda t: t[:2]).lr_at([1, 2, 3]), "lr: the function must return one learning rate"),
+        (lambda: Recipe(0.1).lr_at([1.5]), "updates must be whole numbers"),
+        (lambda: Recipe(0.1).lr_at("1"), "updates must be whole numbers, got '1'"),
         (lambda: Recipe.preset("gpt-5"), "name must be one of pythia-14m"),
         (lambda: recipe.cosine(1.0, 10, 10), "warmup must be from 0 to steps - 1 = 9"),
         (lambda: recipe.cosine(1.0, 10, 0, 2.0), "floor must be"),
         (lambda: recipe.warmup_stable_decay(1.0, 10, 5, 6), "cooldown must be from 1 to"),
-        (lambda: recipe.constant(1.0, first=2), "first must be 0 or 1"),
+        (lambda: recipe.constant(1.0, first=2), r"first must be a whole number in \[0, 1\]"),
         (lambda: Recipe(recipe.constant(1.0)).tau, "recipe with steps"),
     ],
 )
 def test_what_cannot_be_a_recipe_is_refused_by_name(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
 
 

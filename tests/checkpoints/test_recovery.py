@@ -16,6 +16,8 @@ from weightdyn.checkpoints.published import NUMEL, read_published_forces, read_p
 from weightdyn.checkpoints.recipe import Recipe, all_decay
 from weightdyn.checkpoints.recovery import (
     METHODS,
+    Course,
+    Method,
     balance_forces,
     compare_recovery,
     injection_scale,
@@ -380,9 +382,9 @@ def test_comparing_pools_the_sums_of_the_tensors_and_skips_what_was_not_logged()
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "cubic"}, r"method must be one of .*balance.*, got 'cubic'"),
-        ({"every": 0}, r"every must be None .* got 0"),
-        ({"every": 1.5}, r"every must be None .* got 1.5"),
+        ({"method": "cubic"}, r"method must be 'balance', .*, got 'cubic'"),
+        ({"every": 0}, r"every must be .* None .* got 0"),
+        ({"every": 1.5}, r"every must be .* None .* got 1.5"),
         ({"views": "head"}, "views: the table has its rows"),
     ],
 )
@@ -411,6 +413,75 @@ def test_series_that_do_not_do_are_named(adam):
     assert len(recover_forces(band, recipe, "two_point")) == 2
     with pytest.raises(ValueError, match=r"needs the inner products of checkpoints: .*'full'"):
         recover_forces(band, recipe, "spline")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        (
+            "step",
+            [0, 1.5, 200],
+            "step must be a whole number from 0 to 100,000,000; that of w at step 1.5 is 1.5",
+        ),
+        ("step", [-1, 100, 200], "step must be a whole number"),
+        ("step", [0, 100, 10**18], "step must be a whole number"),
+        ("step", [0, np.nan, 200], "step must be a whole number"),
+        ("step", ["0", "100", "200"], r"the columns \['step'\] .* must hold numbers"),
+        (
+            "norm_sq",
+            [1.0, -1.0, 1.0],
+            "norm_sq must be a finite .* that of w at step 100 is -1.0; leave that",
+        ),
+        ("norm_sq", [1.0, np.inf, 1.0], "norm_sq must be a finite"),
+        ("numel", [3000, 0, 3000], "numel must be a whole number >= 1; that of w at step 100 is 0"),
+        ("numel", [-3, -3, -3], "numel must be"),
+        ("numel", [0.5, 0.5, 0.5], "numel must be"),
+        ("rounding", [0.0, -1.0, 0.0], "rounding must be a finite number >= 0, or missing"),
+        ("tensor", ["w", None, "w"], "a row of the column tensor is missing"),
+    ],
+)
+def test_a_measured_table_with_what_cannot_be_is_refused(adam, column, values, message):
+    weights, _, recipe = adam
+    with pytest.raises(ValueError, match=f"source: {message}"):
+        recover_forces(measured(weights, [0, 100, 200]).assign(**{column: values}), recipe)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rate", [np.nan, np.inf, -1e-3])
+def test_a_learning_rate_that_cannot_be_is_named_with_its_update(adam, method, rate):
+    table = measured(adam[0], [0, 100, 200])
+    recipe = Recipe(lambda t: np.where(t == 150, rate, 1e-3), 0.1)
+    with pytest.raises(ValueError, match="learning rate of update 150 must be a finite number >= 0, got"):
+        recover_forces(table, recipe, method)
+
+
+def test_a_method_is_one_entry(adam, monkeypatch):
+    weights, truth, recipe = adam
+    known = {}
+
+    def still(it):
+        known["it"] = it
+        zero = np.zeros(len(it.lr))
+        return Course(zero, zero, zero, zero)
+
+    monkeypatch.setitem(METHODS, "still", Method(still, gram="full"))
+    table = recover_forces(measured(weights, [0, 100, 300]), recipe, "still")
+    assert (table["alignment"] == 0).all()
+    it = known["it"]
+    np.testing.assert_allclose(it.gram, weights[[0, 100, 300]] @ weights[[0, 100, 300]].T)
+    np.testing.assert_allclose(it.lr, truth["lr"].iloc[:300])
+    assert (it.numel, it.weight_decay, len(it.rho)) == (weights.shape[1], DECAY, 300)
+    with pytest.raises(ValueError, match=r"method must be .*'still', got 'moving'"):
+        recover_forces(measured(weights, [0, 100, 300]), recipe, "moving")
+    with pytest.raises(ValueError, match=r"method='still' needs the inner products .*gram='full'"):
+        recover_forces(measured(weights, [0, 100, 300]).drop(columns="dots"), recipe, "still")
+
+
+def test_no_bar_is_drawn_where_nobody_watches(adam, capsys):
+    weights, _, recipe = adam
+    series = pd.concat([measured(weights, [0, 100], tensor=str(i)) for i in range(3)])
+    recover_forces(series, recipe)
+    assert capsys.readouterr().err == ""
 
 
 # A run of the reference trainer, with its log

@@ -240,6 +240,39 @@ def test_a_module_goes_by_its_class():
     assert str(diagnose(torch.nn.Linear(9, 9))).startswith("Linear: 1 matrix, 81 weights, attention unknown")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as one"),
+        (b"\xff\xfe\x00", "cannot be read as one"),
+        (b"m," + b"," * 1_000_000, "1,000,001 columns"),
+        (b"m,k_median_q\na,high\n", "odd.csv: the column k_median_q must hold numbers"),
+        (b"m,k_median_q\na,-1\n", "odd.csv: the column k_median_q must hold one finite number > 0"),
+        (b"m,k_median_q\na,inf\n", "odd.csv: the column k_median_q must hold one finite number > 0"),
+        (
+            b"m,k_median_q,lambda_median_q\na,1,0\n",
+            "the column lambda_median_q must hold one finite number > 0",
+        ),
+        (b"m,k\na,1\n", "odd.csv must have a row per model"),
+    ],
+)
+def test_a_database_that_is_none_is_named(tmp_path, content, message):
+    (tmp_path / "odd.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"database.*{message}"):
+        diagnose(torch.nn.Linear(9, 9), database=tmp_path / "odd.csv")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_database_is_neither_a_pipe_nor_an_address(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(ValueError, match=r"pipe\.csv is a pipe"):
+        diagnose(torch.nn.Linear(9, 9), database=tmp_path / "pipe.csv")
+    with pytest.raises(FileNotFoundError, match="http"):
+        diagnose(torch.nn.Linear(9, 9), database="http://127.0.0.1:9/database.csv")
+    with pytest.raises(TypeError, match=r"database must be a pandas.DataFrame or the path of a CSV file"):
+        diagnose(torch.nn.Linear(9, 9), database=[1])
+
+
 def test_a_foreign_database_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"columns k_median_<component>; got the columns \['a'\]"):
         diagnose(torch.nn.Linear(9, 9), database=pd.DataFrame({"a": [1]}))

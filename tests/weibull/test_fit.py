@@ -73,6 +73,79 @@ def test_float64_weights_are_counted_alike():
     assert abs(fit_weibull(x).lam / lam - 1) <= 1e-5
 
 
+def quantised(levels, dtype=torch.float32):
+    """Normal weights rounded to a grid on which their standard deviation has so many steps."""
+    return ((weights(1 << 22, scale=1.0, dtype=torch.float64) * levels).round() * (0.02 / levels)).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: quantised(42), id="int8 by the largest"),
+        pytest.param(lambda: quantised(42, torch.float64), id="int8 in float64"),
+        pytest.param(lambda: quantised(300), id="a grid of 1,300"),
+        pytest.param(lambda: quantised(1e4), id="int16"),
+        pytest.param(lambda: weights(1 << 22, dtype=torch.bfloat16).float(), id="bfloat16 in float32"),
+        pytest.param(lambda: weights(1 << 22, dtype=torch.float16).float(), id="float16 in float32"),
+        pytest.param(lambda: weights(1 << 22, dtype=torch.float16).float().numpy(), id="float16 in an array"),
+        pytest.param(lambda: weights(1 << 22, scale=1e-38), id="half of them subnormal"),
+        pytest.param(lambda: weights(1 << 22, scale=1e-40), id="subnormal"),
+        pytest.param(lambda: weights(1 << 22, scale=1e-310, dtype=torch.float64), id="subnormal in float64"),
+        pytest.param(
+            lambda: torch.cat([weights(4_000_000), torch.full((200_000,), 0.02)]),
+            id="one weight in 21 is equal",
+        ),
+        pytest.param(
+            lambda: torch.cat([quantised(42), torch.zeros(1 << 24)]).reshape(-1, 4096).t(), id="pruned"
+        ),
+    ],
+)
+def test_weights_on_a_grid_and_subnormal_ones_give_the_sorted_fit(make):
+    x = make()
+    fit = fit_weibull(x)
+    k, lam, r_squared = protocol(x)
+    assert abs(fit.k - k) <= 1e-5
+    assert abs(fit.lam / lam - 1) <= 1e-5
+    assert abs(fit.r_squared - r_squared) <= 1e-5
+    assert "coarse" not in fit.note
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_subnormals_of_short_types_are_exact(dtype):
+    x = weights(1 << 20, scale=torch.finfo(dtype).smallest_normal / 8, dtype=dtype)
+    k, lam, _ = protocol(x.double())
+    assert abs(fit_weibull(x).k - k) <= 1e-9
+    assert abs(fit_weibull(x).lam / lam - 1) <= 1e-9
+
+
+@pytest.mark.parametrize("shape", [3, 5, 20, 1000])
+def test_weights_in_a_narrow_range_give_the_sorted_fit(shape):
+    x = weights(1 << 22, str(shape), scale=1.0)
+    k, lam, _ = protocol(x)
+    assert abs(fit_weibull(x).k / k - 1) <= 1e-5
+    assert abs(fit_weibull(x).lam / lam - 1) <= 1e-5
+
+
+def test_a_histogram_that_blurs_its_sample_says_so():
+    for x in (quantised(42), weights(1 << 20, "20"), weights(1 << 20, scale=1e-40)):
+        assert "bins of 0.4 % are too coarse" in fit_weibull(MagnitudeHistogram.from_tensor(x)).note
+    for law in ("normal", "0.5", "1.2", "3"):
+        for trim in ((0.1, 0.9), (0, 1)):
+            for n in (3000, 1 << 18, 1 << 22):
+                assert fit_weibull(MagnitudeHistogram.from_tensor(weights(n, law)), trim=trim).note == ""
+
+
+def test_only_what_bins_would_blur_is_sorted(monkeypatch):
+    sorts = []
+    unique = np.unique
+    monkeypatch.setattr(np, "unique", lambda x, **options: sorts.append(len(x)) or unique(x, **options))
+    for law in ("normal", "uniform", "0.5", "1.2", "3"):
+        fit_weibull(weights(1 << 22, law))
+    assert max(sorts) <= 1 << 14
+    fit_weibull(quantised(42))
+    assert max(sorts) == 1 << 22
+
+
 @pytest.mark.parametrize(
     ("dtype", "scales"), [(torch.bfloat16, [1e-12, 0.02, 1e6]), (torch.float16, [0.02, 1.0, 1e3])]
 )
@@ -271,7 +344,12 @@ def test_closed_forms_are_scipys():
         (torch.empty(0), 0, "no non-zero finite magnitudes"),
         (torch.full((7,), math.nan), 0, "no non-zero finite magnitudes; 7 NaN or infinite values left out"),
         (torch.full((100,), -0.5), 100, "all magnitudes are equal"),
-        (torch.full((600_000,), 0.3), 600_000, "all magnitudes are equal to within 0.4 %"),
+        (torch.full((600_000,), 0.3), 600_000, "all magnitudes are equal"),
+        (
+            MagnitudeHistogram.from_tensor(torch.full((600_000,), 0.3)),
+            600_000,
+            "all magnitudes are equal to within 0.4 %",
+        ),
         (torch.full((600_000,), 0.3).bfloat16(), 600_000, "all magnitudes are equal"),
     ],
 )

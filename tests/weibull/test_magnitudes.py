@@ -1,5 +1,8 @@
 import math
+import os
+import time
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -290,6 +293,180 @@ def test_a_foreign_file_is_refused(tmp_path):
             MagnitudeHistogram.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         MagnitudeHistogram.load(tmp_path / "none.npz")
+
+
+def stored(path, remove=(), compression=zipfile.ZIP_DEFLATED, **changes):
+    """A file as `save` writes it, of 1,000 weights, with some of its arrays changed."""
+    histogram = MagnitudeHistogram.from_tensor(sample(torch.float32, 1000))
+    arrays = {
+        "dtype": np.array("float32"),
+        "keys": histogram.keys,
+        "counts": histogram.counts,
+        "apart": np.array([histogram.n_zero, histogram.n_nonfinite, 0]),
+        "sums": np.array(histogram.sums),
+    }
+    arrays = {name: array for name, array in {**arrays, **changes}.items() if name not in remove}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, np.asanyarray(array), (1, 0))
+    return histogram
+
+
+def test_what_the_mutations_below_start_from_is_a_histogram(tmp_path):
+    same(stored(tmp_path / "h.npz"), MagnitudeHistogram.load(tmp_path / "h.npz"))
+
+
+KEYS = np.arange(30_000, 30_010)
+WRONG = {
+    "keys that descend": ({"keys": KEYS[::-1], "counts": np.ones(10, int)}, "keys must ascend"),
+    "a key twice": ({"keys": np.array([5, 5]), "counts": np.ones(2, int)}, "keys must ascend"),
+    "a key of zeros": ({"keys": np.array([0, 5]), "counts": np.ones(2, int)}, "keys must ascend"),
+    "a negative key": ({"keys": np.array([-1, 5]), "counts": np.ones(2, int)}, "keys must ascend"),
+    "the key of infinity": ({"keys": np.array([65_280]), "counts": np.ones(1, int)}, r"within \[1, 65279\]"),
+    "a key behind the type": ({"keys": np.array([1 << 40]), "counts": np.ones(1, int)}, "keys must ascend"),
+    "a count of none": ({"keys": KEYS, "counts": np.zeros(10, int)}, "counts must be >= 1"),
+    "a negative count": ({"keys": KEYS, "counts": np.full(10, -3)}, "counts must be >= 1"),
+    "counts that overflow": ({"keys": KEYS, "counts": np.full(10, 1 << 62)}, "a number that there can be"),
+    "counts of another length": ({"keys": KEYS, "counts": np.ones(9, int)}, "counts has the shape"),
+    "counts that are no whole numbers": ({"keys": KEYS, "counts": np.ones(10)}, "counts is of type float64"),
+    "keys in two dimensions": (
+        {"keys": KEYS.reshape(2, 5), "counts": np.ones(10, int)},
+        "keys has the shape",
+    ),
+    "an unknown type": ({"dtype": np.array("int8")}, "dtype must be one of bfloat16.*'int8'"),
+    "a type that is no name": ({"dtype": np.array(3)}, "dtype is of type int64"),
+    "a long name": ({"dtype": np.array("x" * 1000)}, "dtype is of type <U1000"),
+    "a negative number of zeros": ({"apart": np.array([-1, 0, 0])}, "apart must be"),
+    "an unknown flag": ({"apart": np.array([0, 0, 2])}, "apart must be"),
+    "bfloat16 in bins": ({"dtype": np.array("bfloat16"), "apart": np.array([0, 0, 0])}, "apart must be"),
+    "too few apart": ({"apart": np.array([0, 0])}, "apart has the shape"),
+    "sums that are no numbers": ({"sums": np.array([math.nan, 1.0, 1.0])}, "sums must be none, or a finite"),
+    "sums without end": ({"sums": np.array([math.inf, 1.0, 1.0])}, "sums must be none, or a finite"),
+    "a negative square": ({"sums": np.array([-1.0, 1.0, 1.0])}, "sums must be none"),
+    "two sums": ({"sums": np.array([1.0, 1.0])}, "sums must be none"),
+    "objects": ({"keys": np.array([print, 1], dtype=object)}, "keys is of type object"),
+    "no keys": ({"remove": ("keys",)}, "no item named 'keys.npy'"),
+    "another packing": ({"compression": zipfile.ZIP_LZMA}, "compressed in a way"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_file_with_numbers_that_cannot_be_is_refused_by_name(tmp_path, case):
+    changes, message = WRONG[case]
+    stored(tmp_path / "odd.npz", **changes)
+    with pytest.raises(ValueError, match=rf"odd\.npz is no histogram.*{message}.*Copy it again"):
+        MagnitudeHistogram.load(tmp_path / "odd.npz")
+
+
+def test_no_code_of_a_file_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    for name in ("dtype", "keys", "counts", "apart", "sums"):
+        stored(tmp_path / "evil.npz", **{name: np.array([Evil(), 1], dtype=object)})
+        with pytest.raises(ValueError, match=r"evil\.npz is no histogram"):
+            MagnitudeHistogram.load(tmp_path / "evil.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def bomb(path, dtype="float32", name="keys", claimed=None, exact=0):
+    """A file of a quarter of a megabyte with a quarter of a gigabyte, or what it claims, in one of its arrays."""
+    stored(path, remove=(name,), dtype=np.array(dtype), apart=np.array([0, 0, exact]))
+    count = claimed or 1 << 25
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open(f"{name}.npy", "w") as file,
+    ):
+        header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for _ in range(1 << 4 if claimed is None else 1):
+            file.write(bytes(1 << 24))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"exact": 1},
+        {"dtype": "float64", "exact": 1},
+        {"name": "counts"},
+        {"name": "sums"},
+        {"claimed": 1 << 60},
+        {"claimed": 1 << 60, "exact": 1},
+        {"claimed": 10},
+    ],
+)
+def test_an_archive_that_unpacks_to_a_thousand_times_its_size_is_refused_at_once(tmp_path, options):
+    bomb(tmp_path / "bomb.npz", **options)
+    assert (tmp_path / "bomb.npz").stat().st_size < 1 << 19
+    tracemalloc.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(ValueError, match=r"bomb\.npz is no histogram"):
+            MagnitudeHistogram.load(tmp_path / "bomb.npz")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 20
+    assert time.monotonic() - start < 5
+
+
+def test_damaged_files_never_pass_for_histograms(tmp_path):
+    expected = stored(tmp_path / "h.npz")
+    whole = (tmp_path / "h.npz").read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for i in range(300):
+        data = bytearray(whole)
+        if i % 3 == 0:
+            del data[int(rng.integers(len(data))) :]
+        else:
+            for at in rng.integers(len(data), size=i % 3):
+                data[at] ^= 1 << int(rng.integers(8))
+        (tmp_path / "h.npz").write_bytes(data)
+        try:
+            found = MagnitudeHistogram.load(tmp_path / "h.npz")
+        except ValueError as error:
+            assert "h.npz is no histogram" in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            same(found, expected)  # a date or a flag of the archive, which says nothing
+    assert refused > 200
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_pipes_and_folders_are_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "folder.npz").mkdir()
+    for name, what in (("pipe.npz", "a pipe"), ("folder.npz", "a folder")):
+        with pytest.raises(ValueError, match=rf"{name} is no histogram.*is {what}"):
+            MagnitudeHistogram.load(tmp_path / name)
+
+
+def test_saving_leaves_the_file_of_before_or_the_whole_new_one(tmp_path, monkeypatch):
+    old, new = (MagnitudeHistogram.from_tensor(torch.randn(n)) for n in (100, 200))
+    old.save(tmp_path / "h.npz")
+
+    def stop(file, **arrays):
+        file.write(b"half of it")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", stop)
+        with pytest.raises(OSError, match="no space left"):
+            new.save(tmp_path / "h.npz")
+    same(MagnitudeHistogram.load(tmp_path / "h.npz"), old)
+    assert [path.name for path in tmp_path.iterdir()] == ["h.npz"]
+
+
+def test_an_exact_histogram_of_many_values_is_no_bomb(tmp_path):
+    for keys in (np.arange(1, 200_000), np.arange(1, 200_000) << 8, (np.arange(1, 200_000) << 40) + 1):
+        dtype = "float64" if keys[-1] >> 31 else "float32"
+        many = MagnitudeHistogram(dtype, keys, np.ones(len(keys), np.int64), exact=True)
+        many.save(tmp_path / "many.npz")
+        np.testing.assert_array_equal(MagnitudeHistogram.load(tmp_path / "many.npz").keys, keys)
 
 
 def test_errors_name_what_was_given():

@@ -11,6 +11,7 @@ from torch import nn
 
 from weightdyn.core.tables import FIT_TABLE
 from weightdyn.files.weightfiles import read_matrices
+from weightdyn.record.runlog import RunLog, RunWriter
 from weightdyn.weibull.fit import LAM0, fit_weibull
 from weightdyn.weibull.laws import tails
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
@@ -329,6 +330,43 @@ def test_drift_is_taken_from_first_to_last_step_of_each_group():
     assert shape_drift(table.iloc[:0]).empty
 
 
+def test_drift_refuses_two_rows_of_one_group_at_one_step():
+    table = pd.DataFrame({"step": [0, 9, 9], "tensor": "w", "lam": [0.01, 0.02, 0.03], "k": 1.2})
+    with pytest.raises(ValueError, match="table has two rows of tensor w at step 9; do not join"):
+        shape_drift(table)
+    with pytest.raises(ValueError, match="table has two rows of one group at step 9"):
+        shape_drift(table.drop(columns="tensor"))
+    with pytest.raises(TypeError, match=r"must be a Weibull table .* or a RunLog, got list"):
+        shape_drift([1, 2])
+    assert len(shape_drift(table.assign(tensor=["a", "a", "b"]))) == 2
+
+
+def test_drift_tells_the_stacks_of_a_model_apart():
+    table = pd.DataFrame(
+        {
+            "step": [0, 0, 9, 9],
+            "stack": ["encoder", "decoder"] * 2,
+            "layer": 0,
+            "lam": 0.02,
+            "k": [1.2, 1.2, 1.2, 1.0],
+        }
+    )
+    found = shape_drift(table)
+    assert found["stack"].tolist() == ["encoder", "decoder"]
+    np.testing.assert_allclose(found["k_drift"], [0, 1 / 1.2 - 1], atol=1e-12)
+
+
+def test_drift_takes_a_run(tmp_path):
+    writer = RunWriter(tmp_path / "run", 0, {"tensors": {"w": {"layer": 0, "component": "up", "numel": 4}}})
+    for step, k in ((0, 1.2), (9, 1.0)):
+        row = {"tensor": ["w"], "lam": [0.02], "k": [k], "r_squared": [1.0], "ks": [0.0], "n": [4]}
+        writer.append("weibull", {"step": step, **row})
+    writer.close()
+    run = RunLog(tmp_path / "run")
+    pd.testing.assert_frame_equal(shape_drift(run), shape_drift(run.weibull()))
+    assert shape_drift(run)["k_drift"].item() == pytest.approx(1 / 1.2 - 1)
+
+
 def test_drift_says_which_column_is_missing():
-    with pytest.raises(ValueError, match=r"table lacks the columns \['lam'\]"):
+    with pytest.raises(ValueError, match=r"lacks the columns \['lam'\]"):
         shape_drift(pd.DataFrame({"step": [1], "k": [1.0]}))

@@ -10,22 +10,36 @@ Pythia-70M shape (attention output and both MLP matrices of six blocks) and hold
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import check_choice, check_number, check_path, check_whole
 from weightdyn.core.forces import At, before_step, forces_from_products
 from weightdyn.core.tables import FORCE_TABLE
+from weightdyn.files.weightfiles import read_text
 
 NUMEL = 14_155_776
 """Weights in the published force logs: 6 blocks of 512·512 + 2·(512·2048)."""
 
+_TINY = np.finfo(float).tiny
+_RANGE = {
+    "eta": (_TINY,),
+    "rms": (_TINY,),
+    "inj_full": (0,),
+    "dec_full": (0,),
+}  # η and the norm are divided by
 _LOGGED = ("step", "eta", "true_align_full", "inj_full", "dec_full", "rms")
 
 
-def read_published_forces(path: str | Path, *, weight_decay: float = 0.01, at: At = "before") -> pd.DataFrame:
+def read_published_forces(
+    path: str | PathLike[str], *, weight_decay: float = 0.01, at: At = "before"
+) -> pd.DataFrame:
     """Read a published force log (`baseline_force.jsonl`, `v1b_spline_true.jsonl`) as a force table.
 
     A line holds, after update `step`, `eta` = η, `true_align_full` = 2η⟨w',u⟩, `inj_full` = η²‖u‖²,
@@ -44,13 +58,15 @@ def read_published_forces(path: str | Path, *, weight_decay: float = 0.01, at: A
         its tensor called "transmission".
 
     Raises:
-        ValueError: a line that is not such a record, or a `weight_decay` or `at` that cannot be.
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is not such a record, two records of one step, or a `weight_decay` or `at` that
+            cannot be.
 
     Source: arXiv 2606.19367, the force budget of its self-trained runs.
     """
-    if at not in ("before", "after"):
-        raise ValueError(f"at must be 'before' or 'after', got {at!r}")
-    log = _read_lines(Path(path))
+    check_choice("at", at, ("before", "after"))
+    weight_decay = check_number("weight_decay", weight_decay, 0)
+    log = _read_lines(check_path("path", path))
     lr, w_sq_after = log["eta"], NUMEL * log["rms"] ** 2
     logged_decay = log["dec_full"] / (2 * lr * w_sq_after)
     if not np.allclose(logged_decay, weight_decay, rtol=1e-6):
@@ -84,7 +100,7 @@ def read_published_forces(path: str | Path, *, weight_decay: float = 0.01, at: A
     )
 
 
-def read_published_trajectory(path: str | Path) -> pd.DataFrame:
+def read_published_trajectory(path: str | PathLike[str]) -> pd.DataFrame:
     """Read a published Weibull trajectory (`lambda_trajectory_*.json`, `per_layer_lambda_*.json`).
 
     Returns:
@@ -92,27 +108,26 @@ def read_published_trajectory(path: str | Path) -> pd.DataFrame:
         Weibull scale λ), `k` and `sigma` (rms of the weights).
 
     Raises:
-        ValueError: the file is not such a list.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not such a list, or a number in it cannot be.
     """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = [
-            (record["step"], layer, fit["lambda"], fit["k"], fit["sigma"])
-            for record in records
-            for layer, fit in (record["layers"].items() if "layers" in record else [(None, record)])
-        ]
-    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a published trajectory, a list of "
-            f'{{"step", "k", "lambda", "sigma"}} or {{"step", "layers"}}: {error!r}'
-        ) from error
+    accepted = 'trajectory, a list of {"step", "k", "lambda", "sigma"} or {"step", "layers"}'
+    rows = []
+    for record in _read_list(path, accepted):
+        with _named(f"{path} is not a published {accepted}"):
+            step = check_whole("step", record["step"])
+            for layer, fit in record["layers"].items() if "layers" in record else [(None, record)]:
+                layer = None if layer is None else check_whole("layer", int(layer))
+                rows.append(
+                    (step, layer, *(check_number(name, fit[name], 0) for name in ("lambda", "k", "sigma")))
+                )
     table = pd.DataFrame(rows, columns=["step", "layer", "lam", "k", "sigma"])
     table["layer"] = pd.to_numeric(table["layer"]).astype("Int64")
     table = table.sort_values(["step", "layer"], ignore_index=True)
     return table.drop(columns="layer") if table["layer"].isna().all() else table
 
 
-def read_published_recovery(path: str | Path) -> pd.DataFrame:
+def read_published_recovery(path: str | PathLike[str]) -> pd.DataFrame:
     """Read a published recovery of the alignment from checkpoints (`spline_from_ckpt_pythia2.json`).
 
     It holds the spline's 2η⟨w,û⟩ against the logged 2η⟨w',u⟩, w' after the step, over 200,000 of the weights.
@@ -127,37 +142,58 @@ def read_published_recovery(path: str | Path) -> pd.DataFrame:
     A + I: by itself that makes (A + I)/(A + 2I), 0.954 in the median of this run, of the published 0.935.
 
     Raises:
-        ValueError: the file is not such a list.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not such a list, or a number in it cannot be.
 
     Source: arXiv 2606.19367, spline displacement.
     """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = [
-            (int(each["step"]), int(each["local_gap"]), -float(each["true"]), -float(each["spline"]))
-            for each in records
-        ]
-    except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f'{path} is not a published recovery, a list of {{"step", "true", "spline", "local_gap"}}: {error!r}'
-        ) from error
+    accepted = 'recovery, a list of {"step", "true", "spline", "local_gap"}'
+    rows = []
+    for record in _read_list(path, accepted):
+        with _named(f"{path} is not a published {accepted}"):
+            step, gap = check_whole("step", record["step"]), check_whole("local_gap", record["local_gap"], 1)
+            rows.append((step, gap, *(-check_number(name, record[name]) for name in ("true", "spline"))))
     table = pd.DataFrame(rows, columns=["step", "gap", "true", "spline"])
     return table.assign(ratio=table["spline"] / table["true"]).sort_values("step", ignore_index=True)
 
 
+def _read_list(path: str | PathLike[str], accepted: str) -> list[Any]:
+    path = check_path("path", path)
+    text = read_text(path)
+    with _named(f"{path} is not a published {accepted}"):
+        found = json.loads(text)
+        if not isinstance(found, list):
+            raise TypeError(f"it holds a {type(found).__name__}")
+    return found
+
+
+@contextmanager
+def _named(wrong: str) -> Iterator[None]:
+    """Name the file in whatever the content of a foreign one raises."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{wrong}: {error!r}; download it again, or give another file") from error
+
+
 def _read_lines(path: Path) -> pd.DataFrame:
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
-        try:
+        with _named(f"{path}, line {number}, is not a record of a published force log with {list(_LOGGED)}"):
             record = json.loads(line)
-            records.append({name: float(record[name]) for name in _LOGGED})
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path}, line {number}, is not a record of a published force log "
-                f"with {list(_LOGGED)}: {error!r}"
-            ) from error
+            records.append(
+                {
+                    "step": check_whole("step", record["step"], 1),
+                    **{name: check_number(name, record[name], *_RANGE.get(name, ())) for name in _LOGGED[1:]},
+                }
+            )
     if not records:
-        raise ValueError(f"{path} has no records")
-    return pd.DataFrame(records).sort_values("step", ignore_index=True)
+        raise ValueError(f"{path} has no records: download it again, or give another file")
+    table = pd.DataFrame(records).sort_values("step", ignore_index=True)
+    if (again := table["step"].duplicated()).any():
+        raise ValueError(
+            f"{path} has two records of step {table.loc[again, 'step'].iloc[0]}: keep one of them"
+        )
+    return table

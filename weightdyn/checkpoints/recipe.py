@@ -11,22 +11,33 @@ read from their schedule at the first update, its value at 1 or at 0; `first` sa
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from weightdyn.core.checks import (
+    check_betas,
+    check_choice,
+    check_number,
+    check_path,
+    check_text,
+    check_whole,
+    shown,
+)
 from weightdyn.core.forces import timescale
+from weightdyn.files.weightfiles import parse_json, read_text
 from weightdyn.record.runlog import RunLog
 
 LearningRate = Callable[[np.ndarray], np.ndarray]
 """η of each update, as a function of their 1-based numbers."""
+
+MAX_UPDATES = 100_000_000
+"""Updates that a training can have here: far more than any had, and few enough for one number each."""
 
 
 # Schedules.
@@ -49,7 +60,8 @@ def constant(peak: float, warmup: int = 0, *, first: int = 1) -> LearningRate:
     >>> constant(1.0, warmup=4)(np.array([1, 4, 100])).tolist()
     [0.25, 1.0, 1.0]
     """
-    return partial(_scheduled, _flat, _Shape(peak, warmup=_check("warmup", warmup)), _check("first", first))
+    shape = _Shape(check_number("peak", peak, 0), warmup=check_whole("warmup", warmup, 0))
+    return partial(_scheduled, _flat, shape, check_whole("first", first, 0, 1))
 
 
 def linear(peak: float, steps: int, warmup: int = 0, floor: float = 0.0, *, first: int = 1) -> LearningRate:
@@ -67,7 +79,7 @@ def linear(peak: float, steps: int, warmup: int = 0, floor: float = 0.0, *, firs
     >>> linear(1.0, steps=10, floor=0.5)(np.array([5, 10, 11])).tolist()
     [0.75, 0.5, 0.5]
     """
-    return partial(_scheduled, _line, _shape(peak, steps, warmup, floor), _check("first", first))
+    return partial(_scheduled, _line, _shape(peak, steps, warmup, floor), check_whole("first", first, 0, 1))
 
 
 def cosine(peak: float, steps: int, warmup: int = 0, floor: float = 0.0, *, first: int = 1) -> LearningRate:
@@ -80,7 +92,9 @@ def cosine(peak: float, steps: int, warmup: int = 0, floor: float = 0.0, *, firs
     >>> cosine(1.0, steps=100, warmup=10, floor=0.2)(np.array([1, 10, 55, 100])).round(3).tolist()
     [0.1, 1.0, 0.6, 0.2]
     """
-    return partial(_scheduled, _half_cosine, _shape(peak, steps, warmup, floor), _check("first", first))
+    return partial(
+        _scheduled, _half_cosine, _shape(peak, steps, warmup, floor), check_whole("first", first, 0, 1)
+    )
 
 
 def warmup_stable_decay(
@@ -102,12 +116,12 @@ def warmup_stable_decay(
     [0.5, 1.0, 0.5, 0.0]
     """
     shape = _shape(peak, steps, warmup, floor)
-    if not 0 < cooldown <= steps - warmup:
+    if not 0 < check_whole("cooldown", cooldown) <= steps - warmup:
         raise ValueError(
             f"cooldown must be from 1 to steps - warmup = {steps - warmup}, got {cooldown!r}; "
             "constant() is the schedule without one"
         )
-    return partial(_scheduled, _stable, replace(shape, cooldown=cooldown), _check("first", first))
+    return partial(_scheduled, _stable, replace(shape, cooldown=cooldown), check_whole("first", first, 0, 1))
 
 
 def neox_cosine(peak: float, steps: int, warmup: int, floor: float) -> LearningRate:
@@ -147,19 +161,10 @@ class _Shape:
 
 
 def _shape(peak: float, steps: int, warmup: int, floor: float) -> _Shape:
-    _check("steps", steps)
-    if not 0 <= _check("warmup", warmup) < steps:
+    peak, steps = check_number("peak", peak, 0), check_whole("steps", steps, 1, MAX_UPDATES)
+    if check_whole("warmup", warmup) >= steps:
         raise ValueError(f"warmup must be from 0 to steps - 1 = {steps - 1}, got {warmup!r}")
-    if not 0 <= floor <= 1:
-        raise ValueError(f"floor must be a fraction of peak from 0 to 1, got {floor!r}")
-    return _Shape(peak, steps, warmup, floor)
-
-
-def _check(name: str, value: int) -> int:
-    if int(value) != value or value < 0 or (name == "first" and value > 1):
-        accepted = "0 or 1" if name == "first" else "a whole number >= 0"
-        raise ValueError(f"{name} must be {accepted}, got {value!r}")
-    return int(value)
+    return _Shape(peak, steps, warmup, check_number("floor", floor, 0, 1))
 
 
 def _scheduled(
@@ -253,27 +258,25 @@ class Recipe:
 
     def __post_init__(self):
         if not callable(self.lr):
-            lr = np.asarray(self.lr, dtype=np.float64)
+            try:
+                lr = np.asarray(self.lr, dtype=np.float64)
+            except (TypeError, ValueError):
+                lr = np.array(math.nan)
             if lr.ndim > 1 or not lr.size or not np.all(np.isfinite(lr) & (lr >= 0)):
                 raise ValueError(
                     "lr must be a number >= 0, a 1-D array with one for each update, or a function of update "
-                    f"numbers; got {self.lr!r}"
+                    f"numbers; got {shown(self.lr)}"
                 )
             object.__setattr__(self, "lr", lr if lr.ndim else float(lr))
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be a number >= 0, got {self.weight_decay!r}")
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        if not 0 <= self.eps < math.inf:
-            raise ValueError(f"eps must be a number >= 0, got {self.eps!r}")
+        object.__setattr__(self, "weight_decay", check_number("weight_decay", self.weight_decay, 0))
+        object.__setattr__(self, "betas", check_betas("betas", self.betas))
+        object.__setattr__(self, "eps", check_number("eps", self.eps, 0))
         if not callable(self.decays):
             raise TypeError(
                 "decays must be a function (component, name) -> bool, such as recipe.matrices_decay or "
-                f"recipe.all_decay; got {self.decays!r}"
+                f"recipe.all_decay; got {shown(self.decays)}"
             )
-        if self.steps is not None:
-            _check("steps", self.steps)
+        check_whole("steps", self.steps, 1, MAX_UPDATES, none="not known")
 
     def lr_at(self, updates: Any) -> np.ndarray:
         """Learning rate η of updates.
@@ -285,13 +288,19 @@ class Recipe:
             float64 of the same shape.
 
         Raises:
-            ValueError: an update below 1, or behind the end of an array of learning rates.
+            ValueError: an update that is no whole number from 1 on, or behind the end of an array of learning
+                rates; a function that does not give each update a finite learning rate >= 0.
         """
-        updates = np.asarray(updates)
+        given, updates = updates, np.asarray(updates)
+        if updates.dtype.kind not in "iu":
+            whole = updates.dtype.kind == "f" and np.isfinite(updates).all() and np.all(updates % 1 == 0)
+            if updates.size and not whole:
+                raise ValueError(f"updates must be whole numbers, got {shown(given)}")
+            updates = updates.astype(np.int64)
         if updates.size and updates.min() < 1:
             raise ValueError(f"updates are counted from 1, got {updates.min()}")
         if callable(self.lr):
-            return np.asarray(self.lr(updates), dtype=np.float64)
+            return self._called(updates)
         if isinstance(self.lr, np.ndarray):
             if updates.size and updates.max() > len(self.lr):
                 raise ValueError(
@@ -299,6 +308,24 @@ class Recipe:
                 )
             return self.lr[updates.astype(np.int64) - 1]
         return np.full(updates.shape, self.lr)
+
+    def _called(self, updates: np.ndarray) -> np.ndarray:
+        """What the function `lr` gives for each update, checked."""
+        found = self.lr(updates)  # type: ignore[operator]
+        try:
+            lr = np.broadcast_to(np.asarray(found, dtype=np.float64), updates.shape)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"lr: the function must return one learning rate for each of {updates.size} updates, "
+                f"got {shown(found)}"
+            ) from None
+        wrong = ~(np.isfinite(lr) & (lr >= 0))
+        if wrong.any():
+            raise ValueError(
+                f"lr: the learning rate of update {updates[wrong].flat[0]} must be a finite number >= 0, "
+                f"got {lr[wrong].flat[0]}"
+            )
+        return lr
 
     def decay_of(self, component: str, name: str) -> float:
         """Decay λ of a tensor: `weight_decay` if it decays, else 0."""
@@ -309,8 +336,11 @@ class Recipe:
         """Relaxation time τ = 1/(ηλ) at the peak of the learning rate, in updates."""
         if callable(self.lr) and self.steps is None:
             raise ValueError("tau needs the peak of the learning rate, so a recipe with steps")
-        lr = self.lr_at(np.arange(1, self.steps + 1)) if self.steps else np.asarray(self.lr)
-        return timescale(float(np.max(lr)), self.weight_decay)
+        if self.steps is None:
+            return timescale(float(np.max(np.asarray(self.lr))), self.weight_decay)
+        starts = range(1, self.steps + 1, _AT_A_TIME)
+        peaks = [self.lr_at(np.arange(a, min(a + _AT_A_TIME, self.steps + 1))).max() for a in starts]
+        return timescale(float(max(peaks)), self.weight_decay)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Recipe:
@@ -328,7 +358,7 @@ class Recipe:
         >>> recipe.weight_decay, round(recipe.tau), Recipe.preset("pythia-70m", weight_decay=0.01).weight_decay
         (0.1, 10000, 0.01)
         """
-        key = name.rpartition("/")[2].lower()
+        key = check_text("name", name, "the name of a preset").rpartition("/")[2].lower()
         if key not in PRESETS:
             raise ValueError(f"name must be one of {', '.join(PRESETS)}; got {name!r}")
         return replace(PRESETS[key], **changes)
@@ -364,11 +394,10 @@ class Recipe:
         >>> Recipe.from_settings(lr=1.0, steps=100, warmup=10, floor=0.2).lr_at([1, 10, 55, 100]).round(3).tolist()
         [0.1, 1.0, 0.6, 0.2]
         """
-        if schedule not in ("cosine", "constant"):
-            raise ValueError(f"schedule must be 'cosine' or 'constant', got {schedule!r}")
-        if decayed not in ("matrices", "all"):
-            raise ValueError(f"decayed must be 'matrices' or 'all', got {decayed!r}")
-        turns = schedule == "cosine" and warmup < steps
+        check_choice("schedule", schedule, ("cosine", "constant"))
+        check_choice("decayed", decayed, ("matrices", "all"))
+        check_whole("steps", steps, 1, MAX_UPDATES)
+        turns = schedule == "cosine" and check_whole("warmup", warmup) < steps
         rates = cosine(lr, steps, warmup, floor) if turns else constant(lr, warmup)
         return cls(rates, weight_decay, betas, eps, all_decay if decayed == "all" else matrices_decay, steps)
 
@@ -382,7 +411,7 @@ class Recipe:
         Raises:
             ValueError: the run does not say how it was trained.
         """
-        log = run if isinstance(run, RunLog) else RunLog(run)
+        log = run if isinstance(run, RunLog) else RunLog(check_path("run", run))
         names = list(inspect.signature(cls.from_settings).parameters)
         train = log.info.get("train")
         if not isinstance(train, dict) or not {"lr", "steps"} <= set(train):
@@ -390,7 +419,13 @@ class Recipe:
                 f"run: {log.path or 'the run in memory'} does not say how it was trained (run.json has no section "
                 "'train' with lr and steps); give the recipe yourself, Recipe(lr=…, weight_decay=…)"
             )
-        return cls.from_settings(**{name: train[name] for name in names if name in train})
+        try:
+            return cls.from_settings(**{name: train[name] for name in names if name in train})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"run: {log.path or 'the run in memory'}: the section 'train' of run.json cannot be used "
+                f"({error}); mend it, or give the recipe yourself, Recipe(lr=…, weight_decay=…)"
+            ) from error
 
     @classmethod
     def from_trainer_state(
@@ -407,26 +442,51 @@ class Recipe:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: nothing in it has a learning rate.
+            ValueError: it is no regular file or no JSON; nothing in it has a learning rate; a step or a learning
+                rate that cannot be.
 
         Source: github.com/huggingface/transformers, pull request 36973.
         """
+        remedy = "copy it again, or give the schedule instead, Recipe(lr=linear(…))"
         if isinstance(state, Mapping):
             where, content = "state", state
         else:
-            path = Path(state)
+            path = check_path("state", state)
             path = path / "trainer_state.json" if path.is_dir() else path
-            where, content = str(path), json.loads(path.read_text(encoding="utf-8"))
-        logged = [entry for entry in content.get("log_history", []) if "learning_rate" in entry]
+            where, content = str(path), parse_json(read_text(path), path, remedy)
+        history = content.get("log_history", [])
+        if not isinstance(history, list) or not all(isinstance(entry, Mapping) for entry in history):
+            raise ValueError(f"{where}: log_history must be a list of records {{…}}; {remedy}")
+        logged = [entry for entry in history if "learning_rate" in entry]
         if not logged:
             raise ValueError(
                 f"{where}: log_history has no entry with a learning_rate; give the schedule instead, "
                 "Recipe(lr=linear(…))"
             )
-        known = {int(entry["step"]) + ahead: float(entry["learning_rate"]) for entry in logged}
-        steps = int(content.get("max_steps") or 0) or max(known)
-        lr = np.interp(np.arange(1, steps + 1), sorted(known), [known[step] for step in sorted(known)])
-        return cls(lr=lr, steps=steps, **fields)
+        try:
+            known = {
+                check_whole("step", entry.get("step"), 0, MAX_UPDATES - 1) + bool(ahead): check_number(
+                    "learning_rate", entry["learning_rate"], 0
+                )
+                for entry in logged
+            }
+            steps = check_whole("max_steps", content.get("max_steps") or 0, -1, MAX_UPDATES)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}; {remedy}") from None
+        updates = np.array(sorted(known))
+        steps = max(steps, int(updates[-1]), 1)
+        rates = np.array([known[update] for update in updates.tolist()])
+        return cls(lr=partial(_between, updates, rates, steps), steps=steps, **fields)
+
+
+_AT_A_TIME = 1 << 20
+
+
+def _between(known: np.ndarray, rates: np.ndarray, steps: int, updates: np.ndarray) -> np.ndarray:
+    """η between the updates at which it was logged."""
+    if updates.size and updates.max() > steps:
+        raise ValueError(f"update {updates.max()} lies behind the training, which has {steps} updates")
+    return np.interp(updates, known, rates)
 
 
 # Published models.

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from weightdyn.checkpoints.recipe import MAX_UPDATES, Recipe
+from weightdyn.core.checks import check_choice, check_whole, shown
 from weightdyn.core.forces import forces_from_products, noise_rho
 from weightdyn.core.naming import Views, split_label
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.core.tables import FORCE_TABLE, IDENTITY, RECOVERY_TABLE, check_force_table
+from weightdyn.core.tables import FORCE_TABLE, IDENTITY, RECOVERY_TABLE, check_columns, check_force_table
 
 if TYPE_CHECKING:
-    from weightdyn.checkpoints.recipe import Recipe
     from weightdyn.checkpoints.series import Checkpoints
     from weightdyn.record.runlog import RunLog
 
@@ -304,7 +305,8 @@ def recover_forces(
 
     Raises:
         TypeError, ValueError: an argument is none of these; fewer than two checkpoints; a table without what
-            the method needs.
+            the method needs, with two rows of one tensor at one step, or with a step, ‖W‖² or number of weights
+            that cannot be.
 
     Source: displacement and spline, arXiv 2606.19367.
 
@@ -315,12 +317,10 @@ def recover_forces(
        step  span  alignment
     0    10    10     0.0151
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {tuple(METHODS)}, got {method!r}")
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ValueError(f"every must be None (one row for each gap) or a whole number >= 1, got {every!r}")
-    if not hasattr(recipe, "lr_at"):
-        raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {recipe!r}")
+    check_choice("method", method, METHODS)
+    check_whole("every", every, 1, none="one row for each gap")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {shown(recipe)}")
     measured = _measured(source, method, views, progress)
     parts = list(measured.groupby("tensor", sort=False, observed=True))
     bar = progress_bar(parts, progress=progress, unit="tensor", desc="recover", delay=2)
@@ -351,17 +351,45 @@ def _measured(source: Any, method: str, views: Views, progress: Progress) -> pd.
         raise ValueError(
             f"views: the table has its rows; measure it with views={views!r}, got {views!r} here"
         )
-    missing = [name for name in ("step", "tensor", "numel", "norm_sq") if name not in source]
-    if missing:
-        raise ValueError(f"source is no table of Checkpoints.measure: it lacks the columns {missing}")
-    bad = source[~np.isfinite(source["norm_sq"].to_numpy(float))]
-    if len(bad):
-        one = bad.iloc[0]
+    check_columns(source, ("step", "tensor", "numel", "norm_sq"), _TABLE, argument="source")
+    if "rounding" in source:
+        check_columns(source, ("rounding",), _TABLE, argument="source")
+    for name, accepted, good, remedy in _ACCEPTED:
+        if name in source:
+            values = source[name].to_numpy(float, na_value=np.nan)
+            if len(bad := source[~good(values)]):
+                one = bad.iloc[0]
+                raise ValueError(
+                    f"source: {name} must be {accepted}; that of {one['tensor']} at step {one['step']} is "
+                    f"{one[name]}{remedy}"
+                )
+    if source["tensor"].isna().any():
         raise ValueError(
-            f"source: ‖W‖² of {one['tensor']} at step {one['step']} is {one['norm_sq']}; leave that checkpoint out"
+            "source: a row of the column tensor is missing; give each row the name of its tensor"
+        )
+    if len(again := source[source.duplicated(["tensor", "step"])]):
+        one = again.iloc[0]
+        raise ValueError(
+            f"source has two rows for {one['tensor']} at one step, {one['step']}; keep one of them"
         )
     defaults = {"stack": "", "layer": pd.NA, "component": "other", "role": "other"}
     return source.assign(**{name: value for name, value in defaults.items() if name not in source})
+
+
+_TABLE = "table of Checkpoints.measure"
+
+_ACCEPTED: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray], str], ...] = (
+    (
+        "step",
+        f"a whole number from 0 to {MAX_UPDATES:,}",
+        lambda x: (x >= 0) & (x <= MAX_UPDATES) & (x == np.floor(x)),
+        "",
+    ),
+    ("numel", "a whole number >= 1", lambda x: (x >= 1) & (x < 2**53) & (x == np.floor(x)), ""),
+    ("norm_sq", "a finite ‖W‖² >= 0", lambda x: (x >= 0) & np.isfinite(x), "; leave that checkpoint out"),
+    ("rounding", "a finite number >= 0, or missing", lambda x: np.isnan(x) | ((x >= 0) & np.isfinite(x)), ""),
+)
+"""Columns of a measured table, what they must hold, a check of that, and what to do otherwise."""
 
 
 def _recover(rows: pd.DataFrame, place: int, recipe: Recipe, method: str, every: int | None) -> pd.DataFrame:
@@ -369,10 +397,6 @@ def _recover(rows: pd.DataFrame, place: int, recipe: Recipe, method: str, every:
     rows = rows.sort_values("step")
     first = rows.iloc[0]
     steps = rows["step"].to_numpy(np.int64)
-    if (np.diff(steps) == 0).any():
-        raise ValueError(
-            f"source has two rows for {first['tensor']} at one step, {steps[:-1][np.diff(steps) == 0][0]}"
-        )
     norm_sq, numel = rows["norm_sq"].to_numpy(float), int(first["numel"])
     updates = np.arange(steps[0] + 1, steps[-1] + 1)
     lr = recipe.lr_at(updates)

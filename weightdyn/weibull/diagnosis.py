@@ -7,6 +7,7 @@ notebook; behind what it prints stands one table of fits.
 from __future__ import annotations
 
 import html
+import io
 import math
 import re
 from collections import Counter
@@ -19,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import check_path
 from weightdyn.core.naming import COMPONENTS, Views, describe
-from weightdyn.files.weightfiles import Matrix, newest_checkpoint, read_matrices
+from weightdyn.files.weightfiles import Matrix, newest_checkpoint, read_matrices, read_text
 from weightdyn.weibull.fit import K0
 from weightdyn.weibull.weights import Weights, fit_weights
 
@@ -297,24 +299,41 @@ def _kind(q: tuple[int, int], k: tuple[int, int]) -> str:
 
 # The published database.
 
+_MOST_COLUMNS = 4096
+
 _WITHOUT_GATE = {"up": "ffn_in", "down": "ffn_out"}
 """Names under which the published database has the two MLP matrices of models without a gate."""
 
 
 def _read_database(database: str | PathLike[str] | pd.DataFrame) -> pd.DataFrame:
-    try:
-        table: Any = database if isinstance(database, pd.DataFrame) else pd.read_csv(database)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"database: there is no file {database}") from None
-    except (OSError, ValueError) as error:  # a folder; what is no text, or no table
+    table: Any = database
+    where = "database" if isinstance(database, pd.DataFrame) else f"database {database}"
+    if not isinstance(database, pd.DataFrame):
+        file = check_path("database", database, "a pandas.DataFrame or the path of a CSV file")
+        try:
+            text = read_text(file)
+            if (columns := text.partition("\n")[0].count(",")) > _MOST_COLUMNS:
+                raise ValueError(f"its first line has {columns:,} columns")
+            table = pd.read_csv(io.StringIO(text))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"database: there is no file {database}") from None
+        except (OSError, ValueError) as error:  # a folder, a pipe; what is no text, or no table
+            raise ValueError(
+                f"database must be a CSV file, and {database} cannot be read as one: {error}"
+            ) from error
+    medians = [name for name in table if str(name).startswith(("k_median_", "lambda_median_"))]
+    if not any(str(name).startswith("k_median_") for name in medians):
         raise ValueError(
-            f"database must be a CSV file, and {database} cannot be read as one: {error}"
-        ) from error
-    if not any(str(column).startswith("k_median_") for column in table):
-        raise ValueError(
-            "database must have a row per model, its name in the first column, and columns k_median_<component>; "
+            f"{where} must have a row per model, its name in the first column, and columns k_median_<component>; "
             f"got the columns {list(table)[:8]}"
         )
+    for name in medians:
+        try:
+            values = table[name].to_numpy(float, na_value=np.nan)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: the column {name} must hold numbers: {error}") from None
+        if values.ndim > 1 or not np.all(np.isnan(values) | ((values > 0) & np.isfinite(values))):
+            raise ValueError(f"{where}: the column {name} must hold one finite number > 0 a row, or none")
     return table
 
 

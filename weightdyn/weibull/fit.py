@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy
+import torch
 from torch import Tensor
 
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
@@ -27,7 +28,10 @@ from weightdyn.weibull.magnitudes import MagnitudeHistogram
 Method = Literal["plot", "mle", "moments"]
 
 SORTED = 1 << 18
-"""Tensors and arrays up to this size are sorted, which is exact; larger ones are counted in bins."""
+"""Tensors and arrays up to this size are sorted, which is exact; larger ones are counted in bins where these do."""
+
+FINE = 256
+"""Bins that the trimmed range must span for their 0.4 % not to matter: as many as a law with k = 4.5 spans."""
 
 FEW = 50
 """Distinct magnitudes below which a fit is marked: a density says little about a handful of values."""
@@ -116,8 +120,11 @@ def fit_weibull(
 
     Args:
         x: weights of any shape and device, or the histogram of their magnitudes. Zeros and non-finite values
-            are left out. Up to 262,144 weights are sorted; more of them in float32 or float64, like a
-            histogram, are taken in bins 0.4 % wide, which moves k by less than 1e-5 at that size.
+            are left out. Up to 262,144 weights are sorted. More of them in float32 or float64 are counted in
+            bins 0.4 % wide, which moves λ by less than 1e-5 of itself and k by less than 1e-5; but those that
+            bins would blur are sorted too: values that repeat, as on the grid of a quantised tensor, that lie
+            close together (k above 4.5), or among the subnormals. Of a histogram that is too coarse for its
+            sample a note tells.
         method: how λ and k are found.
             "plot", the published protocol: ordinary least squares of ln(−ln(1−F)) on ln x over the sorted
             magnitudes with F = (i−½)/n in `trim`.
@@ -145,7 +152,7 @@ def fit_weibull(
     if method not in ("plot", "mle", "moments"):
         raise ValueError(f"method must be 'plot', 'mle' or 'moments', got {method!r}")
     low, high = _check_trim(trim)
-    sample = as_histogram(x)
+    sample = as_histogram(x, (low, high))
     line = _fit_plot(sample, (low, high))
     if method == "plot":
         found = Found(line.lam, line.k)
@@ -159,7 +166,7 @@ def fit_weibull(
         n=sample.n,
         method=method,
         trim=(low, high),
-        note=_note(sample, found.k),
+        note=_note(sample, found.k, (low, high)),
         lam_se=found.lam_se,
         k_se=found.k_se,
     )
@@ -195,8 +202,23 @@ def _check_trim(trim: Any) -> tuple[float, float]:
     return low, high
 
 
-def as_histogram(x: Tensor | np.ndarray | MagnitudeHistogram) -> MagnitudeHistogram:
-    """The histogram that fits take of x: exact up to `SORTED` weights, itself where it is one already."""
+def as_histogram(
+    x: Tensor | np.ndarray | MagnitudeHistogram, trim: tuple[float, float] = (0.1, 0.9), *, sums: bool = False
+) -> MagnitudeHistogram:
+    """The histogram that fits take of x: in bins, or exact where bins would blur it.
+
+    Args:
+        x: weights, or a histogram, which is returned as it is.
+        trim: the range of F for which the bins have to do.
+        sums: as in `MagnitudeHistogram.from_tensor`.
+
+    Returns:
+        An exact histogram of up to `SORTED` weights, and of more whose values repeat, or lie so close together
+        that fewer than `FINE` bins span the trim. In bins otherwise.
+
+    Raises:
+        TypeError: x is no tensor, array or histogram, or not of a float type.
+    """
     if isinstance(x, MagnitudeHistogram):
         return x
     if not isinstance(x, Tensor | np.ndarray):
@@ -205,10 +227,59 @@ def as_histogram(x: Tensor | np.ndarray | MagnitudeHistogram) -> MagnitudeHistog
             "fit_weights takes whole models, torch.tensor(x) makes a tensor of a list"
         )
     size = x.numel() if isinstance(x, Tensor) else x.size
-    return MagnitudeHistogram.from_tensor(x, sums=False, exact=size <= SORTED)
+    if size > SORTED:
+        if not _repeats(x):
+            counted = MagnitudeHistogram.from_tensor(x, sums=sums)
+            if counted.exact or not is_coarse(counted, trim):
+                return counted
+        elif isinstance(x, Tensor):
+            short = (x.to(dtype) for dtype in (torch.bfloat16, torch.float16))  # exact without being sorted
+            x = next((each for each in short if torch.equal(each.to(x.dtype), x)), x)
+    return MagnitudeHistogram.from_tensor(x, sums=sums, exact=True)
 
 
-def _note(sample: MagnitudeHistogram, k: float) -> str:
+def _repeats(x: Tensor | np.ndarray) -> bool:
+    """Whether more than 0.5 % of a few thousand magnitudes, zeros left out, have an equal among them.
+
+    Of float32 weights off a grid about 0.03 % have. On a grid so fine that fewer than these repeat, and with
+    fewer than these on one value, bins do no harm.
+    """
+    if isinstance(x, Tensor):
+        counted = x.layout == torch.strided and not x.is_meta and x.is_floating_point() and x.itemsize > 2
+    else:
+        counted = x.dtype.kind == "f" and x.dtype.itemsize > 2
+    if not counted:
+        return False  # the histogram refuses it, or is exact anyway
+    some = np.linspace(0, math.prod(x.shape) - 1, _LOOKED_AT).astype(np.int64)
+    where = np.unravel_index(some, x.shape)
+    if isinstance(x, Tensor):
+        value = x.detach()[tuple(torch.from_numpy(each).to(x.device) for each in where)].cpu().numpy()
+    else:
+        value = x[where]
+    value = np.abs(value[np.isfinite(value) & (value != 0)])
+    return len(value) - len(np.unique(value)) > 0.005 * len(value)
+
+
+_LOOKED_AT = 1 << 14
+
+
+def is_coarse(sample: MagnitudeHistogram, trim: tuple[float, float] = (0.1, 0.9)) -> bool:
+    """Whether the bins of a histogram are too wide for the sample in them, or it lies on a grid in them."""
+    if sample.exact or sample.n == 0:
+        return False
+
+    def reach(trim: tuple[float, float]) -> tuple[int, int]:
+        """How many bins hold weights in the trim, and how many lie there."""
+        ends = np.asarray(_kept(sample.n, trim)).clip(0, sample.n - 1)
+        first, last = np.searchsorted(sample.ends, ends, "right")
+        return int(last - first) + 1, int(sample.keys[last] - sample.keys[first]) + 1
+
+    held, spanned = reach((0.1, 0.9))
+    # Where each bin has tens of weights by right, an empty one tells that they lie on a grid.
+    return reach(trim)[1] < FINE or (held < 0.99 * spanned and sample.n > 25 * spanned)
+
+
+def _note(sample: MagnitudeHistogram, k: float, trim: tuple[float, float]) -> str:
     notes = []
     distinct = len(sample.keys)
     if distinct == 0:
@@ -217,6 +288,8 @@ def _note(sample: MagnitudeHistogram, k: float) -> str:
         notes.append("all magnitudes are equal" + ("" if sample.exact else " to within 0.4 %"))
     elif math.isnan(k):
         notes.append("fewer than two distinct magnitudes in the trimmed range")
+    elif is_coarse(sample, trim):
+        notes.append("bins of 0.4 % are too coarse for these magnitudes")
     elif distinct < FEW:
         notes.append(f"only {distinct} distinct magnitudes")
     if sample.n_nonfinite:

@@ -9,17 +9,24 @@ so shards merge and layers pool. Everything in `weibull` is computed from it.
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from weightdyn.core.checks import check_path
+from weightdyn.files.durable import write_file
+from weightdyn.files.weightfiles import open_regular
 
 PIECE = 1 << 16
 """Elements that are counted at a time on the CPU: what is made of them stays in the cache."""
@@ -436,8 +443,11 @@ class MagnitudeHistogram:
             out = np.asarray(np.where(begun > 0, below / self.n, 0.0))
         return float(out) if out.ndim == 0 else out
 
-    def save(self, path: str | Path) -> None:
-        """Write to an .npz file, compressed: some tens of kilobytes for bins."""
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to an .npz file, compressed, whole or not at all: some tens of kilobytes for bins."""
+        write_file(check_path("path", path), self._write)
+
+    def _write(self, path: Path) -> None:
         with open(path, "wb") as file:
             np.savez_compressed(
                 file,
@@ -449,27 +459,90 @@ class MagnitudeHistogram:
             )
 
     @classmethod
-    def load(cls, path: str | Path) -> MagnitudeHistogram:
-        """Read what `save` wrote.
+    def load(cls, path: str | PathLike[str]) -> MagnitudeHistogram:
+        """Read what `save` wrote; nothing in the file is taken on trust.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is something else.
+            ValueError: the file is something else, damaged, or its numbers are no histogram's.
         """
+        path = check_path("path", path)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                stored = {name: file[name] for name in ("dtype", "keys", "counts", "apart", "sums")}
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no histogram that MagnitudeHistogram.save wrote: {error}") from error
-        zero, nonfinite, exact = stored["apart"].tolist()
-        sums = Sums(*stored["sums"].tolist()) if len(stored["sums"]) else None
-        return cls(str(stored["dtype"]), stored["keys"], stored["counts"], zero, nonfinite, sums, bool(exact))
+            file = io.BufferedReader(open_regular(path))  # type: ignore[arg-type]
+            with file, zipfile.ZipFile(file) as archive:
+                return cls(**_stored(archive, os.fstat(file.fileno()).st_size))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a foreign archive makes its readers raise whatever there is
+            reason = f"{error}"[:300] or type(error).__name__
+            raise ValueError(
+                f"{path} is no histogram that MagnitudeHistogram.save wrote, or it is damaged: {reason}. "
+                "Copy it again, or count the weights anew"
+            ) from error
 
     def __repr__(self) -> str:
         return (
             f"MagnitudeHistogram({self.dtype}, n={self.n}, bins={len(self.keys)}, "
             f"n_zero={self.n_zero}, n_nonfinite={self.n_nonfinite})"
         )
+
+
+_KEYS_PER_BYTE = 16 / 8
+"""Keys that a byte of a compressed file can hold at most: ascending numbers compress by 4 to 8, a bomb by 1,000."""
+
+
+def _stored(archive: zipfile.ZipFile, size: int) -> dict[str, Any]:
+    """The fields of a histogram in a file of `size` bytes, checked; ValueError for what cannot be."""
+
+    def read(name: str, dtype: str, length: int | None = None, most: float = 3) -> np.ndarray:
+        entry = archive.getinfo(f"{name}.npy")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is compressed in a way that save does not use")
+        with archive.open(entry) as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError(f"{name} is of another version of the format")
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            count = math.prod(shape)
+            # Nothing but these types is unpacked, so no pickle is ever opened, and never more than can be true.
+            if found != np.dtype(dtype) and not (dtype == "U" and found.kind == "U" and found.itemsize <= 64):
+                raise ValueError(f"{name} is of type {found}")
+            if len(shape) > 1 or (count > most if length is None else count != length):
+                raise ValueError(f"{name} has the shape {shape}")
+            data = file.read(count * found.itemsize + 1)  # to the end, where the checksum is compared
+        if len(data) != count * found.itemsize:
+            raise ValueError(f"{name} is not as long as it says")
+        return np.frombuffer(data, found).reshape(shape)
+
+    name = str(read("dtype", "U", 1).item())
+    if name not in _FORMATS:
+        raise ValueError(f"dtype must be one of {', '.join(_FORMATS)}, got {name[:40]!r}")
+    form = _FORMATS[name]
+    zero, nonfinite, exact = read("apart", "<i8", 3).tolist()
+    if zero < 0 or nonfinite < 0 or exact not in ((0, 1) if form.shift else (1,)):
+        raise ValueError(
+            f"apart must be two counts >= 0 and whether bins are exact, got {[zero, nonfinite, exact]}"
+        )
+    packed = min(archive.getinfo("keys.npy").compress_size, size)
+    most = _KEYS_PER_BYTE * packed + 64 if exact and form.shift else form.keys
+    keys = read("keys", "<i8", most=most)
+    infinity = ((1 << form.exponent) - 1) << (form.mantissa if exact else form.kept)
+    if len(keys) and not (keys[0] >= 1 and keys[-1] < infinity and (np.diff(keys) > 0).all()):
+        raise ValueError(f"keys must ascend within [1, {infinity - 1}]")
+    counts = read("counts", "<i8", len(keys))
+    if (counts < 1).any() or counts.sum(dtype=np.float64) + zero + nonfinite >= 2.0**62:
+        raise ValueError("counts must be >= 1, and their sum a number that there can be of weights")
+    sums = read("sums", "<f8").tolist()
+    # Only the squares of float64 can leave its range.
+    good = [
+        math.isfinite(value) or (value == math.inf and name == "float64" and not i)
+        for i, value in enumerate(sums)
+    ]
+    if len(sums) not in (0, 3) or not all(good) or min(sums[:2], default=0) < 0:
+        raise ValueError(f"sums must be none, or a finite ‖x‖², Σ|x| and Σ ln|x|, got {sums}")
+    return {
+        "dtype": name, "keys": keys, "counts": counts, "n_zero": zero, "n_nonfinite": nonfinite,
+        "accumulated": Sums(*sums) if sums else None, "exact": bool(exact),
+    }  # fmt: skip
 
 
 def _value(bits: np.ndarray, dtype: str) -> np.ndarray:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from weightdyn.core.naming import TensorRow, Views, describe
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, group_columns, group_numbers
+from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, check_weibull_table, group_columns, group_numbers
 from weightdyn.files.weightfiles import Matrix, read_matrices
-from weightdyn.weibull.fit import SORTED, Method, fit_weibull
+from weightdyn.weibull.fit import SORTED, Method, as_histogram, fit_weibull
 from weightdyn.weibull.laws import Tails, tails
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
 
@@ -140,10 +140,7 @@ def _measure(
             {"histogram": MagnitudeHistogram.from_tensor(part.to(common.dtype), exact=common.exact)}
             for part in parts
         ]
-    return [
-        _summary(MagnitudeHistogram.from_tensor(part, exact=part.numel() <= SORTED), method, trim)
-        for part in parts
-    ]
+    return [_summary(as_histogram(part, trim, sums=True), method, trim) for part in parts]
 
 
 def _summary(histogram: MagnitudeHistogram, method: Method, trim: tuple[float, float]) -> dict[str, Any]:
@@ -181,7 +178,7 @@ INVARIANT, STRONG = 0.01, 0.30
 """|Δk|/k under which a shape counts as invariant, and above which its drift counts as strong."""
 
 
-def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
+def shape_drift(table: Any) -> pd.DataFrame:
     """How far k drifted from the first to the last step, and which of λ and k made σ grow.
 
     A Weibull law has σ = rms = λ√Γ(1 + 2/k), so the growth splits exactly:
@@ -190,8 +187,8 @@ def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
         sigma_growth  lam_growth     k_growth
 
     Args:
-        table: a trajectory of fits with `step`, `lam`, `k`, and whichever of `tensor`, `layer`, `component`,
-            `role` tell its groups apart, such as `RunLog.weibull()`.
+        table: a `RunLog`, or a trajectory of fits with `step`, `lam`, `k`, and whichever of `tensor`, `stack`,
+            `layer`, `component`, `role` tell its groups apart, such as `RunLog.weibull()`.
 
     Returns:
         One row per group, in the table's order: the group's columns, `start_step`, `k_start`, `end_step`, `k_end`,
@@ -200,7 +197,7 @@ def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
         "both" ("neither" where nothing changed). Rows without a fit are left out.
 
     Raises:
-        ValueError: a column is missing.
+        TypeError, ValueError: no Weibull table; two rows of one group at one step.
 
     Source: arXiv 2605.18898 for the limits; the split is Γ's.
 
@@ -208,10 +205,14 @@ def shape_drift(table: pd.DataFrame) -> pd.DataFrame:
     >>> shape_drift(t)[["severity", "explained_by"]].to_numpy().tolist()
     [['invariant', 'lam']]
     """
-    missing = [name for name in ("step", "k", "lam") if name not in table]
-    if missing:
-        raise ValueError(f"table lacks the columns {missing}; it has {list(table.columns)}")
+    table = check_weibull_table(table)
     keys = group_columns(table, None)
+    if (again := table.duplicated(["step", *keys])).any():
+        row = table[again].iloc[0]
+        whose = next((f"{name} {row[name]}" for name in keys), "one group")
+        raise ValueError(
+            f"table has two rows of {whose} at step {row['step']}; do not join tables of different runs"
+        )
     fitted = table[table["k"].notna() & table["lam"].notna()]
     fitted = fitted.sort_values("step", kind="stable", ignore_index=True)
     group = (
