@@ -10,7 +10,7 @@ import torch
 from weightdyn.checkpoints import recipe
 from weightdyn.checkpoints.recipe import PRESETS, Recipe
 from weightdyn.record.runlog import RunWriter
-from weightdyn.train.trainer import TrainConfig, lr_at
+from weightdyn.train.trainer import TrainConfig
 
 
 def by_torch(factor, updates):
@@ -136,7 +136,15 @@ def test_the_recipe_of_a_run_has_its_learning_rate_at_every_update(tmp_path, sch
     writer = RunWriter(tmp_path / "run", 0, {"train": json.loads(json.dumps(vars(config)))})
     writer.close()
     found = Recipe.from_run(tmp_path / "run")
-    truth = [lr_at(config, update) for update in range(1, 61)]
+
+    def plain(u):  # what run.json says of it: LR_FORMULA
+        if u <= warmup:
+            return config.lr * u / warmup
+        if schedule == "constant":
+            return config.lr
+        return config.lr * (0.3 + 0.7 * (1 + math.cos(math.pi * (u - warmup) / (60 - warmup))) / 2)
+
+    truth = [plain(update) for update in range(1, 61)]
     np.testing.assert_allclose(found.lr_at(np.arange(1, 61)), truth, rtol=1e-14)
     assert (found.decay_of("norm", "x"), found.steps, found.betas) == (0.2, 60, (0.9, 0.95))
 

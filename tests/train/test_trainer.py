@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from weightdyn.files.durable import write_file
 from weightdyn.record.runlog import RunLog, RunWriter
 from weightdyn.train import trainer as selftrain
 from weightdyn.train.corpus import HELD_OUT, Corpus
 from weightdyn.train.models import MODELS, make_model
-from weightdyn.train.trainer import DEMO, TrainConfig, lr_at, train
+from weightdyn.train.trainer import DEMO, TrainConfig, train
 
 SMALL = TrainConfig(
     steps=20, batch_size=2, seq_len=16, warmup=3, weibull_every=5, eval_every=10, save_every=7, device="cpu"
@@ -59,7 +60,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(("steps", "warmup", "floor"), [(50, 10, 0.1), (37, 2, 0.0)])
-def test_lr_at_is_torchs_warmup_and_cosine(steps, warmup, floor):
+def test_the_learning_rate_is_torchs_warmup_and_cosine(steps, warmup, floor):
     config = TrainConfig(lr=0.3, steps=steps, warmup=warmup, floor=floor)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
     up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
@@ -68,35 +69,34 @@ def test_lr_at_is_torchs_warmup_and_cosine(steps, warmup, floor):
     )
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[warmup - 1])
     for update in range(1, steps + 1):
-        assert lr_at(config, update) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert config.recipe.lr_at(update) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         if update < steps:
             schedule.step()
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_lr_at_drives_a_lambda_lr(schedule):
+def test_the_recipe_drives_a_lambda_lr(schedule):
     config = TrainConfig(lr=0.02, steps=30, warmup=5, schedule=schedule)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
     by_torch = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: lr_at(config, min(n + 1, config.steps)) / config.lr
+        optimizer, lambda n: config.recipe.lr_at(min(n + 1, config.steps)) / config.lr
     )
     for update in range(1, config.steps + 1):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr_at(config, update), rel=1e-12)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(config.recipe.lr_at(update), rel=1e-12)
         optimizer.step()
         by_torch.step()
 
 
 def test_the_schedule_has_its_ends():
     config = TrainConfig(lr=2.0, steps=100, warmup=10, floor=0.25)
-    assert lr_at(config, 1) == 0.2
-    assert lr_at(config, 10) == 2.0
-    assert lr_at(config, 100) == 0.5
-    assert lr_at(TrainConfig(lr=2.0, steps=100, warmup=0, schedule="constant"), 1) == 2.0
-    assert lr_at(TrainConfig(lr=2.0, steps=10, warmup=10), 10) == 2.0
-    for update in (0, 101):
-        with pytest.raises(ValueError, match="update must be from 1 to steps=100"):
-            lr_at(config, update)
+    assert config.recipe.lr_at(1) == 0.2
+    assert config.recipe.lr_at(10) == 2.0
+    assert config.recipe.lr_at(100) == 0.5
+    assert TrainConfig(lr=2.0, steps=100, warmup=0, schedule="constant").recipe.lr_at(1) == 2.0
+    assert TrainConfig(lr=2.0, steps=10, warmup=10).recipe.lr_at(10) == 2.0
+    with pytest.raises(ValueError, match="updates are counted from 1, got 0"):
+        config.recipe.lr_at(0)
 
 
 # --- configuration ------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_training_is_the_plain_loop(whole):
     corpus, losses = Corpus.read(), []
     for update in range(1, SMALL.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(SMALL, update)
+            group["lr"] = float(SMALL.recipe.lr_at(update))
         text = corpus.batch(SMALL.seed, update, SMALL.batch_size, SMALL.seq_len)
         loss = F.cross_entropy(model(text[:, :-1]).logits.reshape(-1, 256), text[:, 1:].reshape(-1))
         optimizer.zero_grad()
@@ -286,7 +286,7 @@ def test_the_run_records_every_update_and_the_recipe(whole):
     assert metrics["eval_loss"][20] < metrics["eval_loss"][0]
     forces = run.forces()
     assert sorted(set(forces["step"])) == list(range(1, SMALL.steps + 1))
-    expected = forces["step"].map(lambda step: lr_at(SMALL, step))
+    expected = forces["step"].map(lambda step: float(SMALL.recipe.lr_at(step)))
     pd.testing.assert_series_equal(forces["lr"], expected, check_names=False)
     assert set(forces["weight_decay"][forces["component"].isin(["norm", "bias"])]) == {0.0}
     assert set(forces["weight_decay"][~forces["component"].isin(["norm", "bias"])]) == {SMALL.weight_decay}
@@ -322,7 +322,7 @@ def test_everything_decays_and_nothing_is_clipped_on_request(tmp_path):
 
 
 def test_the_bar_shows_loss_and_alignment(tmp_path, capfd):
-    train(dataclasses.replace(SMALL, steps=3), tmp_path)
+    train(dataclasses.replace(SMALL, steps=3), tmp_path, progress=True)
     assert "alignment" in capfd.readouterr().err
 
 
@@ -357,14 +357,14 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, whole):
 def test_a_run_that_dies_between_its_rows_and_its_state_continues_bit_for_bit(
     tmp_path, whole, monkeypatch, update
 ):
-    save = selftrain._save_state
+    save = selftrain.save_state
 
     def die(path, step, *rest):
         if step == update:
             raise KeyboardInterrupt
         save(path, step, *rest)
 
-    monkeypatch.setattr(selftrain, "_save_state", die)
+    monkeypatch.setattr(selftrain, "save_state", die)
     with pytest.raises(KeyboardInterrupt):
         train(SMALL, tmp_path, progress=False)
     monkeypatch.undo()
@@ -382,7 +382,7 @@ def test_a_half_written_file_is_never_seen(tmp_path):
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
-        selftrain.write_file(path, dies)
+        write_file(path, dies)
     assert path.read_bytes() == b"whole"
 
 

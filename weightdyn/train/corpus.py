@@ -1,13 +1,20 @@
-"""Text as bytes: what a small model is trained on, from any folder or from Python's own library."""
+"""Text as bytes: what a small model is trained on, from any folder or from Python's own library.
+
+A byte-level model needs no tokenizer and no download, and every Python carries megabytes of text: its own source.
+Which sequences an update sees is a function of the seed and of the update's number alone, so a run that resumes
+sees what it would have seen.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +22,6 @@ from torch import Tensor
 
 HELD_OUT = 20
 """One file in so many is held out for evaluation; of fewer files, the last 1/HELD_OUT of the text."""
-
-
-# --- text ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +52,10 @@ class Corpus:
 
         Raises:
             FileNotFoundError: if a path does not exist, or holds no text.
+            TypeError: if something is no path.
         """
+        if wrong := [path for path in paths if not isinstance(path, str | os.PathLike)]:
+            raise TypeError(f"corpus: paths must be strings or paths, got {wrong[0]!r}")
         files = _text_files([Path(path) for path in paths]) if paths else _standard_library()
         return _read(tuple((file, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files))
 
@@ -56,19 +63,40 @@ class Corpus:
         """The sequences of an update: int64 of shape (batch_size, seq_len + 1), targets one byte on.
 
         Their places are drawn evenly from the training part, by a generator seeded with (seed, update) alone.
+
+        Args:
+            seed, update: whole numbers, 0 or more.
+            batch_size: sequences.
+            seq_len: bytes that a sequence predicts from.
+
+        Raises:
+            ValueError: if an argument is out of its range, or the training part too short.
         """
+        _require_whole(seed=(seed, 0), update=(update, 0), batch_size=(batch_size, 1), seq_len=(seq_len, 1))
         require_length(self.train, seq_len, "training")
         places = np.random.default_rng((seed, update)).integers(len(self.train) - seq_len, size=batch_size)
         return _sequences(self.train, places, seq_len)
 
     def evaluation(self, sequences: int, seq_len: int) -> Tensor:
-        """`sequences` sequences evenly spaced over the held-out part; int64 of shape (…, seq_len + 1)."""
+        """`sequences` sequences evenly spaced over the held-out part; int64 of shape (sequences, seq_len + 1).
+
+        Raises:
+            ValueError: if an argument is below 1, or the held-out part too short.
+        """
+        _require_whole(sequences=(sequences, 1), seq_len=(seq_len, 1))
         require_length(self.held_out, seq_len, "held-out")
         places = np.linspace(0, len(self.held_out) - seq_len - 1, sequences).astype(np.int64)
         return _sequences(self.held_out, places, seq_len)
 
 
+def _require_whole(**given: tuple[Any, int]) -> None:
+    for name, (value, low) in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+            raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+
+
 def require_length(text: Tensor, seq_len: int, part: str) -> None:
+    """Raise a ValueError if `text`, the `part` of a corpus, has no sequence of `seq_len` bytes and one more."""
     if len(text) <= seq_len:
         raise ValueError(
             f"the corpus is too small for seq_len={seq_len}: its {part} part needs more than {seq_len} bytes and "

@@ -1,4 +1,7 @@
-"""The shapes that the reference trainer knows, in the words of transformers' configurations."""
+"""The models of the reference trainer: shapes in the words of transformers' configurations, made from a seed.
+
+They are real ones, of GPT-NeoX and LLaMA, made small by a vocabulary of bytes.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +63,6 @@ which they are named, and llama-70m's are of the same size; but the vocabulary i
 parameters than the names say: 0.9 million in tiny and tiny-llama, 1.3 in pythia-14m, 19 in the last two."""
 
 
-# --- model and optimizer ------------------------------------------------------------------------------------
-
-
 def make_model(name: str, seed: int) -> PreTrainedModel:
     """A byte-level causal language model of transformers with fresh weights, in float32 on the CPU.
 
@@ -71,11 +71,13 @@ def make_model(name: str, seed: int) -> PreTrainedModel:
         seed: of the initial weights; torch's own random state stays as it is.
 
     Raises:
-        ValueError: if there is no such shape.
+        ValueError: if there is no such shape, or the seed is no whole number >= 0.
         ImportError: if transformers is not installed.
     """
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ValueError(f"name must be one of {list(MODELS)}, got {name!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
