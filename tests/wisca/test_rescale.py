@@ -333,11 +333,11 @@ def test_entries_that_would_overflow_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "l3"}, r"norm must be one of \('l1', 'l2', 'rms'\), got 'l3'"),
-        ({"granularity": "row"}, "granularity must be one of"),
-        ({"moments": "drop"}, "moments must be one of"),
-        ({"errors": "ignore"}, "errors must be one of"),
-        ({"max_alpha": 0.5}, "max_alpha must be a number ≥ 1"),
+        ({"norm": "l3"}, r"norm must be .l1., .l2. or .rms., got .l3."),
+        ({"granularity": "row"}, "granularity must be"),
+        ({"moments": "drop"}, "moments must be"),
+        ({"errors": "ignore"}, "errors must be"),
+        ({"max_alpha": 0.5}, "max_alpha must be a number >= 1"),
         ({"pairs": "qk"}, "pairs must be some of"),
         ({"pairs": ("qkv",)}, "pairs must be some of"),
         ({"pairs": ()}, "pairs must be some of"),
@@ -684,7 +684,7 @@ def test_a_schedule_counts_on_from_a_resumed_optimizer():
     [
         ({}, ValueError, "at or every must be given"),
         ({"every": 0}, ValueError, "every must be a whole number"),
-        ({"at": (-1,)}, ValueError, "at must hold numbers of updates"),
+        ({"at": (-1,)}, ValueError, "at must be a whole number >= 0, got -1"),
         ({"every": 2, "norms": "l1"}, TypeError, "norms"),
     ],
 )
@@ -799,7 +799,7 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path):
         ((tmp_path / "none", "-o", tmp_path / "out"), "has no config.json"),
         ((tmp_path / "in", "-o", tmp_path / "in"), "exists already"),
         ((tmp_path / "in", "-o", tmp_path / "out", "--pairs", "qk,up_down"), "not positively homogeneous"),
-        ((tmp_path / "in", "-o", tmp_path / "out", "--norm", "l3"), "norm must be one of"),
+        ((tmp_path / "in", "-o", tmp_path / "out", "--norm", "l3"), "norm must be"),
     ]:
         result = call(*arguments)
         assert result.exit_code == 2

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from weightdyn.core.checks import check_path, check_whole
 
 HELD_OUT = 20
 """One file in so many is held out for evaluation; of fewer files, the last 1/HELD_OUT of the text."""
@@ -52,11 +52,9 @@ class Corpus:
 
         Raises:
             FileNotFoundError: if a path does not exist, or holds no text.
-            TypeError: if something is no path.
+            TypeError, ValueError: if something is no path.
         """
-        if wrong := [path for path in paths if not isinstance(path, str | os.PathLike)]:
-            raise TypeError(f"corpus: paths must be strings or paths, got {wrong[0]!r}")
-        files = _text_files([Path(path) for path in paths]) if paths else _standard_library()
+        files = _text_files([check_path("paths", path) for path in paths]) if paths else _standard_library()
         return _read(tuple((file, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files))
 
     def batch(self, seed: int, update: int, batch_size: int, seq_len: int) -> Tensor:
@@ -70,9 +68,12 @@ class Corpus:
             seq_len: bytes that a sequence predicts from.
 
         Raises:
-            ValueError: if an argument is out of its range, or the training part too short.
+            TypeError, ValueError: if an argument is out of its range, or the training part too short.
         """
-        _require_whole(seed=(seed, 0), update=(update, 0), batch_size=(batch_size, 1), seq_len=(seq_len, 1))
+        check_whole("seed", seed)
+        check_whole("update", update)
+        check_whole("batch_size", batch_size, 1)
+        check_whole("seq_len", seq_len, 1)
         require_length(self.train, seq_len, "training")
         places = np.random.default_rng((seed, update)).integers(len(self.train) - seq_len, size=batch_size)
         return _sequences(self.train, places, seq_len)
@@ -81,18 +82,13 @@ class Corpus:
         """`sequences` sequences evenly spaced over the held-out part; int64 of shape (sequences, seq_len + 1).
 
         Raises:
-            ValueError: if an argument is below 1, or the held-out part too short.
+            TypeError, ValueError: if an argument is below 1, or the held-out part too short.
         """
-        _require_whole(sequences=(sequences, 1), seq_len=(seq_len, 1))
+        check_whole("sequences", sequences, 1)
+        check_whole("seq_len", seq_len, 1)
         require_length(self.held_out, seq_len, "held-out")
         places = np.linspace(0, len(self.held_out) - seq_len - 1, sequences).astype(np.int64)
         return _sequences(self.held_out, places, seq_len)
-
-
-def _require_whole(**given: tuple[Any, int]) -> None:
-    for name, (value, low) in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-            raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
 
 
 def require_length(text: Tensor, seq_len: int, part: str) -> None:

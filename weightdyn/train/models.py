@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weightdyn.core.checks import check_choice, check_whole
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -71,13 +73,11 @@ def make_model(name: str, seed: int) -> PreTrainedModel:
         seed: of the initial weights; torch's own random state stays as it is.
 
     Raises:
-        ValueError: if there is no such shape, or the seed is no whole number >= 0.
+        TypeError, ValueError: if there is no such shape, or the seed is no whole number >= 0.
         ImportError: if transformers is not installed.
     """
-    if not isinstance(name, str) or name not in MODELS:
-        raise ValueError(f"name must be one of {list(MODELS)}, got {name!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
+    check_choice("name", name, MODELS)
+    check_whole("seed", seed, 0, 2**63 - 1)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:

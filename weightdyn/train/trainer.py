@@ -16,7 +16,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weightdyn.checkpoints.recipe import Recipe
+from weightdyn.core.checks import (
+    check_betas,
+    check_choice,
+    check_instance,
+    check_number,
+    check_path,
+    check_text,
+    check_whole,
+    refuse,
+)
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import aggregate, budget
 from weightdyn.files.durable import write_file
@@ -79,7 +89,7 @@ class TrainConfig:
         save_every: updates between checkpoints; there are also those at 0, 1, 2, 4, … and the last.
 
     Raises:
-        ValueError: if a value is out of its range; it names the field, what it got and what is accepted.
+        TypeError, ValueError: a value is of another kind, or out of its range; the message names the field.
     """
 
     model: str = "tiny"
@@ -106,39 +116,23 @@ class TrainConfig:
     def __post_init__(self):
         paths = [self.corpus] if isinstance(self.corpus, str | os.PathLike) else self.corpus
         if not isinstance(paths, Sequence) or not all(isinstance(path, str | os.PathLike) for path in paths):
-            raise ValueError(f"corpus must be paths of text files or folders, got {self.corpus!r}")
+            raise refuse("corpus", "paths of text files or folders", self.corpus)
         object.__setattr__(self, "corpus", tuple(os.fspath(path) for path in paths))
-        if isinstance(self.betas, list):  # as run.json has them
-            object.__setattr__(self, "betas", tuple(self.betas))
-
-        def require(name: str, fits: Callable[[Any], bool], accepted: str) -> None:
-            value = getattr(self, name)
-            try:
-                good = bool(fits(value))
-            except TypeError:
-                good = False
-            if not good:
-                raise ValueError(f"{name} must be {accepted}, got {value!r}")
-
-        def whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
-            return lambda x: isinstance(x, int) and not isinstance(x, bool) and low <= x <= high
-
-        require("model", lambda x: x in MODELS, f"one of {list(MODELS)}")
+        check_choice("model", self.model, MODELS)
         for name in ("steps", "batch_size", "log_every", "weibull_every", "eval_every", "save_every"):
-            require(name, whole(1), "a whole number >= 1")
-        require("seq_len", whole(2, CONTEXT), f"a whole number from 2 to {CONTEXT}")
-        require("lr", lambda x: 0 < x < math.inf, "a number > 0")
-        require("schedule", lambda x: x in ("cosine", "constant"), "'cosine' or 'constant'")
-        require("warmup", whole(0, self.steps), f"a whole number from 0 to steps={self.steps}")
-        require("floor", lambda x: 0 <= x <= 1, "a fraction of lr from 0 to 1")
-        two = "two numbers in [0, 1)"
-        require("betas", lambda x: isinstance(x, tuple) and len(x) == 2 and all(0 <= b < 1 for b in x), two)
-        require("eps", lambda x: 0 < x < math.inf, "a number > 0")
-        require("weight_decay", lambda x: 0 <= x < math.inf, "a number >= 0")
-        require("decayed", lambda x: x in ("matrices", "all"), "'matrices' or 'all'")
-        require("clip", lambda x: x is None or 0 < x < math.inf, "None or a number > 0")
-        require("seed", whole(0), "a whole number >= 0")
-        require("device", lambda x: isinstance(x, str), "'auto' or the name of a device, such as 'cpu'")
+            check_whole(name, getattr(self, name), 1)
+        check_whole("seq_len", self.seq_len, 2, CONTEXT)
+        check_choice("schedule", self.schedule, ("cosine", "constant"))
+        check_whole("warmup", self.warmup, 0, self.steps)
+        check_number("floor", self.floor, 0, 1)
+        object.__setattr__(self, "betas", check_betas("betas", self.betas))  # a list, in run.json
+        for name in ("lr", "eps"):
+            check_number(name, getattr(self, name), 0, open_low=True)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_choice("decayed", self.decayed, ("matrices", "all"))
+        check_number("clip", self.clip, 0, open_low=True, none="no clipping")
+        check_whole("seed", self.seed, 0, 2**63 - 1)
+        check_text("device", self.device, "'auto' or the name of a device, such as 'cpu'")
 
     @classmethod
     def from_info(cls, info: Mapping[str, Any]) -> TrainConfig:
@@ -147,8 +141,7 @@ class TrainConfig:
         Raises:
             TypeError, ValueError: `info` is not of a run that `train` wrote, or a field there is out of its range.
         """
-        if not isinstance(info, Mapping):
-            raise TypeError(f"info must be a run's info, a dict as RunLog.info is, got {type(info).__name__}")
+        check_instance("info", info, Mapping, "the info of a run, as RunLog.info is")
         written = info.get("train")
         if not isinstance(written, Mapping):
             raise ValueError(
@@ -290,11 +283,9 @@ def train(
         FileNotFoundError: if a corpus path does not exist, or resume="must" and there is nothing to continue.
         ImportError: if transformers is not installed.
     """
-    if not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
-    if resume not in ("auto", "must", "never"):
-        raise ValueError(f"resume must be 'auto', 'must' or 'never', got {resume!r}")
-    out = _folder(out)
+    check_instance("config", config, TrainConfig, "a TrainConfig")
+    check_choice("resume", resume, ("auto", "must", "never"))
+    out = check_path("out", out, "the path of a run directory")
     saved = out / "resume.pt"
     device = _device(config.device)
     corpus = Corpus.read(*config.corpus)
@@ -367,12 +358,6 @@ def train(
                     logger.flush()
                     save_state(saved, update, model, optimizer)
             return logger.run
-
-
-def _folder(out: str | Path) -> Path:
-    if not isinstance(out, str | os.PathLike) or not os.fspath(out):
-        raise TypeError(f"out must be the path of a run directory, got {out!r}")
-    return Path(out)
 
 
 def _miss_state(saved: Path, resume: Resume) -> None:

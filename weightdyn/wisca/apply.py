@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.wisca.pairs import ScalingPair, shared_parameters, unwrap
 from weightdyn.wisca.plan import (
     Errors,
@@ -24,6 +24,7 @@ from weightdyn.wisca.plan import (
     Pairs,
     along,
     check_choices,
+    check_rescale_table,
     own_pairs,
     plan_rescale,
     scale_factors,
@@ -60,6 +61,7 @@ def rescale_(
     power_of_two: bool = False,
     max_alpha: float | None = None,
     errors: Errors = "raise",
+    progress: Progress = None,
 ) -> pd.DataFrame:
     """Balance the norms of a model's pairs, in place; its outputs stay what they are.
 
@@ -82,6 +84,7 @@ def rescale_(
         max_alpha: keep α in [1/max_alpha, max_alpha]; of powers of two, the last one inside.
         errors: what to do about a pair that cannot be rescaled (refused, tied tensors, a norm that is zero or
             not finite): "raise", or "skip" it and say so in the table.
+        progress: show a bar where it takes seconds. None: where someone watches.
 
     Returns:
         One row for each α, with the columns of `RESCALE_TABLE`. It is what `undo_` and `predict_shift` take.
@@ -113,8 +116,9 @@ def rescale_(
         power_of_two=power_of_two,
         max_alpha=max_alpha,
         errors=errors,
+        progress=progress,
     )
-    return apply_(model, table, optimizer, pairs=own_pairs(pairs), moments=moments)
+    return apply_(model, table, optimizer, pairs=own_pairs(pairs), moments=moments, progress=progress)
 
 
 @torch.no_grad()
@@ -125,6 +129,7 @@ def apply_(
     *,
     pairs: Sequence[ScalingPair] | None = None,
     moments: Moments = "transport",
+    progress: Progress = None,
 ) -> pd.DataFrame:
     """Scale a model by the α of a table, whatever they are: a stored plan, one of another model, one made up.
 
@@ -133,7 +138,7 @@ def apply_(
         table: of `plan_rescale` or `rescale_`; `pair`, `module`, `head`, `channel` and `alpha` > 0 are read.
         optimizer: as in `rescale_`.
         pairs: your own pairs, if the table was made with such.
-        moments: as in `rescale_`.
+        moments, progress: as in `rescale_`.
 
     Returns:
         The table with `moments` as they were treated.
@@ -146,7 +151,9 @@ def apply_(
     factors = scale_factors(model, table, pairs=pairs)
     _check_fits(model, factors)
     states, counters = _states(model, factors, optimizer, moments)
-    for name, each in tqdm(factors.items(), desc="rescaling", unit="tensor", delay=3):
+    for name, each in progress_bar(
+        factors.items(), progress=progress, desc="rescaling", unit="tensor", delay=3
+    ):
         parameter = model.get_parameter(name)
         scale_by(parameter, each, 1)
         if parameter.grad is not None:
@@ -167,6 +174,7 @@ def undo_(
     optimizer: Optimizers | None = None,
     *,
     pairs: Sequence[ScalingPair] | None = None,
+    progress: Progress = None,
 ) -> None:
     """Take a rescaling back: scale by 1/α. Exact to the last bit where every α is a power of two.
 
@@ -178,10 +186,13 @@ def undo_(
         table: what `rescale_` returned.
         optimizer: the optimizer that `rescale_` was given, if it was.
         pairs: your own pairs, if it was given such.
+        progress: as in `rescale_`.
 
     Raises:
-        ValueError: the table is not of this model, or it was made with an optimizer and there is none now.
+        TypeError, ValueError: the table is none, or not of this model, or it was made with an optimizer and there
+            is none now.
     """
+    check_rescale_table(table)
     treated = list(table["moments"].dropna().unique()) if "moments" in table else []
     if (len(treated) > 0) != (optimizer is not None):
         made = f"an optimizer (moments={treated[0]!r})" if len(treated) else "no optimizer"
@@ -189,7 +200,8 @@ def undo_(
             f"optimizer: the table's rescaling was made with {made}; give undo_ the same, so that both fit again"
         )
     back: Moments = "transport" if "transport" in treated else "keep"
-    apply_(model, table.assign(alpha=1 / table["alpha"]), optimizer, pairs=pairs, moments=back)
+    inverse = table.assign(alpha=1 / table["alpha"])
+    apply_(model, inverse, optimizer, pairs=pairs, moments=back, progress=progress)
 
 
 def scale_by(tensor: Tensor, axes: Mapping[int, Tensor], power: int) -> None:
@@ -236,7 +248,7 @@ def _states(
     if optimizer is None:
         return [], []
     counters: list[dict[str, Any]] = []
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
     for each in optimizers:
         inner = getattr(each, "optimizer", None)
         if not isinstance(each, torch.optim.Optimizer) or isinstance(inner, torch.optim.Optimizer):
