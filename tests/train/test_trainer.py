@@ -1,6 +1,8 @@
 """The reference trainer against plain loops, torch's own schedulers, and the kill that it must survive."""
 
 import dataclasses
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from weightdyn.files.durable import write_file
-from weightdyn.record.runlog import RunLog, RunWriter
+from weightdyn.record.runlog import RunLog, RunLogError, RunWriter
 from weightdyn.train import trainer as selftrain
 from weightdyn.train.corpus import HELD_OUT, Corpus
 from weightdyn.train.models import MODELS, make_model
@@ -321,6 +323,12 @@ def test_everything_decays_and_nothing_is_clipped_on_request(tmp_path):
     assert "grad_norm" not in run.metrics()
 
 
+def test_where_nobody_watches_nothing_of_the_bar_is_printed_or_computed(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(selftrain, "_alignment_share", lambda logger: pytest.fail("no bar needs it"))
+    train(dataclasses.replace(SMALL, steps=3), tmp_path)  # under pytest stderr is no terminal
+    assert capfd.readouterr().err == ""
+
+
 def test_the_bar_shows_loss_and_alignment(tmp_path, capfd):
     train(dataclasses.replace(SMALL, steps=3), tmp_path, progress=True)
     assert "alignment" in capfd.readouterr().err
@@ -432,3 +440,138 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
 
 def test_the_demo_has_time_to_relax():
     assert DEMO.steps > 4 / (DEMO.lr * DEMO.weight_decay)
+
+
+# --- the state that a run continues from --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    """A run that died behind its save at update 8."""
+    out, batch = tmp_path_factory.mktemp("runs") / "died", Corpus.batch
+
+    def die(self, seed, update, *shape):
+        if update == 10:
+            raise KeyboardInterrupt
+        return batch(self, seed, update, *shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Corpus, "batch", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(SMALL, out)
+    return out
+
+
+@pytest.fixture
+def half(died, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(died, tmp_path / "half"))
+
+
+def test_must_refuses_a_run_whose_state_is_gone_and_leaves_it(half):
+    (half / "resume.pt").unlink()
+    before = RunLog(half).metrics()
+    with pytest.raises(FileNotFoundError, match=r"resume\.pt is gone.* of 9 updates .*resume='auto'"):
+        train(SMALL, half, resume="must")
+    pd.testing.assert_frame_equal(RunLog(half).metrics(), before)
+
+
+def test_auto_says_that_it_begins_again_where_the_state_is_gone(half, whole):
+    (half / "resume.pt").unlink()
+    with pytest.warns(UserWarning, match=r"half/resume\.pt is gone.*begins again at update 0"):
+        train(SMALL, half)
+    assert_same_run(whole, half)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('executed').touch()",))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def edited(change):
+    def edit(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return edit
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def transposed_moments(state):
+    moments = state["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"].T
+
+
+DAMAGE = {
+    "cut": (cut, "cut short or damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "cut short or damaged"),
+    "text": (lambda path: path.write_text("<html>sign in</html>"), "cut short"),
+    "code": (lambda path: torch.save({"step": Hostile()}, path), "more than tensors and numbers"),
+    "a list": (lambda path: torch.save([1, 2], path), "it lacks step, model, optimizer, rng"),
+    "no moments": (edited(lambda state: state.pop("optimizer")), "it lacks optimizer"),
+    "a step of text": (edited(lambda state: state.update(step="8")), "it lacks step"),
+    "a step behind the end": (
+        edited(lambda state: state.update(step=99)),
+        "of update 99, and the run has 20",
+    ),
+    "a step below zero": (edited(lambda state: state.update(step=-1)), "of update -1"),
+    "no weights": (edited(lambda state: state.update(model={})), "another model or optimizer.*Missing key"),
+    "other shapes": (
+        edited(lambda state: state["model"].update({"gpt_neox.embed_in.weight": torch.zeros(2, 2)})),
+        "another model or optimizer.*size mismatch",
+    ),
+    "other moments": (edited(transposed_moments), r"its exp_avg has the shape \(128, 256\)"),
+    "no groups": (edited(lambda state: state["optimizer"].pop("param_groups")), "another model or optimizer"),
+    "odd random numbers": (edited(lambda state: state.update(rng={"cpu": torch.zeros(3)})), "another model"),
+    "fifo": (fifo, "no regular file"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a FIFO")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_named_with_what_to_do_and_runs_no_code(half, damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spoil, reason = DAMAGE[damage]
+    spoil(half / "resume.pt")
+    with pytest.raises(
+        RunLogError, match=rf"(?s)half/resume\.pt cannot be continued from: .*{reason}.*backup"
+    ):
+        train(SMALL, half)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("corpus", None),
+        ("corpus", (3,)),
+        ("betas", None),
+        ("device", None),
+        ("lr", None),
+        ("lr", float("inf")),
+    ],
+)
+def test_a_value_of_another_kind_is_named_at_the_door(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must be .*, got "):
+        TrainConfig(**{name: value})
+
+
+def test_wrong_arguments_of_the_trainer_are_named(tmp_path):
+    with pytest.raises(TypeError, match="config must be a TrainConfig, got None"):
+        train(None, tmp_path)  # type: ignore[arg-type]
+    for out in ("", None):
+        with pytest.raises((TypeError, ValueError), match="out must be the path of a run directory"):
+            train(SMALL, out)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="update must be a whole number >= 0"):
+        Corpus.read().batch(0, -1, 2, 8)
+    with pytest.raises(TypeError, match="info must be the info of a run"):
+        TrainConfig.from_info([])  # type: ignore[arg-type]

@@ -143,6 +143,36 @@ def test_max_alpha_bounds_alpha_on_both_sides_and_powers_of_two_stay_inside():
     assert set(two) <= {0.5, 1.0, 2.0}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_has_the_documented_columns_and_the_stack_of_the_force_table(family):
+    model = make(family)
+    table = wisca.plan_rescale(model, pairs=("qk", "vo", "norm"), errors="skip")
+    assert list(table) == list(wisca.RESCALE_TABLE)
+    optimizer = adamw(model)
+    with wd.ForceLogger(optimizer, model) as logger:
+        train(model, optimizer, 1)
+    forces = logger.run.forces()
+    inside = forces[forces["role"].isin(["selection", "value"])]
+    places = set(zip(inside["stack"], inside["layer"], strict=True))
+    assert set(zip(table["stack"], table["layer"], strict=True)) - {("", pd.NA)} == places
+
+
+def test_the_same_block_number_of_two_stacks_is_two_places():
+    model = nn.Module()
+    model.encoder, model.decoder = make("llama"), make("llama")
+    pairs = [
+        ScalingPair(pair.kind, f"{side}.{pair.module}", *(
+            [Part(f"{side}.{part.name}", part.axis, part.channels, part.measured) for part in half]
+            for half in (pair.a, pair.b)
+        ), pair.heads, pair.layer, stack=f"{side}.{pair.stack}")
+        for side in ("encoder", "decoder") for pair in wisca.find_pairs(make("llama")) if pair.kind == "qk"
+    ]  # fmt: skip
+    table = wisca.rescale_(model, pairs=pairs)
+    assert table.groupby(["stack", "layer"]).size().to_dict() == {
+        (f"{side}.model", layer): 1 for side in ("encoder", "decoder") for layer in (0, 1)
+    }
+
+
 # --- the proof ----------------------------------------------------------------------------------------------
 
 
@@ -347,6 +377,34 @@ def test_entries_that_would_overflow_are_refused():
 def test_arguments_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         wisca.rescale_(make("llama"), **options)
+
+
+@pytest.mark.parametrize("call", [wisca.apply_, wisca.undo_, wisca.scale_factors])
+def test_what_is_no_table_of_a_rescaling_is_named(call):
+    model = make("llama")
+    for table in (None, 3, [], pd.DataFrame(), wisca.plan_rescale(model).assign(alpha="1")):
+        with pytest.raises(TypeError, match="table must be what rescale_ or plan_rescale returns"):
+            call(model, table)
+    with pytest.raises(TypeError, match="pairs must be the ScalingPairs"):
+        call(model, wisca.plan_rescale(model), pairs=("qk",))
+
+
+def test_weights_without_values_are_refused():
+    table = wisca.plan_rescale(make("llama"))
+    with torch.device("meta"):
+        from transformers import LlamaForCausalLM
+
+        empty = LlamaForCausalLM(make("llama").config)
+    with pytest.raises(ValueError, match="is no whole, dense tensor with values"):
+        wisca.apply_(empty, table)
+    with pytest.raises(ValueError, match="is no whole, dense, real tensor"):
+        wisca.rescale_(empty)
+
+
+@pytest.mark.parametrize("batch", [None, {}, "text", torch.zeros(2, 3), torch.zeros(0, 3, dtype=torch.long)])
+def test_a_batch_that_no_model_takes_is_named(batch):
+    with pytest.raises((TypeError, ValueError), match="batch must be token ids"):
+        wisca.check_equivalence(make("llama"), batch)
 
 
 def rows(name, count, axis=0):
@@ -616,6 +674,22 @@ def test_rows_up_to_the_rescaling_stay_and_tables_of_other_models_are_refused():
         wisca.predict_shift(wd.aggregate(before, "role"), table, model)
     with pytest.raises(ValueError, match=r"lacks the columns \['lr'\]"):
         wisca.predict_shift(before.drop(columns="lr"), table, model, moments="keep")
+
+
+def test_a_run_is_taken_in_place_of_its_force_table():
+    model = make("llama")
+    optimizer = adamw(model)
+    with wd.ForceLogger(optimizer, model) as logger:
+        train(model, optimizer, 2)
+    table = wisca.plan_rescale(model)
+    by_run = wisca.predict_shift(logger.run, table, model)
+    pd.testing.assert_frame_equal(by_run, wisca.predict_shift(logger.run.forces(), table, model))
+    with pytest.raises(TypeError, match="before must be a force table"):
+        wisca.predict_shift("runs/demo", table, model)
+    with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\)"):
+        wisca.predict_shift(logger.run, table, model, betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="before has two rows of"):
+        wisca.predict_shift(pd.concat([logger.run.forces()] * 2), table, model)
 
 
 # --- the schedule -------------------------------------------------------------------------------------------

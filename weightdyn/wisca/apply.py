@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.wisca.pairs import ScalingPair, shared_parameters, unwrap
+from weightdyn.wisca.pairs import ScalingPair, is_plain, shared_parameters, unwrap
 from weightdyn.wisca.plan import (
     Errors,
     Granularity,
@@ -222,6 +222,11 @@ def _check_fits(model: nn.Module, factors: Mapping[str, Mapping[int, Tensor]]) -
                 f"{name} is tied to {shared[name]}, which would be scaled with it; nothing was changed"
             )
         weight = model.get_parameter(name).detach()
+        if not is_plain(weight) or weight.is_meta:
+            raise ValueError(
+                f"model: {name} is no whole, dense tensor with values ({weight.layout}, {weight.device}), and "
+                "cannot be scaled; nothing was changed"
+            )
         scaled = weight.clone()
         scale_by(scaled, axes, 1)
         if not torch.isfinite(scaled).all():

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from weightdyn.core.checks import check_instance
+from weightdyn.core.checks import check_instance, shown
 from weightdyn.wisca.apply import apply_, scale_by
 from weightdyn.wisca.pairs import unwrap
 from weightdyn.wisca.plan import Pairs, own_pairs, plan_rescale, scale_factors
@@ -66,8 +66,15 @@ def check_equivalence(
     """
     model = unwrap(model)
     if forward is None:
-        what = "token ids, or a dict of the model's arguments; give forward= for others"
+        what = "token ids (whole numbers), or a dict of the model's arguments; give forward= for others"
         check_instance("batch", batch, (Tensor, Mapping), what)
+        ids = isinstance(batch, Tensor) and not (
+            batch.is_floating_point() or batch.is_sparse or batch.is_meta
+        )
+        if not len(batch) or (isinstance(batch, Tensor) and not ids):
+            raise ValueError(f"batch must be {what}, got {shown(batch)}")
+    elif not callable(forward):
+        raise TypeError(f"forward must be a function of a model and a batch, or None, got {shown(forward)}")
     if table is None:
         table = plan_rescale(model, pairs=pairs, **options)
     elif options:
