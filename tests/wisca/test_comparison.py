@@ -493,10 +493,12 @@ def test_lr_equivalent_refuses_what_has_no_one_learning_rate():
 
 def test_shift_names_what_is_not_there():
     found = run(["none"], steps=1)
-    with pytest.raises(ValueError, match=r"arm must be one of \['none'\], got 'init'"):
+    with pytest.raises(ValueError, match="arm must be 'none', got 'init'"):
         found.shift("init")
     with pytest.raises(ValueError, match="confidence"):
         found.shift("none", confidence=1.0)
+    with pytest.raises(ValueError, match="window must be a whole number"):
+        found.shift("none", "none", window=0)
     assert "none: seeds [0]" in repr(found)
     assert wisca.compare is compare
     assert json.dumps(found.info)

@@ -1,7 +1,9 @@
 """Rescaling in place: α by hand, moments by the algebra of Adam, forces by the log, and all or nothing."""
 
 import copy
+import json
 import math
+import os
 
 import numpy as np
 import pandas as pd
@@ -418,7 +420,7 @@ def rows(name, count, axis=0):
         (ScalingPair("x", "m", rows(f"{Q}.weight", 3), rows(f"{K}.weight", 3)), "label 3 indices of axis 0"),
         (ScalingPair("x", "m", rows(f"{Q}.weight", 48)), "each side needs a part"),
         (
-            ScalingPair("x", "m", rows(f"{Q}.weight", 48), rows(f"{K}.weight", 48, 1), heads=torch.zeros(4)),
+            ScalingPair("x", "m", rows(f"{Q}.weight", 48), rows(f"{K}.weight", 48, 1), heads=torch.arange(4)),
             "heads has 4 entries, and there are 48 channels",
         ),
     ],
@@ -431,6 +433,18 @@ def test_pairs_of_ones_own_that_do_not_fit_say_where(pair, message):
         wisca.rescale_(model, pairs=["qk", pair])
     with pytest.raises(ValueError, match="same kind and module"):
         wisca.rescale_(model, pairs=[pair, pair])
+
+
+def test_a_part_and_a_pair_are_checked_when_they_are_made():
+    for channels in (None, [0, 1], torch.ones(3), torch.zeros(2, 2, dtype=torch.long), torch.tensor([-2])):
+        with pytest.raises(TypeError, match="channels must be a 1-D tensor of whole numbers >= -1"):
+            Part("w", 0, channels)
+    with pytest.raises(ValueError, match="axis must be a whole number >= 0, got -1"):
+        Part("w", -1, torch.arange(3))
+    with pytest.raises(TypeError, match="a must be Parts, in a list"):
+        ScalingPair("x", "m", a=Part("w", 0, torch.arange(3)))
+    with pytest.raises(TypeError, match="heads must be a 1-D tensor"):
+        ScalingPair("x", "m", heads=torch.zeros(4))
 
 
 # --- moments ------------------------------------------------------------------------------------------------
@@ -882,3 +896,67 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path):
     result = call(tmp_path / "in", "-o", tmp_path / "out", "--pairs", "qk,up_down", "--skip")
     assert result.exit_code == 0, result.output
     assert "skipped: its activation" in result.output
+
+
+def spoiled_config(**change):
+    def edit(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+
+    return edit
+
+
+def fifo(name):
+    def make(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return make
+
+
+EVIL = """
+import pathlib
+from transformers import LlamaConfig
+pathlib.Path('executed').touch()
+class C(LlamaConfig): pass
+"""
+SPOILED = {
+    "code of its own": spoiled_config(
+        model_type="own", auto_map={"AutoConfig": "evil.C"}, architectures=["C"]
+    ),
+    "an architecture that is a number": spoiled_config(architectures=[3]),
+    "html": lambda folder: (folder / "config.json").write_text("<html>sign in</html>"),
+    "deep": lambda folder: (folder / "config.json").write_text("[" * 100_000),
+    "cut": lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" + bytes(100)),
+    "fifo": fifo("model.safetensors"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a FIFO")
+@pytest.mark.parametrize("damage", SPOILED)
+def test_a_folder_that_is_no_model_is_named_and_runs_no_code(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "in"
+    make("llama").save_pretrained(folder)
+    (folder / "evil.py").write_text(EVIL)
+    SPOILED[damage](folder)
+    with pytest.raises(wd.CheckpointError, match=r"(?s)in cannot be read as a transformers model.*copy its"):
+        wisca.rescale_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_is_no_model_is_not_called(tmp_path, capfd):
+    make("llama").save_pretrained(tmp_path / "in")
+    spoiled_config(architectures=["pipeline"])(tmp_path / "in")
+    capfd.readouterr()
+    table, difference, magnitude = wisca.rescale_folder(tmp_path / "in", tmp_path / "out")
+    assert len(table) == 4
+    assert difference < 1e-5 * magnitude
+    assert "\r" not in capfd.readouterr().err  # nobody watches
+
+
+def test_folders_are_named():
+    for options in ({"source": None, "out": "x"}, {"source": "x", "out": ""}):
+        with pytest.raises((TypeError, ValueError), match=r"(source|out) must be"):
+            wisca.rescale_folder(**options)

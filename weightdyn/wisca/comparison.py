@@ -23,7 +23,7 @@ import pandas as pd
 import scipy
 from torch import nn
 
-from weightdyn.core.checks import check_number, check_path, check_whole, refuse, shown
+from weightdyn.core.checks import check_choice, check_number, check_path, check_whole, refuse, shown
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import FORCES, By, aggregate, budget, group_columns
 from weightdyn.explain.trajectory import pool_weibull
@@ -145,15 +145,10 @@ def compare(
     >>> bool(shift.query("component == 'q' and quantity == 'lam' and step == 0")["difference"].item() < 0)
     True
     """
-    for argument, function in {
-        "make_model": make_model,
-        "make_optimizer": make_optimizer,
-        "batches": batches,
-        "loss": loss or model_loss,
-        "schedule": schedule or model_loss,
-        "evaluate": evaluate or model_loss,
-    }.items():
-        if not callable(function):
+    functions = {"make_model": make_model, "make_optimizer": make_optimizer, "batches": batches}
+    optional = {"loss": loss, "schedule": schedule, "evaluate": evaluate}
+    for argument, function in {**functions, **optional}.items():
+        if not callable(function) and not (argument in optional and function is None):
             raise TypeError(f"{argument} must be a function, got {shown(function)}")
     parsed = [parse_arm(arm, options) for arm in _several("arms", arms, "strings such as 'init'")]
     seeds = [check_whole("seeds", seed) for seed in _several("seeds", seeds, "whole numbers")]
@@ -295,10 +290,9 @@ class Comparison:
         Raises:
             TypeError, ValueError: no such arm; the two share no seed; an unknown `by`.
         """
-        for argument, name in (("arm", arm), ("against", against)):
-            if name not in self.arms:
-                raise ValueError(f"{argument} must be one of {self.arms}, got {shown(name)}")
-        check_whole("window", window, 1)
+        check_choice("arm", arm, self.arms)
+        check_choice("against", against, self.arms)
+        check_whole("window", window, 1, 2**31)
         check_number("confidence", confidence, 0, 1, open_low=True, open_high=True)
         seeds = [seed for seed in self.seeds if {(arm, seed), (against, seed)} <= set(self.runs)]
         if not seeds:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from weightdyn.core.checks import check_flag, check_text, check_whole, shown
 from weightdyn.core.naming import describe
 
 KINDS = {
@@ -47,6 +48,12 @@ class Part:
     axis: int
     channels: Tensor
     measured: bool = True
+
+    def __post_init__(self):
+        check_text("name", self.name, "a parameter's name")
+        check_whole("axis", self.axis)
+        check_flag("measured", self.measured)
+        _check_labels("channels", self.channels, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +88,21 @@ class ScalingPair:
     refused: str | None = None
     stack: str = ""
 
+    def __post_init__(self):
+        check_text("kind", self.kind, "a kind of pairs, such as 'vo'")
+        for name, side in (("a", self.a), ("b", self.b)):
+            several = isinstance(side, Sequence) and not isinstance(side, str)
+            if not several or not all(isinstance(part, Part) for part in side):
+                raise TypeError(f"{name} must be Parts, in a list, got {shown(side)}")
+        if self.heads is not None:
+            _check_labels("heads", self.heads, 0)
+        check_whole("layer", self.layer, none="outside the blocks")
+
     @property
     def size(self) -> int:
         """Number of channels."""
-        return max((int(part.channels.max()) + 1 for part in (*self.a, *self.b)), default=0)
+        tops = [int(part.channels.max()) for part in (*self.a, *self.b) if len(part.channels)]
+        return max(tops, default=-1) + 1
 
     @property
     def head_count(self) -> int:
@@ -104,6 +122,13 @@ class ScalingPair:
             return f"ScalingPair({self}, refused: {self.refused})"
         names = [" + ".join(part.name for part in side if part.measured) for side in (self.a, self.b)]
         return f"ScalingPair({self}: {names[0]} · {names[1]}, {self.head_count} heads, {self.size} channels)"
+
+
+def _check_labels(argument: str, labels: Any, low: int) -> None:
+    plain = isinstance(labels, Tensor) and labels.layout == torch.strided and not labels.is_meta
+    whole = plain and labels.ndim == 1 and not (labels.is_floating_point() or labels.is_complex())
+    if not whole or (labels.numel() and int(labels.min()) < low):
+        raise TypeError(f"{argument} must be a 1-D tensor of whole numbers >= {low}, got {shown(labels)}")
 
 
 class _Family(NamedTuple):
