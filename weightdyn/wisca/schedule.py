@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from weightdyn.record.logger import ForceLogger
+from weightdyn.record.optimizers import check_optimizer, updates_made
 from weightdyn.wisca.apply import rescale_
 
 EVENT = "wisca rescale"
@@ -61,8 +62,7 @@ class RescaleSchedule:
         start_step: int | None = None,
         **options: Any,
     ):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_optimizer(optimizer)
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every must be a whole number ≥ 1, or None, got {every!r}")
         self._at = frozenset(at)
@@ -73,8 +73,7 @@ class RescaleSchedule:
         inspect.signature(rescale_).bind(model, optimizer, **options)
         self._model, self._optimizer, self._every = model, optimizer, every
         self._logger, self._options = logger, options
-        made = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
-        self.step = max(made, default=0) if start_step is None else start_step
+        self.step = updates_made(optimizer) if start_step is None else start_step
         self._tables: list[pd.DataFrame] = []
         if self.step == 0 and 0 in self._at:
             self._rescale()
