@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 import wisca_models
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from weightdyn import plot, wisca
 from weightdyn.cli import app
 from weightdyn.core.tables import SHIFT_TABLE
+from weightdyn.files.parquet import write_parquet
 from weightdyn.record.runlog import RunLogError
 from weightdyn.wisca import Comparison, compare
 
@@ -378,9 +380,10 @@ def test_a_damaged_index_of_a_comparison_is_named_with_what_to_do(stored, tmp_pa
 RESCALES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-20]),
     "text": lambda path: path.write_text("no parquet"),
-    "other columns": lambda path: pd.DataFrame({"a": [1]}).to_parquet(path),
-    "steps of text": lambda path: pd.DataFrame({"step": ["1"]}).to_parquet(path),
-    "no alpha": lambda path: pd.DataFrame({"step": [1]}).to_parquet(path),
+    "without checksums": lambda path: pd.DataFrame({"step": [1]}).to_parquet(path),
+    "other columns": lambda path: write_parquet(path, pa.table({"a": [1]})),
+    "steps of text": lambda path: write_parquet(path, pa.table({"step": ["1"]})),
+    "no alpha": lambda path: write_parquet(path, pa.table({"step": [1]})),
     "fifo": fifo,
 }
 
@@ -391,7 +394,7 @@ def test_a_damaged_table_of_rescalings_is_named_with_what_to_do(stored, tmp_path
     out = tmp_path / "runs"
     shutil.copytree(stored, out)
     RESCALES[damage](out / "init" / "seed-0" / "rescales.parquet")
-    with pytest.raises(RunLogError, match=r"(?s)rescales\.parquet cannot be read: .*or delete .*seed-0"):
+    with pytest.raises(RunLogError, match=r"(?s)rescales\.parquet (is|has) .*or delete .*seed-0"):
         Comparison.read(out)
 
 
@@ -404,7 +407,7 @@ def test_a_flipped_byte_in_the_table_of_rescalings_is_seen(stored, tmp_path):
     alpha = np.float64(whole["alpha"].iloc[0]).tobytes()
     at = content.index(alpha)  # in a page, plain or in its dictionary
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    with pytest.raises(RunLogError, match=r"rescales\.parquet cannot be read"):
+    with pytest.raises(RunLogError, match=r"rescales\.parquet is cut short or damaged"):
         Comparison.read(out)
 
 

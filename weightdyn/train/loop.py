@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from weightdyn.files.durable import write_file
 from weightdyn.record.logger import ForceLogger
+from weightdyn.record.optimizers import rng_state, set_rng_state
 from weightdyn.record.runlog import RunLogError
 
 _STATE = {"step": int, "model": Mapping, "optimizer": Mapping, "rng": Mapping}
@@ -142,7 +143,7 @@ def restore_state(
                     raise ValueError(
                         f"its {name} has the shape {tuple(value.shape)}, and the parameter {tuple(parameter.shape)}"
                     )
-        set_rng_state(next(model.parameters()).device, state["rng"])
+        set_rng_state(state["rng"], next(model.parameters()).device)
     except Exception as error:  # as above: torch checks some of it, each in its own way
         reason = " ".join(str(error).split())
         raise _damaged(
@@ -155,16 +156,3 @@ def _damaged(path: Path, reason: str) -> RunLogError:
         f"{path} cannot be continued from: {reason}. Copy it again from where the run was written, or from a "
         f"backup; or delete it, and the run in {path.parent} begins again"
     )
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's random number generators that a run on `device` draws from."""
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def set_rng_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
-    """Set the generators to what `rng_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:  # not if the run was begun on a CPU
-        torch.cuda.set_rng_state(state["cuda"], device)

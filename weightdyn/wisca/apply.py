@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weightdyn.core.progress import Progress, progress_bar
+from weightdyn.record.optimizers import MASTERS, STATE_POWERS, check_optimizer
 from weightdyn.wisca.pairs import ScalingPair, is_plain, shared_parameters, unwrap
 from weightdyn.wisca.plan import (
     Errors,
@@ -31,23 +32,6 @@ from weightdyn.wisca.plan import (
 )
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-
-# What optimizers keep of a tensor, by the power of the gradient's scale that it has; weights have −1.
-_STATE_POWERS = {
-    "exp_avg": 1,
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 2,
-    "momentum_buffer": 1,
-    "grad_avg": 1,
-    "square_avg": 2,
-    "sum": 2,
-    "master_param": -1,
-    "master_weights": -1,
-    "master_weight": -1,
-    "compensation": -1,
-    "kahan_comp": -1,
-}
-_MASTERS = ("main_param", "master_param")  # attributes by which a parameter knows its fp32 copy
 
 
 def rescale_(
@@ -255,12 +239,7 @@ def _states(
     counters: list[dict[str, Any]] = []
     optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
     for each in optimizers:
-        inner = getattr(each, "optimizer", None)
-        if not isinstance(each, torch.optim.Optimizer) or isinstance(inner, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer or several, got {type(each).__name__}"
-                + ("; pass the inner one, optimizer.optimizer" if inner is not None else "")
-            )
+        check_optimizer(each, "a torch.optim.Optimizer or several")
     held = [tensor for each in optimizers for group in each.param_groups for tensor in group["params"]]
     states = {tensor: each.state[tensor] for each in optimizers for tensor in each.state}
     masters = _masters(model, held)
@@ -285,7 +264,7 @@ def _states(
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 continue
-            power = _STATE_POWERS.get(key) if value.shape == own.shape else None
+            power = STATE_POWERS.get(key) if value.shape == own.shape else None
             if power == -1:
                 found.append((value, axes, -1))
             elif moments == "reset":
@@ -315,7 +294,7 @@ def _masters(model: nn.Module, held: Sequence[Tensor]) -> dict[str, Tensor]:
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
-        known = next((getattr(parameter, key) for key in _MASTERS if hasattr(parameter, key)), None)
+        known = next((getattr(parameter, key) for key in MASTERS if hasattr(parameter, key)), None)
         alike = (
             each
             for each in waiting

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import pyarrow.parquet as pq
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from weightdyn.files.durable import write_file
+from weightdyn.files.parquet import read_parquet, write_parquet
 from weightdyn.record.logger import ForceLogger
 from weightdyn.record.runlog import RunLog, RunLogError, RunWriter
 from weightdyn.train.loop import evaluated, load_state, make_updates, restore_state, save_state
@@ -211,22 +211,21 @@ def read_run(place: Path) -> Run:
 
 
 def _write_rescales(path: Path, rescales: pd.DataFrame) -> None:
-    write_file(path, lambda temporary: rescales.to_parquet(temporary, write_page_checksum=True))
+    write_parquet(path, pa.Table.from_pandas(rescales, preserve_index=False))
 
 
 def _read_rescales(path: Path) -> pd.DataFrame:
-    reason = "it is no regular file" if path.exists() and not path.is_file() else ""
-    if not reason:
-        try:
-            table = pq.read_table(path, page_checksum_verification=True).to_pandas()
-        except Exception as error:  # a damaged file makes errors of many kinds
-            reason = f"it is missing, cut short or damaged ({type(error).__name__}: {error})"
-        else:
-            whole = "step" in table and pd.api.types.is_integer_dtype(table["step"])
-            if whole and (table.empty or {"pair", "module", "alpha"} <= set(table)):
-                return table
-            reason = f"it is no table of rescalings; it has the columns {list(table)}"
-    raise RunLogError(f"{path} cannot be read: {reason}. {_remedy(path.parent)}")
+    try:
+        table = read_parquet(path).to_pandas()
+    except (ValueError, FileNotFoundError) as error:
+        raise RunLogError(f"{error}. {_remedy(path.parent)}") from None
+    whole = "step" in table and pd.api.types.is_integer_dtype(table["step"])
+    if not whole or not (table.empty or {"pair", "module", "alpha"} <= set(table)):
+        columns = dict(table.dtypes.astype(str))
+        raise RunLogError(
+            f"{path} is no table of rescalings, by its columns {columns}. {_remedy(path.parent)}"
+        )
+    return table
 
 
 def _remedy(place: Path) -> str:

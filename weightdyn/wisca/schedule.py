@@ -16,7 +16,7 @@ from torch import nn
 
 from weightdyn.core.checks import check_instance, check_whole, refuse
 from weightdyn.record.logger import ForceLogger
-from weightdyn.record.optimizers import updates_made
+from weightdyn.record.optimizers import check_optimizer, updates_made
 from weightdyn.wisca.apply import rescale_
 from weightdyn.wisca.plan import CHOICES, check_choices
 
@@ -65,7 +65,7 @@ class RescaleSchedule:
         **options: Any,
     ):
         check_instance("model", model, nn.Module, "a torch.nn.Module")
-        check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+        check_optimizer(optimizer)
         check_whole("every", every, 1, none="only the updates in at")
         check_whole("start_step", start_step, 0, none="what the optimizer's state says")
         kinds = (ForceLogger, type(None))
