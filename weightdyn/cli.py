@@ -508,7 +508,6 @@ def wisca_compare(
 
     from weightdyn.train.corpus import Corpus
     from weightdyn.train.models import make_model
-    from weightdyn.train.trainer import lr_at
     from weightdyn.wisca import ARMS, compare
 
     with _told():
@@ -531,7 +530,7 @@ def wisca_compare(
             warmup=min(warmup, steps),
             weight_decay=weight_decay,
         )
-        text = Corpus.read(*config.corpus)
+        text, recipe = Corpus.read(*config.corpus), config.recipe
 
         def make_optimizer(network: torch.nn.Module) -> torch.optim.AdamW:
             decays = [each for each in network.parameters() if each.ndim >= 2]
@@ -548,7 +547,7 @@ def wisca_compare(
             arms or ARMS,
             range(seeds),
             steps,
-            schedule=lambda update: lr_at(config, update) / lr,
+            schedule=lambda update: float(recipe.lr_at(update)) / lr,
             clip=clip or None,
             out=out,
             config=asdict(config),

@@ -220,6 +220,20 @@ RESCALE_TABLE = {
 }
 """Columns of the table of a rescaling, and their meaning."""
 
+SHIFT_TABLE = {
+    "step": "last update of the window; 0 is before the first",
+    **{name: NAMES[name] for name in IDENTITY},
+    "quantity": "what is compared: a share or a force, norm_sq, lam, k, or a loss",
+    "value": "mean over the seeds of the arm",
+    "control": "mean over the seeds of what it is held against",
+    "difference": "mean of the paired differences, arm less control",
+    "low": "lower end of the difference's interval; NaN of one seed",
+    "high": "upper end of it",
+    "seeds": "number of seeds that both have",
+}
+"""Columns of a table of shifts between paired runs, and their meaning. Of those that say what a row is it has the
+ones that it is grouped by; in the rows of losses they are missing."""
+
 # --- checks -------------------------------------------------------------------------------------------------
 
 
