@@ -74,9 +74,34 @@ def test_a_second_demo_draws_without_training_again(demo):
     }
 
 
-def test_nothing_but_the_report_is_printed_where_nobody_watches(demo):
+def test_nothing_but_the_report_is_printed_where_nobody_watches(tmp_path, demo):
     _, printed = demo
-    assert "\r" not in printed
+    small = ("--steps", 2, "--warmup", 1, "--batch-size", 1, "--seq-len", 8)
+    commands = [
+        ("train", "--out", tmp_path / "run", "--model", "tiny", *small),
+        ("fit", tmp_path / "run"),
+        ("measure", tmp_path / "run"),
+        ("recover", tmp_path / "run"),
+        ("plot", tmp_path / "run"),
+        (
+            "wisca",
+            "compare",
+            "--out",
+            tmp_path / "pairs",
+            "--seeds",
+            1,
+            "--arm",
+            "none",
+            "--arm",
+            "init",
+            *small,
+        ),
+    ]
+    for command in commands:
+        result = call(*command)
+        assert result.exit_code == 0, result.output
+        assert "\r" not in result.output
+        assert result.stderr == "", command
     assert len(printed.splitlines()) < 40
 
 

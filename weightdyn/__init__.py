@@ -39,6 +39,7 @@ from weightdyn.core.tables import PHASE_TABLE as PHASE_TABLE
 from weightdyn.core.tables import RECOVERY_TABLE as RECOVERY_TABLE
 from weightdyn.core.tables import RESCALE_TABLE as RESCALE_TABLE
 from weightdyn.core.tables import SHAPE_TABLE as SHAPE_TABLE
+from weightdyn.core.tables import SHIFT_TABLE as SHIFT_TABLE
 from weightdyn.core.tables import SUMMARY_TABLE as SUMMARY_TABLE
 from weightdyn.core.tables import WEIBULL_TABLE as WEIBULL_TABLE
 from weightdyn.core.tables import aggregate as aggregate
