@@ -547,7 +547,7 @@ def test_the_figure_says_which_groups_there_are(three_seeds):
         plot.wisca_shift(three_seeds.shift("init", by="role"))
     with pytest.raises(ValueError, match="whole model only"):
         plot.wisca_shift(three_seeds.shift("init"), group="q")
-    with pytest.raises(ValueError, match="one of them can be drawn"):
+    with pytest.raises(ValueError, match=r"group must be one of \[\(0, .* got 'q'"):
         plot.wisca_shift(three_seeds.shift("init", by=["layer", "component"]), group="q")
     with pytest.raises(TypeError, match=r"Comparison.shift\(\) returns"):
         plot.wisca_shift(three_seeds)
