@@ -102,7 +102,10 @@ def _groups(shift: Any) -> pd.Series | None:
         keys.remove("stack")
     if not keys:
         return None
-    rows = shift[keys].astype(object).itertuples(index=False, name=None)
+    places = shift[keys]
+    if "layer" in keys:  # beside losses, which have none, layers may have become floats
+        places = places.assign(layer=pd.to_numeric(shift["layer"]).astype("Int64"))
+    rows = places.astype(object).itertuples(index=False, name=None)
     named = [row[0] if len(keys) == 1 else row for row in rows]
     whole = shift[keys].notna().all(axis=1) & ~_of_loss(shift)
     return pd.Series(named, shift.index, dtype=object).where(whole, None)
