@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from weightdyn.cli import app
-from weightdyn.explain.trajectory import summarize
+from weightdyn.explain.summary import summarize
 from weightdyn.record.runlog import RunLog, RunWriter
 from weightdyn.train import trainer as selftrain
 from weightdyn.train.trainer import DEMO, TrainConfig
@@ -38,7 +38,7 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "demo"
     result = call("demo", "--out", out, "--steps", 30, "--batch-size", 2, "--seq-len", 16)
     assert result.exit_code == 0, result.output
-    return out, result.output
+    return out, result.stdout
 
 
 def test_the_demo_leaves_a_run_and_its_figures(demo):
@@ -61,11 +61,48 @@ def test_the_demo_prints_a_row_for_each_role_and_a_closure_of_rounding_only(demo
 
 def test_a_second_demo_draws_without_training_again(demo):
     out, printed = demo
-    before = (out / "resume.pt").stat().st_mtime_ns
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    for name in FIGURES:
+        (out / "figures" / name).unlink()
     again = call("demo", "--out", out, "--steps", 30, "--batch-size", 2, "--seq-len", 16)
     assert again.exit_code == 0
-    assert set(again.output.splitlines()) <= set(printed.splitlines())
-    assert (out / "resume.pt").stat().st_mtime_ns == before
+    assert again.stdout == printed
+    for name in FIGURES:
+        assert (out / "figures" / name).read_bytes().startswith(PNG)
+    assert {path: path.stat().st_mtime_ns for path in written if path.suffix != ".png"} == {
+        path: time for path, time in written.items() if path.suffix != ".png"
+    }
+
+
+def test_nothing_but_the_report_is_printed_where_nobody_watches(tmp_path, demo):
+    _, printed = demo
+    small = ("--steps", 2, "--warmup", 1, "--batch-size", 1, "--seq-len", 8)
+    commands = [
+        ("train", "--out", tmp_path / "run", "--model", "tiny", *small),
+        ("fit", tmp_path / "run"),
+        ("measure", tmp_path / "run"),
+        ("recover", tmp_path / "run"),
+        ("plot", tmp_path / "run"),
+        (
+            "wisca",
+            "compare",
+            "--out",
+            tmp_path / "pairs",
+            "--seeds",
+            1,
+            "--arm",
+            "none",
+            "--arm",
+            "init",
+            *small,
+        ),
+    ]
+    for command in commands:
+        result = call(*command)
+        assert result.exit_code == 0, result.output
+        assert "\r" not in result.output
+        assert result.stderr == "", command
+    assert len(printed.splitlines()) < 40
 
 
 def test_shares_are_those_of_the_summed_forces(demo):
@@ -113,12 +150,22 @@ def test_train_takes_every_field_of_the_configuration(tmp_path):
     assert all(getattr(expected, name) != getattr(TrainConfig(), name) for name in given)
 
 
-def test_the_options_defaults_are_the_configurations():
-    listed = call("train", "--help").output
-    for name in ("steps", "lr", "weight-decay", "warmup"):
-        default = re.search(rf"--{name} .*?\[default:\s+([^\]]+)\]", listed, re.DOTALL)
-        assert default is not None
-        assert float(default[1]) == getattr(TrainConfig(), name.replace("-", "_"))
+@pytest.mark.parametrize(("command", "expected"), [("train", TrainConfig()), ("demo", DEMO)])
+def test_a_command_without_options_trains_the_configuration_that_the_library_has(
+    tmp_path, monkeypatch, command, expected
+):
+    class Trained(Exception):
+        pass
+
+    asked = []
+
+    def train(config, out):
+        asked.append((config, out))
+        raise Trained
+
+    monkeypatch.setattr("weightdyn.cli.train", train)
+    assert isinstance(call(command, "--out", tmp_path / "run").exception, Trained)
+    assert asked == [(expected, tmp_path / "run")]
 
 
 def test_plot_draws_what_a_run_has(tmp_path):
@@ -139,26 +186,113 @@ def test_plot_draws_what_a_run_has(tmp_path):
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == FIGURES[:2]
 
 
+@pytest.mark.parametrize("by", ["tensor", "layer,role", "component", "model"])
+def test_plot_groups_as_tables_do(demo, tmp_path, monkeypatch, by):
+    from weightdyn import plot
+
+    drawn = []
+    budget = plot.force_budget
+    monkeypatch.setattr(plot, "force_budget", lambda *a, **k: drawn.append(k["by"]) or budget(*a, **k))
+    monkeypatch.setattr(plot.runs, "NAMED_LINES", 99)
+    result = call("plot", demo[0], "--by", by, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    expected = {"tensor": None, "layer,role": ["layer", "role"]}.get(by, by)
+    assert drawn == [expected, expected]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FIGURES
+
+
+COMMANDS = [["train"], ["demo"], ["plot"], ["fit"], ["diagnose"], ["measure"], ["recover"], ["wisca"],
+            ["wisca", "rescale"], ["wisca", "compare"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(command):
+    result = call(*command, "--help")
+    assert result.exit_code == 0
+    assert " ".join(["Usage:", "root", *command]) in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train", "--out", "OUT", "--model", "huge"], "model must be one of"),
+        (["train", "--out", "OUT", "--model", "huge"], "model must be 'tiny', 'tiny-llama'"),
         (["train", "--out", "OUT", "--corpus", "nowhere.txt"], "no file or folder nowhere.txt"),
         (["train", "--out", "OUT", "--steps", "many"], "--steps"),
+        (["train", "--out", "FILE"], "is a file; name a folder"),
+        (["demo", "--out", "FILE"], "is a file; name a folder"),
         (["train"], "--out"),
         (["demo", "--out", "OUT", "--steps", "-1"], "steps must be a whole number >= 1, got -1"),
-        (["plot", "nowhere"], "nowhere"),
-        (["plot", "DEMO", "--by", "colour"], "colour"),
         (["demo", "--out", "DEMO", "--seed", "9"], "another configuration"),
+        (["plot", "nowhere"], "nowhere"),
+        (
+            ["plot", "DEMO", "--out", "OUT", "--by", "colour"],
+            "--by must be tensor, or some of layer, component",
+        ),
+        (
+            ["plot", "DEMO", "--out", "OUT", "--by", "layer,"],
+            "--by must be tensor, or some of layer, component",
+        ),
+        (["plot", "DEMO", "--out", "OUT", "--by", "tensor"], "by=None makes"),
+        (["plot", "DEMO", "--out", "FILE"], "is a file; name a folder"),
+        (["plot", "DEMO", "--out", "FILE/deeper"], "is a file; name a folder"),
+        (["fit", "DEMO", "--by", "colour"], "--by must be"),
+        (["fit", "DEMO", "--views", "heads"], "--views must be one of true, false, head, got 'heads'"),
+        (["diagnose", "DEMO", "--views", "1"], "--views must be one of"),
+        (
+            ["measure", "DEMO", "--steps", "1,x"],
+            "--steps must be whole numbers such as 0,1000,2000, got '1,x'",
+        ),
+        (["measure", "DEMO", "--steps", "99"], "99"),
+        (["measure", "DEMO", "--gram", "all"], "gram must be 'none', 'band' or 'full', got 'all'"),
+        (["measure", "DEMO", "--views", "no"], "--views must be one of"),
+        (["measure", "DEMO", "--out", "table.csv"], "--out must end in .parquet, got table.csv"),
+        (["measure", "nowhere"], "nowhere"),
+        (["recover", "DEMO", "--method", "guess"], "--method must be one of"),
+        (["recover", "DEMO", "--steps", ""], "--steps must be whole numbers"),
+        (["recover", "DEMO", "--every", "0"], "--every"),
+        (["recover", "DEMO", "--recipe", "pythia-7m"], "pythia-7m"),
+        (["recover", "DEMO", "--out", "nowhere/table.parquet"], "the folder nowhere does not exist"),
+        (["recover", "DEMO", "--figure", "figure.txt"], "--figure must end in .png or .pdf or .svg"),
+        (["recover", "FOLDER"], "--recipe is needed"),
+        (["wisca", "rescale", "nowhere", "--out", "OUT"], "nowhere"),
+        (["wisca", "compare", "--out", "OUT", "--by", "colour"], "--by must be"),
+        (
+            ["wisca", "compare", "--out", "OUT", "--by", "tensor"],
+            "--by tensor would be a figure for each tensor",
+        ),
+        (["wisca", "compare", "--out", "OUT", "--arm", "sideways"], "sideways"),
+        (["wisca", "compare", "--out", "OUT", "--seeds", "0"], "--seeds"),
+        (["wisca", "compare", "--out", "OUT", "--device", "abacus"], "abacus"),
+        (["wisca", "compare", "--out", "FILE"], "is a file; name a folder"),
         (["dance"], "dance"),
     ],
 )
-def test_a_wrong_argument_ends_in_exit_code_2_and_one_message(tmp_path, demo, arguments, says):
-    places = {"OUT": tmp_path / "run", "DEMO": demo[0]}
+def test_a_wrong_argument_ends_in_exit_code_2_and_one_line_before_anything_is_written(
+    tmp_path, demo, monkeypatch, arguments, says
+):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (tmp_path / "FILE").write_text("a file")
+    (tmp_path / "FOLDER").mkdir()
+    places = {
+        "OUT": tmp_path / "run",
+        "DEMO": demo[0],
+        "FILE": tmp_path / "FILE",
+        "FOLDER": tmp_path / "FOLDER",
+    }
+    places["FILE/deeper"] = tmp_path / "FILE" / "deeper"
+    before = sorted(demo[0].rglob("*"))
     result = call(*(places.get(word, word) for word in arguments))
     assert result.exit_code == 2
-    assert says in result.output
+    assert says in " ".join(result.output.split())
     assert "Traceback" not in result.output
+    told = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert len(told) == 1
+    if "Usage:" not in result.output:
+        assert result.output.splitlines() == told
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["FILE", "FOLDER", "here"]
+    assert sorted(demo[0].rglob("*")) == before
 
 
 def test_without_transformers_the_command_says_what_to_install(tmp_path, monkeypatch):
@@ -177,3 +311,13 @@ def test_a_bug_is_not_disguised_as_a_wrong_argument(tmp_path, monkeypatch):
     result = call("demo", "--out", tmp_path)
     assert result.exit_code == 1
     assert isinstance(result.exception, KeyError)
+
+
+def test_a_wrong_type_is_told_as_a_wrong_value_is(tmp_path, monkeypatch):
+    def picky(*_: object):
+        raise TypeError("config must be a mapping,\ngot list")
+
+    monkeypatch.setattr("weightdyn.cli.train", picky)
+    result = call("train", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.output == "Error: config must be a mapping, got list\n"

@@ -88,6 +88,18 @@ def test_fit_prints_a_line_for_each_matrix(model):
         assert float(lam) == pytest.approx(row.lam, rel=5e-3)
 
 
+def test_fit_pools_what_by_names(model, tmp_path):
+    out = tmp_path / "table.csv"
+    assert call("fit", model, "--by", "layer,role", "-o", out).exit_code == 0
+    expected = fit_weights(model, by=["layer", "role"])
+    written = pd.read_csv(out, keep_default_na=False)
+    assert list(written) == list(expected)
+    np.testing.assert_allclose(written["lam"], expected["lam"])
+    printed = call("fit", model, "--by", "role").output.splitlines()[1:]
+    assert [line.split()[0] for line in printed] == fit_weights(model, by="role")["role"].tolist()
+    assert len(call("fit", model, "--by", "model").output.splitlines()) == 2
+
+
 def test_what_makes_a_fit_doubtful_is_printed_beside_it(tmp_path):
     save_file({"a.weight": torch.ones(64, 64), "b.weight": torch.randn(64, 64)}, tmp_path / "m.safetensors")
     result = call("fit", tmp_path)

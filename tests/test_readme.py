@@ -60,6 +60,22 @@ def test_the_commands_run_and_then_the_python_examples_in_their_order(names, tmp
     assert len(names["run"].forces()) > 100
 
 
+def test_the_sections_lead_from_why_to_everything_else():
+    sections = re.findall(r"^## (.+)$", README, flags=re.MULTILINE)
+    assert sections == ["Why", "Two commands", "Attach", "Read", "Draw", "Everything else", "Sources"]
+
+
+def test_every_name_that_the_readme_uses_is_there():
+    import weightdyn as wd
+
+    for dotted in set(re.findall(r"\bwd((?:\.\w+)+)", README)):
+        found = wd
+        for name in dotted[1:].split("."):
+            found = getattr(found, name)
+            if not isinstance(found, type(wd)):
+                break
+
+
 def test_the_other_blocks_are_commands_of_make_and_pip():
     assert {language for language, _ in BLOCKS} == {"python", "console"}
     assert "make demo" in README

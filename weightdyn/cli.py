@@ -7,6 +7,7 @@ What a user got wrong ends in one line on stderr and exit code 2.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +19,9 @@ import typer
 
 from weightdyn.core.forces import timescale
 from weightdyn.core.naming import Views
-from weightdyn.core.tables import FORCES, By
-from weightdyn.explain.trajectory import closure, summarize
+from weightdyn.core.tables import FORCES, IDENTITY, By
+from weightdyn.explain.summary import summarize
+from weightdyn.explain.trajectory import closure
 from weightdyn.record.runlog import RunLog
 from weightdyn.train.models import MODELS
 from weightdyn.train.trainer import DEMO, TrainConfig, train
@@ -36,14 +38,54 @@ _DEFAULTS = TrainConfig()
 
 
 _VIEWS = "Split fused tensors: true, false, or head for a row for each head of q, k and v."
+_BY = "{what} for each layer, component, role or tensor, several as layer,component; or model for all in one."
 
 
-def _views(words: str) -> Views:
+def _views(word: str) -> Views:
     """The argument `views` from its word."""
     known: dict[str, Views] = {"true": True, "false": False, "head": "head"}
-    if words not in known:
-        raise ValueError(f"--views must be one of {', '.join(known)}, got {words!r}")
-    return known[words]
+    if word not in known:
+        raise ValueError(f"--views must be one of {', '.join(known)}, got {word!r}")
+    return known[word]
+
+
+def _by(words: str) -> By | list[str] | None:
+    """The argument `by` from its words."""
+    known = ("layer", "component", "role", "model")
+    if words == "tensor":
+        return None
+    found = words.split(",")
+    if unknown := [word for word in found if word not in known]:
+        raise ValueError(f"--by must be tensor, or some of {', '.join(known)}, got {unknown[0]!r}")
+    return cast(By, words) if len(found) == 1 else found
+
+
+def _steps(words: str | None) -> list[int] | None:
+    """Step numbers from 0,1000,2000."""
+    if words is None:
+        return None
+    if not re.fullmatch(r"\s*[0-9]+\s*(,\s*[0-9]+\s*)*", words):
+        raise ValueError(f"--steps must be whole numbers such as 0,1000,2000, got {words!r}")
+    return [int(word) for word in words.split(",")]
+
+
+def _check_file(option: str, path: Path | None, *endings: str) -> None:
+    """Refuse a file that could not be written, before the work is done that it is meant for."""
+    if path is None:
+        return
+    if path.suffix not in endings:
+        raise ValueError(f"{option} must end in {' or '.join(endings)}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
+
+
+def _check_folder(option: str, path: Path) -> None:
+    """The same for a folder, which is made where there is none."""
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{option} {path}: {place} is a file; name a folder")
 
 
 @contextlib.contextmanager
@@ -51,8 +93,8 @@ def _told() -> Iterator[None]:
     """Tell what the user got wrong in one line instead of a traceback."""
     try:
         yield
-    except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError, ImportError) as error:
-        typer.echo(f"Error: {error}", err=True)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        typer.echo("Error: " + " ".join(str(error).split()), err=True)
         raise typer.Exit(2) from error
 
 
@@ -86,6 +128,7 @@ def train_command(
 ) -> None:
     """Train a small language model on text, with the forces of every tensor on record."""
     with _told():
+        _check_folder("--out", out)
         config = TrainConfig(
             model=model,
             corpus=tuple(corpus or ()),
@@ -121,6 +164,7 @@ def demo(
 ) -> None:
     """Train a small GPT-NeoX on Python's own source, log the three forces, fit, draw: a few minutes."""
     with _told():
+        _check_folder("--out", out)
         config = replace(
             DEMO,
             steps=steps,
@@ -137,18 +181,16 @@ def demo(
 @app.command()
 def plot(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    by: Annotated[
-        str, typer.Option(help="A panel or line for each role, layer, component; or model.")
-    ] = "role",
+    by: Annotated[str, typer.Option(help=_BY.format(what="A panel or line"))] = "role",
     out: Annotated[Path | None, typer.Option(help="Folder for the figures. [default: RUN/figures]")] = None,
 ) -> None:
     """Draw the figures of a run: forces, their shares, the Weibull trajectory, the loss."""
     with _told():
-        _draw(RunLog(run), out or run / "figures", cast(By, by))  # checked by aggregate
+        _draw(RunLog(run), out or run / "figures", _by(by), option="--out" if out else "RUN")
 
 
-def _draw(run: RunLog, folder: Path, by: By = "role") -> None:
-    """Draw every figure that the run has rows for, and say where they lie."""
+def _draw(run: RunLog, folder: Path, by: By | list[str] | None = "role", option: str = "--out") -> None:
+    """Draw every figure that the run has rows for, then write them all, and say where they lie."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -156,11 +198,11 @@ def _draw(run: RunLog, folder: Path, by: By = "role") -> None:
 
     from weightdyn import plot
 
+    _check_folder(option, folder)
     unit = "nats per byte" if "train" in run.info else None
     forces, weibull, metrics = run.forces(), run.weibull(), run.metrics()
-    inside = weibull[
-        "layer"
-    ].notna()  # embeddings have scales of their own, that would flatten the blocks' lines
+    # Embeddings have scales of their own, that would flatten the blocks' lines.
+    inside = weibull["layer"].notna()
     weibull = weibull[inside] if inside.any() else weibull
     both = weibull[weibull["role"].isin(set(forces["role"])) & weibull["role"].eq("transmission")]
     losses = metrics if any("loss" in name for name in metrics) else metrics.iloc[:0]
@@ -171,11 +213,13 @@ def _draw(run: RunLog, folder: Path, by: By = "role") -> None:
         "weibull_trajectory": (weibull, lambda table: plot.weibull_trajectory(table, by=by)),
         "loss": (losses, lambda table: plot.loss(table, unit=unit)),
     }
+    drawn = {
+        name: np.ravel(draw(table))[0].get_figure() for name, (table, draw) in figures.items() if len(table)
+    }
+    if not drawn:
+        raise ValueError(f"{run.path} has nothing to draw: no forces, no Weibull fits, no losses")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (table, draw) in figures.items():
-        if table.empty:
-            continue
-        figure = np.ravel(draw(table))[0].get_figure()
+    for name, figure in drawn.items():
         figure.savefig(folder / f"{name}.png")
         plt.close(figure)
         typer.echo(folder / f"{name}.png")
@@ -213,6 +257,7 @@ def _report(run: RunLog) -> str:
 def fit(
     path: Annotated[Path, typer.Argument(help="Model folder, checkpoint file, or run directory.")],
     views: Annotated[str, typer.Option(help=_VIEWS)] = "true",
+    by: Annotated[str, typer.Option(help=_BY.format(what="A fit"))] = "tensor",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the table there: .parquet or .csv.")
     ] = None,
@@ -221,11 +266,8 @@ def fit(
     from weightdyn.weibull.weights import fit_weights
 
     with _told():
-        if out is not None and out.suffix not in (".parquet", ".csv"):
-            raise ValueError(f"--out must end in .parquet or .csv, got {out}")
-        if out is not None and not out.parent.is_dir():
-            raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-        table = fit_weights(path, views=_views(views))
+        _check_file("--out", out, ".parquet", ".csv")
+        table = fit_weights(path, views=_views(views), by=_by(by))
         if out is None:
             forms = {
                 "numel": "{:,}",
@@ -240,7 +282,8 @@ def fit(
             if (table["note"] == "").all():
                 del forms["note"]
             shown = pd.DataFrame({name: table[name].map(form.format) for name, form in forms.items()})
-            names = table["tensor"].astype(str)
+            keys = ["tensor"] if "tensor" in table else [name for name in IDENTITY if name in table]
+            names = table[keys].astype("string").fillna("").agg(" ".join, axis=1).str.strip()
             shown.index = pd.Index(names.str.ljust(names.str.len().max())).rename(None)
             typer.echo(shown.to_string())
         elif out.suffix == ".csv":
@@ -290,7 +333,8 @@ def measure(
     from weightdyn.checkpoints.series import Checkpoints
 
     with _told():
-        wanted = None if steps is None else [int(step) for step in steps.split(",")]
+        _check_file("--out", out, ".parquet")
+        wanted = _steps(steps)
         series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
         place = cache or True
         if dry_run:
@@ -360,7 +404,7 @@ def recover(
     weight_decay: Annotated[float | None, typer.Option(help="Decay in place of the recipe's.")] = None,
     method: Annotated[str, typer.Option(help="balance, spline or two_point.")] = "balance",
     every: Annotated[
-        int | None, typer.Option(help="Rows for every so many updates. [default: one for each gap]")
+        int | None, typer.Option(min=1, help="Rows for every so many updates. [default: one for each gap]")
     ] = None,
     steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
     views: Annotated[str, typer.Option(help=_VIEWS)] = "true",
@@ -385,12 +429,14 @@ def recover(
     with _told():
         if method not in METHODS:
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+        _check_file("--out", out, ".parquet")
+        _check_file("--figure", figure, ".png", ".pdf", ".svg")
+        wanted = _steps(steps)
         if recipe is None and not (Path(source) / "run.json").is_file():
             raise ValueError(f"--recipe is needed, such as pythia-70m: {source} is no run that knows its own")
         hyperparameters = Recipe.from_run(source) if recipe is None else Recipe.preset(recipe)
         if weight_decay is not None:
             hyperparameters = replace(hyperparameters, weight_decay=weight_decay)
-        wanted = None if steps is None else [int(step) for step in steps.split(",")]
         series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
         if dry_run:
             plan = series.plan(METHODS[method].gram, False, _views(views), cache=cache or True)
@@ -437,7 +483,7 @@ def wisca_compare(
             "every=250, random, lr_equivalent]",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, … of each arm.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, … of each arm.")] = 3,
     model: Annotated[str, typer.Option(help=f"Shape: {', '.join(MODELS)}.")] = "tiny-llama",
     corpus: Annotated[
         list[str] | None,
@@ -455,17 +501,24 @@ def wisca_compare(
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.")] = 0,
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
-    by: Annotated[str, typer.Option(help="A figure for each role, component, layer; or model.")] = "role",
+    by: Annotated[str, typer.Option(help=_BY.format(what="A figure"))] = "role",
 ) -> None:
     """Train with and without rescaling, the same weights and batches for each seed, and say what it shifts."""
     import torch
 
     from weightdyn.train.corpus import Corpus
     from weightdyn.train.models import make_model
-    from weightdyn.train.trainer import lr_at
     from weightdyn.wisca import ARMS, compare
 
     with _told():
+        groups = _by(by)
+        if groups is None:
+            raise ValueError("--by tensor would be a figure for each tensor; group them")
+        _check_folder("--out", out)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch's, of a word or a device that it does not have
+            raise ValueError(f"--device {device} cannot be used: {error}") from error
         config = TrainConfig(
             model=model,
             corpus=tuple(corpus or ()),
@@ -477,7 +530,7 @@ def wisca_compare(
             warmup=min(warmup, steps),
             weight_decay=weight_decay,
         )
-        text = Corpus.read(*config.corpus)
+        text, recipe = Corpus.read(*config.corpus), config.recipe
 
         def make_optimizer(network: torch.nn.Module) -> torch.optim.AdamW:
             decays = [each for each in network.parameters() if each.ndim >= 2]
@@ -494,16 +547,16 @@ def wisca_compare(
             arms or ARMS,
             range(seeds),
             steps,
-            schedule=lambda update: lr_at(config, update) / lr,
+            schedule=lambda update: float(recipe.lr_at(update)) / lr,
             clip=clip or None,
             out=out,
             config=asdict(config),
             n_jobs=jobs,
         )
-        _draw_shifts(found, out / "figures", cast(By, by))
+        _draw_shifts(found, out / "figures", groups)
 
 
-def _draw_shifts(found: Any, folder: Path, by: By) -> None:
+def _draw_shifts(found: Any, folder: Path, by: By | list[str] | None) -> None:
     """Print and draw what each arm shifts, against "none" or else the first arm; in numbers, the last quarter."""
     import matplotlib
 
@@ -511,6 +564,7 @@ def _draw_shifts(found: Any, folder: Path, by: By) -> None:
     import matplotlib.pyplot as plt
 
     from weightdyn import plot
+    from weightdyn.plot.shifts import shift_groups
 
     against = "none" if "none" in found.arms else found.arms[0]
     steps = found.info["steps"]
@@ -522,11 +576,11 @@ def _draw_shifts(found: Any, folder: Path, by: By) -> None:
         typer.echo(f"\n{arm}, less {against}, last quarter:")
         typer.echo(last[wanted].to_string(index=False, na_rep="", float_format="{:.4g}".format))
         curves = found.shift(arm, against, by=by, window=max(1, steps // 50))
-        names = [None] if by == "model" else list(curves[by].dropna().unique())
-        for name in names:
-            axes = plot.wisca_shift(curves, group=name)
-            label = "" if name is None else f"_{by}-{name}" if by == "layer" else f"_{name}"
-            file = folder / f"{arm.replace(' ', '_')}{label}.png"
+        for group in shift_groups(curves):
+            axes = plot.wisca_shift(curves, group=group)
+            words = group if isinstance(group, tuple) else () if group is None else (group,)
+            label = "_".join([arm.replace(" ", "_"), *(["layer"] if by == "layer" else []), *map(str, words)])
+            file = folder / f"{label}.png"
             axes[0].get_figure().savefig(file)
             plt.close(axes[0].get_figure())
     typer.echo(f"\n{folder}")

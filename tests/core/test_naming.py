@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightdyn.core.naming import COMPONENTS, TensorName, View, describe, role_of, split_label
@@ -561,6 +561,7 @@ KEYS = ["num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
         "vision_config", "model_type"]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     name=st.one_of(st.text(), st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=4))).map(".".join)),
     shape=st.lists(st.integers(0, 64), max_size=4),
@@ -578,6 +579,13 @@ def test_describe_never_fails(name, shape, config, views):
     assert tensor.layer is None or tensor.layer >= 0
     if tensor.views:
         assert sum(view.numel(shape) for view in tensor.views) == torch.Size(shape).numel()
+
+
+@pytest.mark.parametrize("part", ["0", "att", "a.", "0.", "layers.", "module.", "a" * 30 + "."])
+def test_a_name_of_a_million_characters_is_answered_without_searching_it(part):
+    # Patterns take time that grows with the square of a name: this one would take hours.
+    name = part * (10**6 // len(part))
+    assert describe(name, (4, 4)) == TensorName(name, None, "other")
 
 
 def test_roles_are_the_four_of_the_papers():

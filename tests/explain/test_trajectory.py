@@ -306,7 +306,7 @@ def test_pooling_keeps_the_mean_square_of_weights_of_one_shape():
     assert pooled["lam"].item() ** 2 * math.gamma(1 + 2 / pooled["k"].item()) == pytest.approx(expected)
     assert pooled["n"].item() == 450
     assert pool_weibull(table, "layer")["lam"].iloc[1] == pytest.approx(0.03)
-    assert list(pool_weibull(table, ["layer", "role"])) == ["step", "layer", "role", "n", "lam", "k"]
+    assert list(pool_weibull(table, ["layer", "role"])) == ["step", "layer", "role", "lam", "k", "n"]
 
 
 def test_pooling_leaves_out_tensors_without_a_fit_and_keeps_those_outside_the_blocks():

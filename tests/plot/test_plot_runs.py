@@ -12,7 +12,9 @@ from matplotlib.text import Text
 
 from weightdyn import plot
 from weightdyn.core.tables import FORCES
-from weightdyn.plot.style import FORCE_COLORS, ROLE_COLORS
+from weightdyn.plot.recovered import METHOD_COLORS
+from weightdyn.plot.style import DARK, FORCE_COLORS, ROLE_COLORS
+from weightdyn.plot.weights import LAW_COLORS, WEIGHT_COLORS
 
 mpl.use("Agg")
 
@@ -74,6 +76,26 @@ def weibull_table(layers=2, rows=40, relax=0.5, peak=0.3):
     return grouped(pd.concat(parts))
 
 
+def two_stacks(table):
+    """The blocks of the table as an encoder's, and a decoder's with twice the forces and λ."""
+    table = table.reset_index(drop=True)
+    inside = table["layer"].notna()
+    encoder = table.assign(stack=np.where(inside, "model.encoder", ""))
+    encoder["tensor"] = np.where(inside, "model.encoder.", "") + table["tensor"].astype(str)
+    decoder = table[inside].assign(
+        stack="model.decoder", tensor="model.decoder." + table["tensor"].astype(str)
+    )
+    for name in {*FORCES, "lam"} & set(table):
+        decoder[name] = 2 * decoder[name]
+    both = pd.concat([encoder, decoder], ignore_index=True)
+    stacks = pd.CategoricalDtype(["", "model.encoder", "model.decoder"])
+    return both.astype({"stack": stacks, "tensor": "category", "component": "category", "role": "category"})
+
+
+def of_one_component(table):
+    return table.assign(component="norm")
+
+
 def metrics_table(updates=400):
     step = np.arange(1, updates + 1)
     loss = 4 * np.exp(-step / 100) + 1 + 0.1 * np.random.default_rng(0).normal(size=updates)
@@ -102,6 +124,12 @@ def every_figure():
     yield plot.weibull_trajectory(weibull_table(layers=24))[0].figure
     yield plot.weibull_trajectory(weibull_table(peak=0.85))[0].figure
     yield plot.weibull_trajectory(weibull_table(peak=0.05))[0].figure
+    yield plot.weibull_trajectory(weibull_table(layers=1), by=None)[0].figure
+    yield plot.weibull_trajectory(two_stacks(weibull_table(layers=2)))[0].figure
+    yield plot.weibull_trajectory(two_stacks(weibull_table(layers=12)))[0].figure
+    yield plot.force_budget(forces, by=None)[0].figure
+    yield plot.force_budget(two_stacks(forces), by="layer")[0].figure
+    yield plot.force_budget(of_one_component(forces), by=None)[0].figure
     yield plot.loss(metrics_table(), unit="nats per byte").figure
 
 
@@ -156,6 +184,94 @@ def test_by_draws_a_panel_for_each_group_in_the_order_of_the_network(by, panels)
         assert line(ax, "alignment").get_ydata().sum() == pytest.approx(sums[name].item())
     assert [ax.get_legend() is not None for ax in axes] == [True] + [False] * (len(panels) - 1)
     assert axes[-1].get_xlabel() == "update"
+
+
+def test_none_draws_a_panel_for_each_tensor():
+    table = force_table()
+    axes = plot.force_budget(table, by=None)
+    panels = ["layer 0 q", "layer 0 v", "layer 0 up", "layer 0 down"]
+    panels += [name.replace("0", "1") for name in panels] + ["embed"]
+    assert [ax.texts[0].get_text() for ax in axes] == panels
+    for ax, panel in zip(axes, panels, strict=True):
+        name = "embed" if panel == "embed" else "layers.{}.{}".format(*panel.split()[1:])
+        rows = table[table["tensor"] == name]
+        np.testing.assert_allclose(line(ax, "alignment").get_ydata(), rows["alignment"])
+
+
+def test_a_list_draws_a_panel_for_each_combination():
+    table = force_table()
+    axes = plot.force_budget(table, by=["layer", "role"])
+    panels = [ax.texts[0].get_text() for ax in axes]
+    assert panels[:3] == ["layer 0 selection", "layer 0 transmission", "layer 0 value"]
+    assert panels[-1] == "other"
+    wanted = table[table["layer"].eq(1).fillna(False) & (table["role"] == "transmission")]
+    drawn = line(axes[panels.index("layer 1 transmission")], "alignment").get_ydata()
+    np.testing.assert_allclose(drawn, wanted.groupby("step")["alignment"].sum())
+
+
+def test_tensors_of_one_kind_in_one_layer_have_their_whole_names():
+    axes = plot.force_budget(of_one_component(force_table(layers=1)), by=None)
+    panels = [ax.texts[0].get_text() for ax in axes]
+    assert panels == ["layers.0.q", "layers.0.down", "layers.0.up", "layers.0.v", "norm"]
+
+
+def test_layers_of_two_stacks_are_two_layers():
+    table = two_stacks(force_table())
+    axes = plot.force_budget(table, by="layer")
+    panels = ["encoder 0", "encoder 1", "decoder 0", "decoder 1", "outside the blocks"]
+    assert [ax.texts[0].get_text() for ax in axes] == panels
+    for layer in (0, 1):
+        encoder, decoder = (line(axes[layer + i], "alignment").get_ydata() for i in (0, 2))
+        np.testing.assert_allclose(decoder, 2 * encoder)
+        rows = table[table["layer"].eq(layer).fillna(False) & (table["stack"] == "model.encoder")]
+        np.testing.assert_allclose(encoder, rows.groupby("step")["alignment"].sum())
+
+
+def test_trajectories_of_two_stacks_are_told_apart():
+    few = plot.weibull_trajectory(two_stacks(weibull_table()), value="lam")
+    assert few.get_legend_handles_labels()[1] == [
+        "encoder 0",
+        "encoder 1",
+        "decoder 0",
+        "decoder 1",
+        "outside the blocks",
+    ]
+    styles = {
+        (to_hex(one.get_color()), one.get_linestyle()) for one in few.get_lines() if len(one.get_xdata()) > 2
+    }
+    assert len(styles) == 5
+    np.testing.assert_allclose(line(few, "decoder 1").get_ydata(), 2 * line(few, "encoder 1").get_ydata())
+    many = plot.weibull_trajectory(two_stacks(weibull_table(layers=12)), value="lam")
+    assert legend_texts(many) == ["encoder", "decoder", "outside the blocks"]
+    (bar,) = [ax for ax in many.figure.axes if ax is not many]
+    assert bar.get_ylabel() == "layer"
+
+
+def test_one_stack_looks_as_a_model_without_stacks():
+    table = weibull_table()
+    staged = table.assign(stack=np.where(table["layer"].notna(), "gpt_neox", ""))
+    with_stack, without = plot.weibull_trajectory(staged), plot.weibull_trajectory(table)
+    assert legend_texts(with_stack[0]) == legend_texts(without[0])
+    panels = [
+        ax.texts[0].get_text() for ax in plot.force_budget(force_table().assign(stack="gpt"), by="layer")
+    ]
+    assert panels == ["layer 0", "layer 1", "outside the blocks"]
+
+
+def test_none_draws_a_line_for_each_tensor():
+    table = weibull_table(layers=1)
+    ax = plot.weibull_trajectory(table, value="k", by=None)
+    assert ax.get_legend_handles_labels()[1] == [
+        "layer 0 q",
+        "layer 0 v",
+        "layer 0 up",
+        "layer 0 down",
+        "embed",
+    ]
+    styles = {
+        (to_hex(one.get_color()), one.get_linestyle()) for one in ax.get_lines() if len(one.get_xdata()) > 2
+    }
+    assert len(styles) == 5
 
 
 def test_a_long_noisy_line_is_drawn_raw_and_smoothed():
@@ -236,8 +352,9 @@ def test_without_an_overshoot_no_phase_is_marked():
 def test_a_trajectory_without_groups_is_one_line():
     table = weibull_table()
     pooled = table[table["tensor"] == "embed"][["step", "k", "lam"]]
-    ax = plot.weibull_trajectory(pooled, value="lam")
-    assert np.allclose(line(ax, "model").get_ydata(), pooled["lam"])
+    for by in ("model", None):
+        ax = plot.weibull_trajectory(pooled, value="lam", by=by)
+        assert np.allclose(line(ax, "model").get_ydata(), pooled["lam"])
 
 
 def test_losses_are_the_columns_that_are_called_so():
@@ -257,6 +374,7 @@ def test_losses_are_the_columns_that_are_called_so():
 
 def test_a_run_is_asked_for_its_tables():
     run = SimpleNamespace(forces=force_table, weibull=weibull_table, metrics=metrics_table)
+    assert len(plot.weights_map(run)) == 2
     assert np.allclose(
         line(plot.force_budget(run), "decay").get_ydata(),
         line(plot.force_budget(force_table()), "decay").get_ydata(),
@@ -290,21 +408,41 @@ def test_each_call_without_axes_makes_one_figure():
             "kind must be 'forces' or 'shares', got 'pie'",
             lambda: plot.force_budget(F, kind="pie"),
         ),
-        (ValueError, "by must be one of .* got 'depth'", lambda: plot.force_budget(F, by="depth")),
+        (ValueError, r"by='depth'.*use 'model', None, or any of", lambda: plot.force_budget(F, by="depth")),
         (
             ValueError,
-            "by must be one of",
+            "by='role': cannot group by",
             lambda: plot.weibull_trajectory(W[["step", "k", "lam"]], by="role"),
         ),
         (ValueError, "value must be 'lam', 'k' or None", lambda: plot.weibull_trajectory(W, value="sigma")),
+        (
+            ValueError,
+            "by=None makes 68 lines, .* holds 16: draw some",
+            lambda: plot.weibull_trajectory(W17, by=None),
+        ),
+        (ValueError, "by=None makes 69 panels, .* holds 64", lambda: plot.force_budget(F17, by=None)),
+        (
+            ValueError,
+            "run_or_table has two rows of .* at step 1:",
+            lambda: plot.force_budget(pd.concat([F, F])),
+        ),
+        (
+            ValueError,
+            "run_or_table has two rows of .* at step 10:",
+            lambda: plot.weibull_trajectory(pd.concat([W, W])),
+        ),
         (ValueError, "ax must be Axes or None", lambda: plot.force_budget(F, ax=3)),
         (ValueError, "ax must be a sequence of 2 Axes", lambda: plot.weibull_trajectory(W, ax=[])),
-        (TypeError, r"run_or_table must be a RunLog.*got str; open", lambda: plot.force_budget("runs/mine")),
-        (TypeError, r"its metrics\(\) returns", lambda: plot.loss([1.0])),
+        (
+            TypeError,
+            r"run_or_table must be a force table.*got str; RunLog\(path\)",
+            lambda: plot.force_budget("runs/mine"),
+        ),
+        (TypeError, r"as RunLog.metrics\(\) returns.* got list", lambda: plot.loss([1.0])),
         (ValueError, "run_or_table is no force table", lambda: plot.force_budget(M)),
         (ValueError, "lacks the columns", lambda: plot.weibull_trajectory(M)),
         (ValueError, "holds no losses by step", lambda: plot.loss(F)),
-        (ValueError, "no rows of weibull", lambda: plot.weibull_trajectory(W.iloc[:0])),
+        (ValueError, "has no Weibull fits; log some", lambda: plot.weibull_trajectory(W.iloc[:0])),
         (ValueError, "no Weibull fits", lambda: plot.weibull_trajectory(W.assign(lam=np.nan))),
     ],
 )
@@ -315,6 +453,7 @@ def test_a_wrong_argument_is_named_and_leaves_no_figure(error, message, draw):
 
 
 F, W, M = force_table(3), weibull_table(rows=3), metrics_table(3)
+F17, W17 = force_table(3, layers=17), weibull_table(layers=17, rows=3).query("tensor != 'embed'")
 
 
 # How it looks
@@ -378,7 +517,14 @@ def lab(color, sight):
 
 @pytest.mark.parametrize("sight", MACHADO.values(), ids=MACHADO)
 @pytest.mark.parametrize(
-    ("colors", "apart"), [(FORCE_COLORS, 35), (ROLE_COLORS, 20)], ids=["forces", "roles"]
+    ("colors", "apart"),
+    [
+        (FORCE_COLORS, 35),
+        (ROLE_COLORS, 20),
+        ({**LAW_COLORS, **WEIGHT_COLORS}, 35),
+        ({**METHOD_COLORS, "logged": DARK}, 35),
+    ],
+    ids=["forces", "roles", "laws and the weights", "methods and the truth"],
 )
 def test_colors_stay_apart_for_colour_blind_readers(colors, apart, sight):
     # CIE76 distances; 2.3 is just noticeable.

@@ -54,6 +54,17 @@ def fit_table(layers=3, components=("q", "k", "v", "o", "up", "down")):
     return table.astype({"layer": "Int64", "component": "category"})
 
 
+def two_stacks():
+    """An encoder of three layers and a decoder of two, whose λ and k differ, as fit_weights has them."""
+    table = fit_table()
+    inside = table[table["layer"].notna()]
+    decoder = inside[inside["layer"] < 2].assign(
+        stack="model.decoder", k=inside["k"] + 0.05, lam=inside["lam"] + 50
+    )
+    outside = table[table["layer"].isna()].assign(stack="")
+    return pd.concat([outside, inside.assign(stack="model.encoder"), decoder], ignore_index=True)
+
+
 def cells(ax):
     """What a map shows: values by row and column, with the names of the rows."""
     (mesh,) = ax.collections
@@ -99,7 +110,7 @@ def test_the_line_is_the_fit_solid_inside_the_trim_and_dashed_outside():
     np.testing.assert_allclose(fraction(solid.get_ydata()), (0.1, 0.9), rtol=1e-9)
     assert solid.get_linestyle() == "-"
     assert [line.is_dashed() for line in dashed] == [True]
-    assert f"k = {fit.k:.4g}" in ax.get_title(loc="left")
+    assert f"λ = {fit.lam:.3g},  k = {fit.k:.4g}" in ax.get_title(loc="left")
 
 
 def test_a_likelihood_fit_trims_nothing():
@@ -150,7 +161,7 @@ def test_what_cannot_be_fitted_is_drawn_and_says_so():
 
 def test_a_map_has_a_cell_for_each_component_and_layer():
     table = fit_table()
-    k, lam = plot.weights_map(table)
+    lam, k = plot.weights_map(table)
     inside = table[table["layer"].notna()]
     for ax, column in ((k, "k"), (lam, "lam")):
         values, rows = cells(ax)
@@ -159,7 +170,35 @@ def test_a_map_has_a_cell_for_each_component_and_layer():
             assert values[rows.index(row.component), row.layer] == pytest.approx(getattr(row, column))
         assert values.shape == (6, 3)
         assert ax.get_ylim()[0] > ax.get_ylim()[1]  # q on top
-    assert lam.get_xlabel() == "layer"
+    assert k.get_xlabel() == "layer"
+    assert [text.get_text() for text in k.get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_stacks_stand_side_by_side_under_their_names():
+    table = two_stacks()
+    lam, k = plot.weights_map(table)
+    assert [text.get_text() for text in lam.texts] == ["encoder", "decoder"]
+    assert [text.get_text() for text in k.get_xticklabels()] == ["0", "1", "2", "0", "1"]
+    places = [
+        ("model.encoder", 0),
+        ("model.encoder", 1),
+        ("model.encoder", 2),
+        ("model.decoder", 0),
+        ("model.decoder", 1),
+    ]
+    for ax, column in ((k, "k"), (lam, "lam")):
+        values, rows = cells(ax)
+        assert values.shape == (6, 5)
+        for row in table[table["layer"].notna()].itertuples():
+            place = places.index((row.stack, row.layer))
+            assert values[rows.index(row.component), place] == pytest.approx(getattr(row, column))
+
+
+def test_layers_keep_their_numbers_where_the_first_is_not_0():
+    table = fit_table(layers=5)
+    table = table[table["layer"].isna() | (table["layer"] > 1).fillna(False)]
+    ax = plot.weights_map(table, value="k")
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["2", "3", "4"]
 
 
 def test_white_is_the_shape_of_a_normal_initialisation():
@@ -190,7 +229,7 @@ def test_a_missing_matrix_is_grey_and_a_missing_layer_too():
 def test_heads_are_pooled_and_a_trajectory_is_drawn_at_its_end():
     table = fit_table(layers=1, components=("q",)).iloc[[0, 0, 0]]
     table = table.assign(step=[1, 2, 2], k=[0.5, 1.0, 1.3], lam=[9.0, 1.0, 7.0], numel=[1, 1, 2])
-    k, lam = plot.weights_map(table.reset_index(drop=True))
+    lam, k = plot.weights_map(table.reset_index(drop=True))
     assert cells(k)[0] == pytest.approx(np.array([[1.2]]))
     assert cells(lam)[0] == pytest.approx(np.array([[math.sqrt((1 + 2 * 49) / 3)]]))
 
@@ -236,13 +275,20 @@ def test_a_wrong_argument_is_named(error, message, draw):
 
 
 def test_figures_are_finished_for_a_column_of_a_paper():
-    figures = [plot.weibull(weights(), rivals=True).figure, plot.weights_map(fit_table(layers=48))[0].figure]
+    narrow = torch.from_numpy(
+        0.02 + 0.001 * weights(1000).numpy()
+    )  # |w| within a decade: minor ticks are named
+    figures = [
+        plot.weibull(weights(), rivals=True).figure,
+        plot.weibull(narrow).figure,
+        plot.weights_map(fit_table(layers=48))[0].figure,
+        plot.weights_map(two_stacks())[0].figure,
+    ]
     for figure in figures:
         assert figure.get_size_inches()[0] == pytest.approx(3.4)
         figure.canvas.draw()
         shown = [one for one in figure.findobj(Text) if one.get_text().strip() and one.get_visible()]
-        assert min(one.get_fontsize() for one in shown) >= 5
-        assert min(one.get_fontsize() for one in figure.axes[0].get_yticklabels()) >= 7
+        assert min(one.get_fontsize() for one in shown) >= 7
         whole = figure.bbox
         for axis in (a for ax in figure.axes for a in (ax.xaxis, ax.yaxis)):
             box = axis.get_tightbbox(figure.canvas.get_renderer())

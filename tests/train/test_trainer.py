@@ -1,6 +1,8 @@
 """The reference trainer against plain loops, torch's own schedulers, and the kill that it must survive."""
 
 import dataclasses
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from weightdyn.record.runlog import RunLog, RunWriter
+from weightdyn.files.durable import write_file
+from weightdyn.record.runlog import RunLog, RunLogError, RunWriter
 from weightdyn.train import trainer as selftrain
 from weightdyn.train.corpus import HELD_OUT, Corpus
 from weightdyn.train.models import MODELS, make_model
-from weightdyn.train.trainer import DEMO, TrainConfig, lr_at, train
+from weightdyn.train.trainer import DEMO, TrainConfig, train
 
 SMALL = TrainConfig(
     steps=20, batch_size=2, seq_len=16, warmup=3, weibull_every=5, eval_every=10, save_every=7, device="cpu"
@@ -59,7 +62,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(("steps", "warmup", "floor"), [(50, 10, 0.1), (37, 2, 0.0)])
-def test_lr_at_is_torchs_warmup_and_cosine(steps, warmup, floor):
+def test_the_learning_rate_is_torchs_warmup_and_cosine(steps, warmup, floor):
     config = TrainConfig(lr=0.3, steps=steps, warmup=warmup, floor=floor)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
     up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
@@ -68,35 +71,34 @@ def test_lr_at_is_torchs_warmup_and_cosine(steps, warmup, floor):
     )
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[warmup - 1])
     for update in range(1, steps + 1):
-        assert lr_at(config, update) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert config.recipe.lr_at(update) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         if update < steps:
             schedule.step()
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_lr_at_drives_a_lambda_lr(schedule):
+def test_the_recipe_drives_a_lambda_lr(schedule):
     config = TrainConfig(lr=0.02, steps=30, warmup=5, schedule=schedule)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
     by_torch = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: lr_at(config, min(n + 1, config.steps)) / config.lr
+        optimizer, lambda n: config.recipe.lr_at(min(n + 1, config.steps)) / config.lr
     )
     for update in range(1, config.steps + 1):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr_at(config, update), rel=1e-12)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(config.recipe.lr_at(update), rel=1e-12)
         optimizer.step()
         by_torch.step()
 
 
 def test_the_schedule_has_its_ends():
     config = TrainConfig(lr=2.0, steps=100, warmup=10, floor=0.25)
-    assert lr_at(config, 1) == 0.2
-    assert lr_at(config, 10) == 2.0
-    assert lr_at(config, 100) == 0.5
-    assert lr_at(TrainConfig(lr=2.0, steps=100, warmup=0, schedule="constant"), 1) == 2.0
-    assert lr_at(TrainConfig(lr=2.0, steps=10, warmup=10), 10) == 2.0
-    for update in (0, 101):
-        with pytest.raises(ValueError, match="update must be from 1 to steps=100"):
-            lr_at(config, update)
+    assert config.recipe.lr_at(1) == 0.2
+    assert config.recipe.lr_at(10) == 2.0
+    assert config.recipe.lr_at(100) == 0.5
+    assert TrainConfig(lr=2.0, steps=100, warmup=0, schedule="constant").recipe.lr_at(1) == 2.0
+    assert TrainConfig(lr=2.0, steps=10, warmup=10).recipe.lr_at(10) == 2.0
+    with pytest.raises(ValueError, match="updates are counted from 1, got 0"):
+        config.recipe.lr_at(0)
 
 
 # --- configuration ------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def test_weights_depend_on_the_seed_and_leave_torchs_random_state_alone():
 
 
 def test_an_unknown_model_is_named():
-    with pytest.raises(ValueError, match=r"name must be one of .*got 'huge'"):
+    with pytest.raises(ValueError, match=r"name must be 'tiny', .*got 'huge'"):
         make_model("huge", 0)
 
 
@@ -262,7 +264,7 @@ def test_training_is_the_plain_loop(whole):
     corpus, losses = Corpus.read(), []
     for update in range(1, SMALL.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(SMALL, update)
+            group["lr"] = float(SMALL.recipe.lr_at(update))
         text = corpus.batch(SMALL.seed, update, SMALL.batch_size, SMALL.seq_len)
         loss = F.cross_entropy(model(text[:, :-1]).logits.reshape(-1, 256), text[:, 1:].reshape(-1))
         optimizer.zero_grad()
@@ -286,7 +288,7 @@ def test_the_run_records_every_update_and_the_recipe(whole):
     assert metrics["eval_loss"][20] < metrics["eval_loss"][0]
     forces = run.forces()
     assert sorted(set(forces["step"])) == list(range(1, SMALL.steps + 1))
-    expected = forces["step"].map(lambda step: lr_at(SMALL, step))
+    expected = forces["step"].map(lambda step: float(SMALL.recipe.lr_at(step)))
     pd.testing.assert_series_equal(forces["lr"], expected, check_names=False)
     assert set(forces["weight_decay"][forces["component"].isin(["norm", "bias"])]) == {0.0}
     assert set(forces["weight_decay"][~forces["component"].isin(["norm", "bias"])]) == {SMALL.weight_decay}
@@ -321,8 +323,14 @@ def test_everything_decays_and_nothing_is_clipped_on_request(tmp_path):
     assert "grad_norm" not in run.metrics()
 
 
+def test_where_nobody_watches_nothing_of_the_bar_is_printed_or_computed(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(selftrain, "_alignment_share", lambda logger: pytest.fail("no bar needs it"))
+    train(dataclasses.replace(SMALL, steps=3), tmp_path)  # under pytest stderr is no terminal
+    assert capfd.readouterr().err == ""
+
+
 def test_the_bar_shows_loss_and_alignment(tmp_path, capfd):
-    train(dataclasses.replace(SMALL, steps=3), tmp_path)
+    train(dataclasses.replace(SMALL, steps=3), tmp_path, progress=True)
     assert "alignment" in capfd.readouterr().err
 
 
@@ -357,14 +365,14 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, whole):
 def test_a_run_that_dies_between_its_rows_and_its_state_continues_bit_for_bit(
     tmp_path, whole, monkeypatch, update
 ):
-    save = selftrain._save_state
+    save = selftrain.save_state
 
     def die(path, step, *rest):
         if step == update:
             raise KeyboardInterrupt
         save(path, step, *rest)
 
-    monkeypatch.setattr(selftrain, "_save_state", die)
+    monkeypatch.setattr(selftrain, "save_state", die)
     with pytest.raises(KeyboardInterrupt):
         train(SMALL, tmp_path, progress=False)
     monkeypatch.undo()
@@ -382,7 +390,7 @@ def test_a_half_written_file_is_never_seen(tmp_path):
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
-        selftrain.write_file(path, dies)
+        write_file(path, dies)
     assert path.read_bytes() == b"whole"
 
 
@@ -432,3 +440,138 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
 
 def test_the_demo_has_time_to_relax():
     assert DEMO.steps > 4 / (DEMO.lr * DEMO.weight_decay)
+
+
+# --- the state that a run continues from --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    """A run that died behind its save at update 8."""
+    out, batch = tmp_path_factory.mktemp("runs") / "died", Corpus.batch
+
+    def die(self, seed, update, *shape):
+        if update == 10:
+            raise KeyboardInterrupt
+        return batch(self, seed, update, *shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Corpus, "batch", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(SMALL, out)
+    return out
+
+
+@pytest.fixture
+def half(died, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(died, tmp_path / "half"))
+
+
+def test_must_refuses_a_run_whose_state_is_gone_and_leaves_it(half):
+    (half / "resume.pt").unlink()
+    before = RunLog(half).metrics()
+    with pytest.raises(FileNotFoundError, match=r"resume\.pt is gone.* of 9 updates .*resume='auto'"):
+        train(SMALL, half, resume="must")
+    pd.testing.assert_frame_equal(RunLog(half).metrics(), before)
+
+
+def test_auto_says_that_it_begins_again_where_the_state_is_gone(half, whole):
+    (half / "resume.pt").unlink()
+    with pytest.warns(UserWarning, match=r"half/resume\.pt is gone.*begins again at update 0"):
+        train(SMALL, half)
+    assert_same_run(whole, half)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('executed').touch()",))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def edited(change):
+    def edit(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return edit
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def transposed_moments(state):
+    moments = state["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"].T
+
+
+DAMAGE = {
+    "cut": (cut, "cut short or damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "cut short or damaged"),
+    "text": (lambda path: path.write_text("<html>sign in</html>"), "cut short"),
+    "code": (lambda path: torch.save({"step": Hostile()}, path), "more than tensors and numbers"),
+    "a list": (lambda path: torch.save([1, 2], path), "it lacks step, model, optimizer, rng"),
+    "no moments": (edited(lambda state: state.pop("optimizer")), "it lacks optimizer"),
+    "a step of text": (edited(lambda state: state.update(step="8")), "it lacks step"),
+    "a step behind the end": (
+        edited(lambda state: state.update(step=99)),
+        "of update 99, and the run has 20",
+    ),
+    "a step below zero": (edited(lambda state: state.update(step=-1)), "of update -1"),
+    "no weights": (edited(lambda state: state.update(model={})), "another model or optimizer.*Missing key"),
+    "other shapes": (
+        edited(lambda state: state["model"].update({"gpt_neox.embed_in.weight": torch.zeros(2, 2)})),
+        "another model or optimizer.*size mismatch",
+    ),
+    "other moments": (edited(transposed_moments), r"its exp_avg has the shape \(128, 256\)"),
+    "no groups": (edited(lambda state: state["optimizer"].pop("param_groups")), "another model or optimizer"),
+    "odd random numbers": (edited(lambda state: state.update(rng={"cpu": torch.zeros(3)})), "another model"),
+    "fifo": (fifo, "no regular file"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a FIFO")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_named_with_what_to_do_and_runs_no_code(half, damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spoil, reason = DAMAGE[damage]
+    spoil(half / "resume.pt")
+    with pytest.raises(
+        RunLogError, match=rf"(?s)half/resume\.pt cannot be continued from: .*{reason}.*backup"
+    ):
+        train(SMALL, half)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("corpus", None),
+        ("corpus", (3,)),
+        ("betas", None),
+        ("device", None),
+        ("lr", None),
+        ("lr", float("inf")),
+    ],
+)
+def test_a_value_of_another_kind_is_named_at_the_door(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must be .*, got "):
+        TrainConfig(**{name: value})
+
+
+def test_wrong_arguments_of_the_trainer_are_named(tmp_path):
+    with pytest.raises(TypeError, match="config must be a TrainConfig, got None"):
+        train(None, tmp_path)  # type: ignore[arg-type]
+    for out in ("", None):
+        with pytest.raises((TypeError, ValueError), match="out must be the path of a run directory"):
+            train(SMALL, out)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="update must be a whole number >= 0"):
+        Corpus.read().batch(0, -1, 2, 8)
+    with pytest.raises(TypeError, match="info must be the info of a run"):
+        TrainConfig.from_info([])  # type: ignore[arg-type]

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 import wisca_models
@@ -16,6 +18,9 @@ from typer.testing import CliRunner
 
 from weightdyn import plot, wisca
 from weightdyn.cli import app
+from weightdyn.core.tables import SHIFT_TABLE
+from weightdyn.files.parquet import write_parquet
+from weightdyn.record.runlog import RunLogError
 from weightdyn.wisca import Comparison, compare
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 1}
@@ -203,10 +208,31 @@ def test_a_window_sums_the_forces_and_averages_the_rest():
     assert np.isnan(row["low"])  # of one seed
 
 
-def test_an_arm_against_itself_shifts_nothing():
-    shift = run(["init"], (0, 1), steps=3).shift("init", "init", by="layer")
-    assert (shift["difference"] == 0).all()
-    assert len(shift)
+def test_an_arm_that_is_trained_again_shifts_nothing_and_another_one_does():
+    first, again = (run(["none", "init"], (0, 1), steps=3) for _ in range(2))
+    runs = {**first.runs, **{("again", seed): again.runs["init", seed] for seed in (0, 1)}}
+    found = Comparison(runs, first.info)
+    same = found.shift("again", "init", by="layer")
+    assert len(same)
+    assert (same["difference"] == 0).all()
+    there, back = found.shift("init", "none", by="role"), found.shift("none", "init", by="role")
+    moved = there["quantity"].eq("norm_sq") & there["role"].eq("selection")
+    assert (there["difference"][moved] != 0).all()
+    np.testing.assert_array_equal(there["difference"], -back["difference"])
+
+
+def test_by_none_compares_tensor_by_tensor_and_a_layer_has_its_stack():
+    found = run(["none", "init"], (0, 1), steps=2)
+    shift = found.shift("init", by=None)
+    forces = found.forces().query("step == 2").set_index(["arm", "seed", "tensor"])["norm_sq"]
+    name = "model.layers.0.self_attn.k_proj.weight"
+    row = shift.query(f"step == 2 and quantity == 'norm_sq' and tensor == '{name}'").squeeze()
+    ours, theirs = ([forces[arm, seed, name] for seed in (0, 1)] for arm in ("init", "none"))
+    assert row["difference"] == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert list(shift) == list(SHIFT_TABLE)
+    layers = found.shift("init", by="layer")
+    assert list(layers) == [name for name in SHIFT_TABLE if name not in ("tensor", "component", "role")]
+    assert set(layers["stack"].dropna()) == {"", "model"}
 
 
 def test_a_folder_reads_back_as_it_was_and_is_not_run_again(tmp_path):
@@ -298,6 +324,123 @@ def test_schedule_and_evaluation_are_followed():
     assert set(found.shift("lr_equivalent")["quantity"]) >= {"loss", "eval_loss", "lam", "decay_share"}
 
 
+class Hostile:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('executed').touch()",))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A comparison of one run at its end."""
+    out = tmp_path_factory.mktemp("runs") / "stored"
+    run(["init"], steps=2, out=out)
+    return out
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def index(**change):
+    def edit(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+    return edit
+
+
+INDEXES = {
+    "cut": lambda path: path.write_text(path.read_text()[:30]),
+    "html": lambda path: path.write_text("<html>sign in</html>"),
+    "bytes": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "a list": lambda path: path.write_text("[1]"),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "no arms": index(arms=None),
+    "arms of numbers": index(arms=[1]),
+    "an arm that leads outside": index(arms=["../../elsewhere"]),
+    "seeds of text": index(seeds=["0"]),
+    "steps of text": index(steps="2"),
+    "fifo": fifo,
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a FIFO")
+@pytest.mark.parametrize("damage", INDEXES)
+def test_a_damaged_index_of_a_comparison_is_named_with_what_to_do(stored, tmp_path, damage):
+    out = tmp_path / "runs"
+    shutil.copytree(stored, out)
+    INDEXES[damage](out / "comparison.json")
+    for call in (lambda: Comparison.read(out), lambda: run(["init"], steps=2, out=out)):
+        with pytest.raises(RunLogError, match=r"(?s)comparison\.json cannot be read: .*call compare again"):
+            call()
+    (out / "comparison.json").unlink()  # the error's advice
+    assert run(["init"], steps=2, out=out).arms == ["init"]
+
+
+RESCALES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "text": lambda path: path.write_text("no parquet"),
+    "without checksums": lambda path: pd.DataFrame({"step": [1]}).to_parquet(path),
+    "other columns": lambda path: write_parquet(path, pa.table({"a": [1]})),
+    "steps of text": lambda path: write_parquet(path, pa.table({"step": ["1"]})),
+    "no alpha": lambda path: write_parquet(path, pa.table({"step": [1]})),
+    "fifo": fifo,
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a FIFO")
+@pytest.mark.parametrize("damage", RESCALES)
+def test_a_damaged_table_of_rescalings_is_named_with_what_to_do(stored, tmp_path, damage):
+    out = tmp_path / "runs"
+    shutil.copytree(stored, out)
+    RESCALES[damage](out / "init" / "seed-0" / "rescales.parquet")
+    with pytest.raises(RunLogError, match=r"(?s)rescales\.parquet (is|has) .*or delete .*seed-0"):
+        Comparison.read(out)
+
+
+def test_a_flipped_byte_in_the_table_of_rescalings_is_seen(stored, tmp_path):
+    out = tmp_path / "runs"
+    shutil.copytree(stored, out)
+    path = out / "init" / "seed-0" / "rescales.parquet"
+    whole = pd.read_parquet(path)
+    content = path.read_bytes()
+    alpha = np.float64(whole["alpha"].iloc[0]).tobytes()
+    at = content.index(alpha)  # in a page, plain or in its dictionary
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(RunLogError, match=r"rescales\.parquet is cut short or damaged"):
+        Comparison.read(out)
+
+
+def test_a_damaged_state_of_a_run_is_named_and_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def deadly(seed, update):
+        if update == 4:
+            raise KeyboardInterrupt
+        return batches(seed, update)
+
+    out = tmp_path / "runs"
+    with pytest.raises(KeyboardInterrupt):
+        run(["init"], steps=5, out=out, save_every=2, batches=deadly)
+    place = out / "init" / "seed-0" / "state.pt"
+    whole = place.read_bytes()
+    for spoil, reason in [
+        (lambda: place.write_bytes(whole[:500]), "cut short"),
+        (lambda: torch.save({"step": Hostile()}, place), "more than tensors and numbers"),
+        (lambda: torch.save({**torch.load(place, weights_only=True), "model": {}}, place), "another model"),
+        (lambda: fifo(place), "no regular file"),
+    ]:
+        place.write_bytes(whole)
+        spoil()
+        with pytest.raises(RunLogError, match=rf"(?s)state\.pt cannot be continued from: .*{reason}"):
+            run(["init"], steps=5, out=out)
+        place.unlink()
+    assert not (tmp_path / "executed").exists()
+    np.testing.assert_array_equal(
+        losses(run(["init"], steps=5, out=out), "init"), losses(run(["init"], steps=5), "init")
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -305,17 +448,39 @@ def test_schedule_and_evaluation_are_followed():
         ({"arms": ["init random"]}, "is init and random at once"),
         ({"arms": ["random every=3"]}, "cannot be random and rescale on the way"),
         ({"arms": ["none norm=l2"]}, "rescales nothing"),
-        ({"arms": ["init norm=l7"]}, "norm must be one of"),
+        ({"arms": ["init norm=l7"]}, "norm must be"),
         ({"arms": ["init clip=rescaled"]}, "is for lr_equivalent"),
         ({"arms": ["init", "init"]}, "each once"),
-        ({"seeds": []}, "seeds must be"),
-        ({"steps": 0}, "steps, eval_every"),
+        ({"seeds": []}, "seeds must be one or more"),
+        ({"steps": 0}, "steps must be a whole number >= 1, got 0"),
         ({"clip": 0}, "clip must be a number > 0"),
+        ({"clip": float("nan")}, "clip must be a number > 0"),
+        ({"seeds": [0.5]}, "seeds must be a whole number >= 0, got 0.5"),
+        ({"seeds": [0, 0]}, "seeds must be one or more, each once"),
+        ({"arms": "none"}, "arms must be several strings such as 'init', in a list"),
+        ({"n_jobs": 0}, "n_jobs must be"),
+        ({"out": ""}, "out must be the path of a folder"),
+        ({"norm": "l7"}, "norm must be"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         run(**({"arms": ["none"]} | change))
+
+
+@pytest.mark.parametrize(
+    "name", ["make_model", "make_optimizer", "batches", "loss", "schedule", "evaluate", "seeds", "arms"]
+)
+def test_arguments_of_another_kind_are_named(name):
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+        run(**({"arms": ["none"]} | {name: 3}))
+
+
+def test_what_the_functions_return_is_named():
+    with pytest.raises(TypeError, match="make_model must return a Module, got int"):
+        run(["none"], make_model=lambda seed: 3)
+    with pytest.raises(TypeError, match="make_optimizer must return a Optimizer, got NoneType"):
+        run(["none"], make_optimizer=lambda model: None)
 
 
 def test_lr_equivalent_refuses_what_has_no_one_learning_rate():
@@ -331,10 +496,12 @@ def test_lr_equivalent_refuses_what_has_no_one_learning_rate():
 
 def test_shift_names_what_is_not_there():
     found = run(["none"], steps=1)
-    with pytest.raises(ValueError, match=r"arm must be one of \['none'\], got 'init'"):
+    with pytest.raises(ValueError, match="arm must be 'none', got 'init'"):
         found.shift("init")
     with pytest.raises(ValueError, match="confidence"):
         found.shift("none", confidence=1.0)
+    with pytest.raises(ValueError, match="window must be a whole number"):
+        found.shift("none", "none", window=0)
     assert "none: seeds [0]" in repr(found)
     assert wisca.compare is compare
     assert json.dumps(found.info)
@@ -380,7 +547,7 @@ def test_the_figure_says_which_groups_there_are(three_seeds):
         plot.wisca_shift(three_seeds.shift("init", by="role"))
     with pytest.raises(ValueError, match="whole model only"):
         plot.wisca_shift(three_seeds.shift("init"), group="q")
-    with pytest.raises(ValueError, match="one of them can be drawn"):
+    with pytest.raises(ValueError, match=r"group must be one of \[\(0, .* got 'q'"):
         plot.wisca_shift(three_seeds.shift("init", by=["layer", "component"]), group="q")
     with pytest.raises(TypeError, match=r"Comparison.shift\(\) returns"):
         plot.wisca_shift(three_seeds)

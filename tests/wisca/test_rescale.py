@@ -1,7 +1,9 @@
 """Rescaling in place: α by hand, moments by the algebra of Adam, forces by the log, and all or nothing."""
 
 import copy
+import json
 import math
+import os
 
 import numpy as np
 import pandas as pd
@@ -141,6 +143,36 @@ def test_max_alpha_bounds_alpha_on_both_sides_and_powers_of_two_stay_inside():
     assert (bounded.max(), bounded.min()) == (1.3, 1 / 1.3)
     two = wisca.plan_rescale(make("llama"), pairs=kinds, max_alpha=3.9, power_of_two=True)["alpha"]
     assert set(two) <= {0.5, 1.0, 2.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_has_the_documented_columns_and_the_stack_of_the_force_table(family):
+    model = make(family)
+    table = wisca.plan_rescale(model, pairs=("qk", "vo", "norm"), errors="skip")
+    assert list(table) == list(wisca.RESCALE_TABLE)
+    optimizer = adamw(model)
+    with wd.ForceLogger(optimizer, model) as logger:
+        train(model, optimizer, 1)
+    forces = logger.run.forces()
+    inside = forces[forces["role"].isin(["selection", "value"])]
+    places = set(zip(inside["stack"], inside["layer"], strict=True))
+    assert set(zip(table["stack"], table["layer"], strict=True)) - {("", pd.NA)} == places
+
+
+def test_the_same_block_number_of_two_stacks_is_two_places():
+    model = nn.Module()
+    model.encoder, model.decoder = make("llama"), make("llama")
+    pairs = [
+        ScalingPair(pair.kind, f"{side}.{pair.module}", *(
+            [Part(f"{side}.{part.name}", part.axis, part.channels, part.measured) for part in half]
+            for half in (pair.a, pair.b)
+        ), pair.heads, pair.layer, stack=f"{side}.{pair.stack}")
+        for side in ("encoder", "decoder") for pair in wisca.find_pairs(make("llama")) if pair.kind == "qk"
+    ]  # fmt: skip
+    table = wisca.rescale_(model, pairs=pairs)
+    assert table.groupby(["stack", "layer"]).size().to_dict() == {
+        (f"{side}.model", layer): 1 for side in ("encoder", "decoder") for layer in (0, 1)
+    }
 
 
 # --- the proof ----------------------------------------------------------------------------------------------
@@ -333,11 +365,11 @@ def test_entries_that_would_overflow_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "l3"}, r"norm must be one of \('l1', 'l2', 'rms'\), got 'l3'"),
-        ({"granularity": "row"}, "granularity must be one of"),
-        ({"moments": "drop"}, "moments must be one of"),
-        ({"errors": "ignore"}, "errors must be one of"),
-        ({"max_alpha": 0.5}, "max_alpha must be a number ≥ 1"),
+        ({"norm": "l3"}, r"norm must be .l1., .l2. or .rms., got .l3."),
+        ({"granularity": "row"}, "granularity must be"),
+        ({"moments": "drop"}, "moments must be"),
+        ({"errors": "ignore"}, "errors must be"),
+        ({"max_alpha": 0.5}, "max_alpha must be a number >= 1"),
         ({"pairs": "qk"}, "pairs must be some of"),
         ({"pairs": ("qkv",)}, "pairs must be some of"),
         ({"pairs": ()}, "pairs must be some of"),
@@ -347,6 +379,34 @@ def test_entries_that_would_overflow_are_refused():
 def test_arguments_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         wisca.rescale_(make("llama"), **options)
+
+
+@pytest.mark.parametrize("call", [wisca.apply_, wisca.undo_, wisca.scale_factors])
+def test_what_is_no_table_of_a_rescaling_is_named(call):
+    model = make("llama")
+    for table in (None, 3, [], pd.DataFrame(), wisca.plan_rescale(model).assign(alpha="1")):
+        with pytest.raises(TypeError, match="table must be what rescale_ or plan_rescale returns"):
+            call(model, table)
+    with pytest.raises(TypeError, match="pairs must be the ScalingPairs"):
+        call(model, wisca.plan_rescale(model), pairs=("qk",))
+
+
+def test_weights_without_values_are_refused():
+    table = wisca.plan_rescale(make("llama"))
+    with torch.device("meta"):
+        from transformers import LlamaForCausalLM
+
+        empty = LlamaForCausalLM(make("llama").config)
+    with pytest.raises(ValueError, match="is no whole, dense tensor with values"):
+        wisca.apply_(empty, table)
+    with pytest.raises(ValueError, match="is no whole, dense, real tensor"):
+        wisca.rescale_(empty)
+
+
+@pytest.mark.parametrize("batch", [None, {}, "text", torch.zeros(2, 3), torch.zeros(0, 3, dtype=torch.long)])
+def test_a_batch_that_no_model_takes_is_named(batch):
+    with pytest.raises((TypeError, ValueError), match="batch must be token ids"):
+        wisca.check_equivalence(make("llama"), batch)
 
 
 def rows(name, count, axis=0):
@@ -360,7 +420,7 @@ def rows(name, count, axis=0):
         (ScalingPair("x", "m", rows(f"{Q}.weight", 3), rows(f"{K}.weight", 3)), "label 3 indices of axis 0"),
         (ScalingPair("x", "m", rows(f"{Q}.weight", 48)), "each side needs a part"),
         (
-            ScalingPair("x", "m", rows(f"{Q}.weight", 48), rows(f"{K}.weight", 48, 1), heads=torch.zeros(4)),
+            ScalingPair("x", "m", rows(f"{Q}.weight", 48), rows(f"{K}.weight", 48, 1), heads=torch.arange(4)),
             "heads has 4 entries, and there are 48 channels",
         ),
     ],
@@ -373,6 +433,18 @@ def test_pairs_of_ones_own_that_do_not_fit_say_where(pair, message):
         wisca.rescale_(model, pairs=["qk", pair])
     with pytest.raises(ValueError, match="same kind and module"):
         wisca.rescale_(model, pairs=[pair, pair])
+
+
+def test_a_part_and_a_pair_are_checked_when_they_are_made():
+    for channels in (None, [0, 1], torch.ones(3), torch.zeros(2, 2, dtype=torch.long), torch.tensor([-2])):
+        with pytest.raises(TypeError, match="channels must be a 1-D tensor of whole numbers >= -1"):
+            Part("w", 0, channels)
+    with pytest.raises(ValueError, match="axis must be a whole number >= 0, got -1"):
+        Part("w", -1, torch.arange(3))
+    with pytest.raises(TypeError, match="a must be Parts, in a list"):
+        ScalingPair("x", "m", a=Part("w", 0, torch.arange(3)))
+    with pytest.raises(TypeError, match="heads must be a 1-D tensor"):
+        ScalingPair("x", "m", heads=torch.zeros(4))
 
 
 # --- moments ------------------------------------------------------------------------------------------------
@@ -618,6 +690,22 @@ def test_rows_up_to_the_rescaling_stay_and_tables_of_other_models_are_refused():
         wisca.predict_shift(before.drop(columns="lr"), table, model, moments="keep")
 
 
+def test_a_run_is_taken_in_place_of_its_force_table():
+    model = make("llama")
+    optimizer = adamw(model)
+    with wd.ForceLogger(optimizer, model) as logger:
+        train(model, optimizer, 2)
+    table = wisca.plan_rescale(model)
+    by_run = wisca.predict_shift(logger.run, table, model)
+    pd.testing.assert_frame_equal(by_run, wisca.predict_shift(logger.run.forces(), table, model))
+    with pytest.raises(TypeError, match="before must be a force table"):
+        wisca.predict_shift("runs/demo", table, model)
+    with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\)"):
+        wisca.predict_shift(logger.run, table, model, betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="before has two rows of"):
+        wisca.predict_shift(pd.concat([logger.run.forces()] * 2), table, model)
+
+
 # --- the schedule -------------------------------------------------------------------------------------------
 
 
@@ -684,7 +772,7 @@ def test_a_schedule_counts_on_from_a_resumed_optimizer():
     [
         ({}, ValueError, "at or every must be given"),
         ({"every": 0}, ValueError, "every must be a whole number"),
-        ({"at": (-1,)}, ValueError, "at must hold numbers of updates"),
+        ({"at": (-1,)}, ValueError, "at must be a whole number >= 0, got -1"),
         ({"every": 2, "norms": "l1"}, TypeError, "norms"),
     ],
 )
@@ -799,7 +887,7 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path):
         ((tmp_path / "none", "-o", tmp_path / "out"), "has no config.json"),
         ((tmp_path / "in", "-o", tmp_path / "in"), "exists already"),
         ((tmp_path / "in", "-o", tmp_path / "out", "--pairs", "qk,up_down"), "not positively homogeneous"),
-        ((tmp_path / "in", "-o", tmp_path / "out", "--norm", "l3"), "norm must be one of"),
+        ((tmp_path / "in", "-o", tmp_path / "out", "--norm", "l3"), "norm must be"),
     ]:
         result = call(*arguments)
         assert result.exit_code == 2
@@ -808,3 +896,67 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path):
     result = call(tmp_path / "in", "-o", tmp_path / "out", "--pairs", "qk,up_down", "--skip")
     assert result.exit_code == 0, result.output
     assert "skipped: its activation" in result.output
+
+
+def spoiled_config(**change):
+    def edit(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+
+    return edit
+
+
+def fifo(name):
+    def make(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return make
+
+
+EVIL = """
+import pathlib
+from transformers import LlamaConfig
+pathlib.Path('executed').touch()
+class C(LlamaConfig): pass
+"""
+SPOILED = {
+    "code of its own": spoiled_config(
+        model_type="own", auto_map={"AutoConfig": "evil.C"}, architectures=["C"]
+    ),
+    "an architecture that is a number": spoiled_config(architectures=[3]),
+    "html": lambda folder: (folder / "config.json").write_text("<html>sign in</html>"),
+    "deep": lambda folder: (folder / "config.json").write_text("[" * 100_000),
+    "cut": lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" + bytes(100)),
+    "fifo": fifo("model.safetensors"),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a FIFO")
+@pytest.mark.parametrize("damage", SPOILED)
+def test_a_folder_that_is_no_model_is_named_and_runs_no_code(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "in"
+    make("llama").save_pretrained(folder)
+    (folder / "evil.py").write_text(EVIL)
+    SPOILED[damage](folder)
+    with pytest.raises(wd.CheckpointError, match=r"(?s)in cannot be read as a transformers model.*copy its"):
+        wisca.rescale_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_is_no_model_is_not_called(tmp_path, capfd):
+    make("llama").save_pretrained(tmp_path / "in")
+    spoiled_config(architectures=["pipeline"])(tmp_path / "in")
+    capfd.readouterr()
+    table, difference, magnitude = wisca.rescale_folder(tmp_path / "in", tmp_path / "out")
+    assert len(table) == 4
+    assert difference < 1e-5 * magnitude
+    assert "\r" not in capfd.readouterr().err  # nobody watches
+
+
+def test_folders_are_named():
+    for options in ({"source": None, "out": "x"}, {"source": "x", "out": ""}):
+        with pytest.raises((TypeError, ValueError), match=r"(source|out) must be"):
+            wisca.rescale_folder(**options)

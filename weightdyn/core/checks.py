@@ -203,10 +203,10 @@ def check_instance(argument: str, value: Any, kinds: type | tuple[type, ...], wh
 def check_betas(argument: str, value: Any) -> tuple[float, float]:
     """Return `value` as a pair of numbers in [0, 1): β₁ and β₂ of Adam."""
     accepted = "two numbers in [0, 1)"
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray) or len(value) != 2:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
         raise refuse(argument, accepted, value)
     try:
         first, second = (check_number(argument, beta, 0, 1, open_high=True) for beta in value)
     except (TypeError, ValueError):
-        raise refuse(argument, accepted, value) from None
+        raise ValueError(f"{argument} must be {accepted}, got {shown(value)}") from None
     return first, second

@@ -84,6 +84,7 @@ _WRAPPER = re.compile(
 # whatever the string.
 _NUMBER = re.compile(r"(?:^|(?P<counted>[^.]*)\.)(?P<number>[0-9]{1,9})(?=\.)")
 _CONTAINERS = ("layers", "layer", "blocks", "block", "h")  # what a stack calls the list of its layers
+_LONGEST = 1000  # no model has such names, and the patterns take time that grows with the square of them
 _LABEL = re.compile(r"(?P<name>.*)\[(?P<view>(?:[qkv]|gate|up)(?:\.[0-9]+)?)\]", re.DOTALL)
 
 
@@ -205,7 +206,8 @@ class TensorName:
     def rows(self, shape: Sequence[int]) -> tuple[TensorRow, ...]:
         """The rows that the tensor has in a table: one for each view, or one for all of it.
 
-        >>> [row.label for row in describe("h.0.attn.c_attn.weight", (4, 12), {"n_head": 2, "n_embd": 4}).rows((4, 12))]
+        >>> fused = describe("h.0.attn.c_attn.weight", (4, 12), {"n_head": 2, "n_embd": 4})
+        >>> [row.label for row in fused.rows((4, 12))]
         ['h.0.attn.c_attn.weight[q]', 'h.0.attn.c_attn.weight[k]', 'h.0.attn.c_attn.weight[v]']
         """
         where = self.stack, self.layer
@@ -266,13 +268,17 @@ def describe(
         ValueError: if a rule is not a regular expression, names no component, or its layer is no number;
             `views` is none of these.
 
-    >>> describe("gpt_neox.layers.3.mlp.dense_h_to_4h.weight", (48, 12))
-    TensorName(name='gpt_neox.layers.3.mlp.dense_h_to_4h.weight', layer=3, component='up', views=(), stack='gpt_neox')
+    >>> up = describe("gpt_neox.layers.3.mlp.dense_h_to_4h.weight", (48, 12))
+    >>> up.stack, up.layer, up.component, up.role
+    ('gpt_neox', 3, 'up', 'transmission')
     >>> fused = describe("gpt_neox.layers.3.attention.query_key_value.weight", (36, 12),
     ...                  {"num_attention_heads": 2, "hidden_size": 12})
     >>> [(view.name, view.ranges) for view in fused.views]
     [('q', ((0, 6), (18, 24))), ('k', ((6, 12), (24, 30))), ('v', ((12, 18), (30, 36)))]
     """
+    check_views(views)
+    if len(name) > _LONGEST:
+        return TensorName(name, None, "other")
     short = _WRAPPER.sub("", name)
     component, layout = _look_up(short, len(shape))
     stack, layer = _place(short)
@@ -283,7 +289,7 @@ def describe(
             component, layout = ruled, (layout if ruled == component else None)
             break
     found: tuple[View, ...] = ()
-    per_head = check_views(views) == "head"
+    per_head = views == "head"
     # The A of a LoRA pair has the rank for rows: no part of it belongs to q alone.
     if views and (layout or (per_head and component in ("q", "k", "v"))) and ".lora_A." not in name:
         own = _own_config(config, short)

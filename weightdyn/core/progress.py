@@ -9,14 +9,16 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from weightdyn.core.checks import check_flag
+
 Progress = bool | None
 """None: where someone watches. True: always. False: never."""
 
 
 def is_watched(progress: Progress = None) -> bool:
-    """Whether a bar is to be shown: `progress` where it is given, else whether stderr is a terminal or a notebook."""
+    """Whether to show a bar: `progress` where it is given, else whether stderr is a terminal or a notebook."""
     if progress is not None:
-        return bool(progress)
+        return check_flag("progress", progress)
     if "ipykernel" in sys.modules and "IPython" in sys.modules:
         shell = sys.modules["IPython"].get_ipython()
         if shell is not None and hasattr(shell, "kernel"):

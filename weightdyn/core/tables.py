@@ -122,6 +122,85 @@ CHECKPOINT_TABLE = {
 }
 """Columns of a measured series and their meaning."""
 
+_IDENTITY = {name: NAMES[name] for name in IDENTITY}
+
+BUDGET_TABLE = {
+    **FORCE_TABLE,
+    "alignment_share": "|alignment|/Σ|F|, a fraction; NaN where all three forces are zero",
+    "injection_share": "|injection|/Σ|F|",
+    "decay_share": "|decay|/Σ|F|",
+    "net": "alignment + injection + decay: the change of ‖w‖² per update",
+}
+"""Columns of a force table with shares, and their meaning."""
+
+INTEGRAL_TABLE = {
+    "step": FORCE_TABLE["step"],
+    **NAMES,
+    "norm_sq_after": "‖w‖² measured after the update; NaN where neither this row nor the next has it",
+    "norm_sq_predicted": "‖w‖² that the forces add up to from the first row on",
+    "gap": "whether the forces of a stretch right before this row are unknown",
+}
+"""Columns of an integrated force table, and their meaning."""
+
+CLOSURE_TABLE = {
+    **_IDENTITY,
+    "updates": "updates that the terms cover",
+    "gaps": "stretches left out, since their forces are unknown",
+    "residual": "Σ|measured change of ‖w‖² less the forces|",
+    "change": "Σ|measured change of ‖w‖²|",
+    "closure": "residual/change; NaN where nothing is covered",
+}
+"""Columns of a table of closures, and their meaning."""
+
+PHASE_TABLE = {
+    **_IDENTITY,
+    "start_step": "the first row's step",
+    "start": "the value there",
+    "half_step": "first step at which the value is at least half-way up from start to peak",
+    "peak_step": "step of the peak of the running median",
+    "peak": "the running median there",
+    "end_step": "the last row's step",
+    "end": "the value there",
+    "rise": "(peak − start)/start",
+    "relaxation": "(peak − end)/peak",
+    "overshoot": "whether start and end both lie clearly below the peak",
+}
+"""Columns of a table of phases, and their meaning."""
+
+SUMMARY_TABLE = {
+    **PHASE_TABLE,
+    "rise_share": "alignment's share |ΣA|/(|ΣA| + |ΣI| + |ΣD|) over the updates up to half_step",
+    "end_share": "the same over the last tenth of the run",
+    "closure": "the worst closure of the group's tensors",
+}
+"""Columns of a summary of a run, and their meaning; the phases are λ's."""
+
+SHAPE_TABLE = {
+    **_IDENTITY,
+    "start_step": "first step with a fit",
+    "k_start": "k there",
+    "end_step": "last step with a fit",
+    "k_end": "k there",
+    "k_drift": "k_end/k_start − 1",
+    "severity": "invariant (under 1 %), mild (up to 30 %), strong",
+    "sigma_growth": "ln σ₁/σ₀ = lam_growth + k_growth",
+    "lam_growth": "ln λ₁/λ₀",
+    "k_growth": "½ ln Γ(1+2/k₁)/Γ(1+2/k₀)",
+    "explained_by": "lam or k, whichever makes up nine tenths of the growths; both; or neither",
+}
+"""Columns of a table of shape drifts, and their meaning."""
+
+ACCURACY_TABLE = {
+    "method": "name of the recovered table",
+    "pooling": "tensor: each tensor by itself; model: the sum of all",
+    "intervals": "number of ratios of recovered to logged alignment",
+    "median": "median of |1 − ratio|",
+    "p90": "its 90 % quantile",
+    "median_ratio": "median ratio",
+    "inside": "fraction of logged values between alignment_low and alignment_high; NaN of pooled rows",
+}
+"""Columns of a table that holds recovered forces against logged ones, and their meaning."""
+
 RESCALE_TABLE = {
     "pair": "kind of the pair",
     "module": "where it lives; pair and module tell it from all others",
@@ -140,6 +219,20 @@ RESCALE_TABLE = {
     "skipped": "why nothing was done; missing where something was",
 }
 """Columns of the table of a rescaling, and their meaning."""
+
+SHIFT_TABLE = {
+    "step": "last update of the window; 0 is before the first",
+    **{name: NAMES[name] for name in IDENTITY},
+    "quantity": "what is compared: a share or a force, norm_sq, lam, k, or a loss",
+    "value": "mean over the seeds of the arm",
+    "control": "mean over the seeds of what it is held against",
+    "difference": "mean of the paired differences, arm less control",
+    "low": "lower end of the difference's interval; NaN of one seed",
+    "high": "upper end of it",
+    "seeds": "number of seeds that both have",
+}
+"""Columns of a table of shifts between paired runs, and their meaning. Of those that say what a row is it has the
+ones that it is grouped by; in the rows of losses they are missing."""
 
 # --- checks -------------------------------------------------------------------------------------------------
 
@@ -234,8 +327,8 @@ def _check_unique(table: pd.DataFrame, argument: str) -> pd.DataFrame:
         if again.any():
             row = table.loc[again.to_numpy()].iloc[0]
             raise ValueError(
-                f"{argument} has two rows of {row['tensor']} at step {row['step']}: their sum would count it twice; "
-                "do not join tables of different runs"
+                f"{argument} has two rows of {row['tensor']} at step {row['step']}: their sum would count it "
+                "twice; do not join tables of different runs"
             )
     return table
 
@@ -276,6 +369,11 @@ def group_numbers(table: pd.DataFrame, keys: Sequence[str]) -> np.ndarray:
     return table.groupby(list(keys), dropna=False, observed=True, sort=False).ngroup().to_numpy()
 
 
+def in_order(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+    """Those of the documented columns that the table has, in the order in which they are documented."""
+    return table[[name for name in columns if name in table]]
+
+
 _SUMMED = ("numel", "norm_sq", "norm_sq_after", *FORCES)
 
 
@@ -303,8 +401,7 @@ def aggregate(table: Any, by: By | Sequence[str] | None) -> pd.DataFrame:
         if name in table:
             low, high = groups[name].min(), groups[name].max()
             summed[name] = low.where(low == high)
-    summed = summed.reset_index()
-    return summed[[name for name in FORCE_TABLE if name in summed]]
+    return in_order(summed.reset_index(), FORCE_TABLE)
 
 
 def budget(table: Any, by: By | Sequence[str] | None = None) -> pd.DataFrame:

@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.naming import ROLES
 from weightdyn.core.tables import (
+    CLOSURE_TABLE,
     FORCE_TABLE,
     FORCES,
     IDENTITY,
+    INTEGRAL_TABLE,
+    PHASE_TABLE,
+    WEIBULL_TABLE,
     By,
     aggregate,
     check_columns,
@@ -35,6 +38,7 @@ from weightdyn.core.tables import (
     check_weibull_table,
     group_columns,
     group_numbers,
+    in_order,
     table_of,
 )
 
@@ -55,10 +59,8 @@ def integrate(table: pd.DataFrame | RunLog) -> pd.DataFrame:
         table: a force table or a `RunLog`; each tensor (or group, if it was summed) is integrated on its own.
 
     Returns:
-        One row per row of the table, tensor by tensor in ascending steps: `step`, the table's columns among
-        `tensor`, `layer`, `component`, `role` and `numel`; `norm_sq_after` (‖w‖² measured after the update,
-        NaN where neither this row nor the next has it), `norm_sq_predicted`, and `gap` (whether there was one
-        right before this row).
+        One row per row of the table, tensor by tensor in ascending steps, with the columns of `INTEGRAL_TABLE`
+        (of those that name the tensor, those that the table has).
 
     Raises:
         TypeError, ValueError: not a force table; two rows of one tensor that cover the same update.
@@ -74,12 +76,10 @@ def integrate(table: pd.DataFrame | RunLog) -> pd.DataFrame:
     change[path.first] += forces["norm_sq"].to_numpy(float)[path.order][path.first]
     starts = np.flatnonzero(path.first)
     sums = [np.cumsum(part) for part in np.split(change, starts[1:])]
-    names = ["step", *(name for name in (*IDENTITY, "numel") if name in forces)]
-    out = forces[names].iloc[path.order].reset_index(drop=True)
-    out["norm_sq_after"] = path.after
-    out["norm_sq_predicted"] = np.concatenate(sums)
-    out["gap"] = path.gap
-    return out
+    rows = forces.iloc[path.order].reset_index(drop=True)
+    predicted = np.concatenate(sums)
+    rows = rows.assign(norm_sq_after=path.after, norm_sq_predicted=predicted, gap=path.gap)
+    return in_order(rows, INTEGRAL_TABLE)
 
 
 def closure(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) -> pd.DataFrame:
@@ -97,10 +97,9 @@ def closure(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) 
             None keeps a row for each tensor (or group, if the table was summed).
 
     Returns:
-        One row per tensor or group, in the table's order: `updates` (covered by the terms), `gaps` (stretches
-        left out, see the module's opening), `residual` (Σ|residual|), `change` (Σ|Δ‖w‖²|), `closure` (their
-        ratio; NaN where nothing is covered). The worst tensors are `closure(run).nlargest(3, "closure")`, the
-        pooled figure is `closure(run, by="model")["closure"].item()`.
+        One row per tensor or group, in the table's order, with the columns of `CLOSURE_TABLE`; what a gap is
+        says this module's opening. The worst tensors are `closure(run).nlargest(3, "closure")`, the pooled figure
+        is `closure(run, by="model")["closure"].item()`.
 
     Raises:
         TypeError, ValueError: not a force table; two rows that cover the same update; an unknown `by`.
@@ -140,7 +139,7 @@ def closure(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) 
     sums = terms.groupby(groups).sum()
     identity = rows[keys].iloc[np.unique(groups, return_index=True)[1]].reset_index(drop=True)
     out = pd.concat([identity, sums.reset_index(drop=True)], axis=1)
-    return out.assign(closure=out["residual"] / out["change"])
+    return in_order(out.assign(closure=out["residual"] / out["change"]), CLOSURE_TABLE)
 
 
 def equilibrium(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) -> pd.DataFrame:
@@ -162,9 +161,9 @@ def equilibrium(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = No
     >>> equilibrium(t)["equilibrium"].item()
     8.0
     """
-    table = check_force_table(table) if by is None else aggregate(table, by)
-    growth = table["alignment"] + table["injection"]
-    return table.assign(equilibrium=-table["norm_sq"] * growth / table["decay"])
+    forces = check_force_table(table) if by is None else aggregate(table, by)
+    growth = forces["alignment"] + forces["injection"]
+    return forces.assign(equilibrium=-forces["norm_sq"] * growth / forces["decay"])
 
 
 def pool_weibull(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None) -> pd.DataFrame:
@@ -182,8 +181,8 @@ def pool_weibull(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None) ->
             itself.
 
     Returns:
-        One row per step and group: `step`, the group's columns, `n`, `lam`, `k`. Tensors without a fit (NaN)
-        are left out.
+        One row per step and group: `step`, the group's columns, `lam`, `k`, and `n`, the weights (or tensors) in
+        it. Tensors without a fit (NaN) are left out.
 
     Raises:
         TypeError, ValueError: not a Weibull table; two rows of one tensor at one step; an unknown `by`.
@@ -192,15 +191,14 @@ def pool_weibull(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None) ->
     >>> pool_weibull(t, by="role")[["lam", "k"]].round(3).to_numpy().tolist()
     [[2.646, 1.15]]
     """
-    table = check_weibull_table(table, unique=True)
-    keys = group_columns(table, by)
-    table = table[table["lam"].notna() & table["k"].notna()]
-    count = next((table[name].astype(float) for name in ("n", "numel") if name in table), 1.0)
-    weighted = table[["step", *keys]].assign(n=count, lam=count * table["lam"] ** 2, k=count * table["k"])
+    fits = check_weibull_table(table, unique=True)
+    keys = group_columns(fits, by)
+    fits = fits[fits["lam"].notna() & fits["k"].notna()]
+    count = next((fits[name].astype(float) for name in ("n", "numel") if name in fits), 1.0)
+    weighted = fits[["step", *keys]].assign(n=count, lam=count * fits["lam"] ** 2, k=count * fits["k"])
     sums = weighted.groupby(["step", *keys], dropna=False, observed=True, sort=True).sum().reset_index()
-    return sums.assign(
-        n=sums["n"].astype("int64"), k=sums["k"] / sums["n"], lam=np.sqrt(sums["lam"] / sums["n"])
-    )
+    lam, k = np.sqrt(sums["lam"] / sums["n"]), sums["k"] / sums["n"]
+    return in_order(sums.assign(lam=lam, k=k, n=sums["n"].astype("int64")), WEIBULL_TABLE)
 
 
 def phases(table: pd.DataFrame | RunLog, value: str = "lam") -> pd.DataFrame:
@@ -217,17 +215,9 @@ def phases(table: pd.DataFrame | RunLog, value: str = "lam") -> pd.DataFrame:
         value: the column to follow: "lam", "k", "sigma", "norm_sq", …
 
     Returns:
-        One row per group, in the table's order, with the group's columns and
-
-        - `start_step`, `start`: the first row;
-        - `half_step`: the first row at least half-way up from start to peak. Growth is at its strongest up to
-          here; shares of the forces "in the rise" are meant up to here;
-        - `peak_step`, `peak`: of the running median;
-        - `end_step`, `end`: the last row;
-        - `rise`: (peak − start)/start;  `relaxation`: (peak − end)/peak;
-        - `overshoot`: bool, as above.
-
-        Rows where `value` is NaN do not count; a group without any other row is left out.
+        One row per group, in the table's order, with the columns of `PHASE_TABLE`. Growth is at its strongest up
+        to `half_step`; shares of the forces "in the rise" are meant up to there. Rows where `value` is NaN do not
+        count; a group without any other row is left out.
 
     Raises:
         TypeError, ValueError: not a table; a column is missing; two rows of one group at the same step.
@@ -237,25 +227,25 @@ def phases(table: pd.DataFrame | RunLog, value: str = "lam") -> pd.DataFrame:
     [{'half_step': 3, 'peak_step': 5, 'peak': 3.5, 'end_step': 8, 'end': 3.0, 'overshoot': True}]
     """
     kind = "forces" if value in FORCE_TABLE else "weibull"
-    table = check_columns(table_of(table, kind), ("step", value), "trajectory")
-    keys = group_columns(table, None)
-    table = table[table[value].notna()].sort_values("step", kind="stable")
-    groups = group_numbers(table, keys)
-    steps, values = table["step"].to_numpy(), table[value].to_numpy(float)
+    rows = check_columns(table_of(table, kind), ("step", value), "trajectory")
+    keys = group_columns(rows, None)
+    rows = rows[rows[value].notna()].sort_values("step", kind="stable")
+    groups = group_numbers(rows, keys)
+    steps, values = rows["step"].to_numpy(), rows[value].to_numpy(float)
     found: list[dict[str, object]] = []
     firsts: list[int] = []
-    for rows in _rows_of(groups):
-        step, x = steps[rows], values[rows]
+    for own in _rows_of(groups):
+        step, x = steps[own], values[own]
         if (np.diff(step) == 0).any():
             at = step[:-1][np.diff(step) == 0][0]
             raise ValueError(
                 f"table has two rows at step {at} for one group of {keys or 'the whole table'}; "
                 f"pool it first (pool_weibull, aggregate) or keep the columns that tell them apart"
             )
-        firsts.append(rows[0])
+        firsts.append(own[0])
         found.append(_phases_of(step, x))
-    identity = table[keys].iloc[firsts].reset_index(drop=True)
-    columns = list(_phases_of(np.array([0]), np.array([1.0])))
+    identity = rows[keys].iloc[firsts].reset_index(drop=True)
+    columns = [name for name in PHASE_TABLE if name not in IDENTITY]
     return pd.concat([identity, pd.DataFrame(found, columns=columns)], axis=1)
 
 
@@ -370,29 +360,3 @@ def _shift(x: np.ndarray) -> np.ndarray:
 def _rows_of(groups: np.ndarray) -> list[np.ndarray]:
     order = np.argsort(groups, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(groups) else []
-
-
-def summarize(run: RunLog) -> pd.DataFrame:
-    """One row per role: `phases` of its λ, alignment's share in the rise and at the end, worst closure.
-
-    The share is |ΣA|/(|ΣA| + |ΣI| + |ΣD|) of the forces summed over the role's tensors and over the updates of
-    the rise (up to `half_step` of `phases`; NaN if λ never rose), or over the last tenth of the run.
-    """
-    table = phases(pool_weibull(run.weibull(), by="role")).set_index("role")
-    table = table.reindex([role for role in ROLES if role in table.index]).reset_index()
-    forces = run.forces(by="role")
-    last = int(forces["step"].max())
-
-    def share(role: str, start: float, stop: float) -> float:
-        rows = forces[(forces["role"] == role) & forces["step"].between(start, stop)]
-        totals = rows[list(FORCES)].sum().abs()
-        return totals["alignment"] / totals.sum() if len(rows) else float("nan")
-
-    worst = closure(run).groupby("role", observed=True)["closure"].max()
-    return table.assign(
-        rise_share=[
-            share(role, 1, half) for role, half in zip(table["role"], table["half_step"], strict=True)
-        ],
-        end_share=[share(role, 0.9 * last, last) for role in table["role"]],
-        closure=table["role"].map(worst).astype(float),
-    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.tables import check_columns
 from weightdyn.plot.style import DARK, DASHES, FORCE_COLORS, GREY, label_axes, legend_above, make_axes
 
 if TYPE_CHECKING:
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
     from weightdyn.record.runlog import RunLog
 
 
-# Recovery from checkpoints.
-
-METHOD_COLORS = {"balance": FORCE_COLORS["alignment"], "spline": "#CC79A7", "two_point": "#B8860B"}
+METHOD_COLORS = {"balance": FORCE_COLORS["alignment"], "spline": "#A100FF", "two_point": "#BFB21B"}
 """Colour of each way to recover forces."""
 
 
@@ -49,13 +48,18 @@ def recovery(
     from weightdyn.checkpoints.recovery import interval_means
 
     tables = recovered if isinstance(recovered, Mapping) else {"recovered": recovered}
+    if not tables:
+        raise ValueError("recovered must hold a table of recover_forces, got none")
+    means = {name: interval_means(truth, table) for name, table in tables.items()}
+    for name, table in tables.items():
+        check_columns(table, ("alignment_low", "alignment_high"), "recovered table", argument="recovered")
+        if not means[name].notna().any():
+            raise ValueError(f"truth has no update of the tensors and spans of recovered ({name})")
     top, bottom = make_axes(ax, 2)
     spread = 0.0
     for i, (name, table) in enumerate(tables.items()):
-        both = table.assign(true=interval_means(truth, table))
+        both = table.assign(true=means[name])
         both = both[both["true"].notna()]
-        if both.empty:
-            raise ValueError(f"truth has no update of the tensors and spans of recovered ({name})")
         columns = ["alignment", "true", "alignment_low", "alignment_high"]
         rows = both.groupby(["step", "span"])[columns].sum().reset_index()
         middle = rows["step"] - (rows["span"] - 1) / 2

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.tables import FORCES, By, aggregate, budget, check_force_table
+from weightdyn.core.tables import (
+    FORCES,
+    By,
+    aggregate,
+    budget,
+    check_force_table,
+    check_weibull_table,
+    table_of,
+)
 from weightdyn.explain.trajectory import phases, pool_weibull
 from weightdyn.plot.style import (
     DARK,
     FORCE_COLORS,
     GREY,
     LAYERS_IN_LEGEND,
+    LONG_NAME,
+    NAMED_LINES,
+    PANELS,
     ROLE_COLORS,
     SYMBOLS,
-    check_panels,
+    Group,
+    check_number,
     draw_line,
-    group_name,
     label_axes,
     layer_bar,
     legend_above,
@@ -28,7 +39,7 @@ from weightdyn.plot.style import (
     mark_phases,
     name_panel,
     split_groups,
-    table_of,
+    stack_names,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +56,7 @@ def force_budget(
     run_or_table: RunLog | pd.DataFrame,
     *,
     kind: Kind = ...,
-    by: Literal["model"] | None = None,
+    by: Literal["model"] = ...,
     ax: Axes | None = None,
 ) -> Axes: ...
 @overload
@@ -53,14 +64,14 @@ def force_budget(
     run_or_table: RunLog | pd.DataFrame,
     *,
     kind: Kind = ...,
-    by: Literal["layer", "component", "role"],
+    by: Literal["layer", "component", "role"] | Sequence[str] | None,
     ax: Sequence[Axes] | None = None,
 ) -> np.ndarray: ...
 def force_budget(
     run_or_table: RunLog | pd.DataFrame,
     *,
     kind: Kind = "forces",
-    by: By | None = None,
+    by: By | Sequence[str] | None = "model",
     ax: Axes | Sequence[Axes] | None = None,
 ) -> Axes | np.ndarray:
     """Draw what alignment, injection and decay do to ‖w‖² over a run.
@@ -69,7 +80,8 @@ def force_budget(
         run_or_table: a `RunLog` or a force table; its tensors are summed.
         kind: "forces" draws the signed contributions to ‖w‖² per update and their net; "shares" draws
             |F| / (|alignment| + |injection| + |decay|) in percent.
-        by: "layer", "component" or "role" draws one panel for each; None (or "model") sums all in one panel.
+        by: "layer", "component", "role" or a list of such columns draws one panel for each; "model" sums all in one
+            panel; None draws one for each tensor.
         ax: Axes to draw on, as many as there are panels; None makes a figure.
 
     Lines of more than 200 rows are the running mean over 2 % of the rows, with the rows themselves in a light
@@ -79,27 +91,28 @@ def force_budget(
         The Axes; where there is a panel for each group an array of them, in the order of the panels.
 
     Raises:
-        TypeError, ValueError: an argument that is not one of the above.
+        TypeError, ValueError: an argument that is not one of the above; more panels than a figure holds.
     """
     if kind not in ("forces", "shares"):
         raise ValueError(f"kind must be 'forces' or 'shares', got {kind!r}")
-    table = check_force_table(table_of(run_or_table, "forces"), argument="run_or_table")
-    by = check_panels(table, by or "model")
+    table = check_force_table(run_or_table, argument="run_or_table", empty=False, unique=True)
     table = budget(aggregate(table, by))
     panels = split_groups(table, by)
+    check_number(panels, by, PANELS, "panels")
     axes = make_axes(ax, len(panels))
-    for panel, (name, rows) in zip(axes, panels, strict=True):
+    several = len(panels) > 1 or bool(panels[0].place)
+    for panel, (name, _, rows) in zip(axes, panels, strict=True):
         panel.axhline(0, color=GREY, linewidth=0.6, zorder=0)
         for force in (*FORCES, "net") if kind == "forces" else FORCES:
             values = rows[force] if kind == "forces" else 100 * rows[f"{force}_share"]
             draw_line(panel, rows["step"], values, color=FORCE_COLORS[force], label=force)
         if kind == "shares":
             panel.set_ylim(0, 100)
-        if by != "model":
-            name_panel(panel, group_name(by, name))
+        if several:
+            name_panel(panel, name)
     label_axes(axes, ["Δ‖w‖² per update" if kind == "forces" else "budget share (%)"] * len(axes))
-    legend_above(axes[0])
-    return axes[0] if by == "model" else np.array(axes)
+    legend_above(axes[0], raised=len(panels[0].name) > LONG_NAME)
+    return np.array(axes) if several else axes[0]
 
 
 @overload
@@ -107,7 +120,7 @@ def weibull_trajectory(
     run_or_table: RunLog | pd.DataFrame,
     *,
     value: Literal["lam", "k"],
-    by: By | None = None,
+    by: By | Sequence[str] | None = ...,
     ax: Axes | None = None,
 ) -> Axes: ...
 @overload
@@ -115,14 +128,14 @@ def weibull_trajectory(
     run_or_table: RunLog | pd.DataFrame,
     *,
     value: None = None,
-    by: By | None = None,
+    by: By | Sequence[str] | None = ...,
     ax: Sequence[Axes] | None = None,
 ) -> np.ndarray: ...
 def weibull_trajectory(
     run_or_table: RunLog | pd.DataFrame,
     *,
     value: Literal["lam", "k"] | None = None,
-    by: By | None = None,
+    by: By | Sequence[str] | None = "layer",
     ax: Axes | Sequence[Axes] | None = None,
 ) -> Axes | np.ndarray:
     """Draw the Weibull scale λ and shape k of the weights over a run, with the phases of λ marked.
@@ -130,8 +143,8 @@ def weibull_trajectory(
     Args:
         run_or_table: a `RunLog` or a Weibull table: `step`, `k`, `lam`; `layer`, `role`, `numel`, … if any.
         value: "lam" or "k" draws that one; None draws λ above k.
-        by: a line for each "layer", "component", "role", or one for the whole "model"; tensors are pooled as in
-            `pool_weibull`. None: by layer where the table has layers, else the model.
+        by: a line for each "layer", "component", "role" or list of such columns, or one for the whole "model";
+            tensors are pooled as in `pool_weibull`. None draws one for each tensor.
         ax: Axes to draw on: one, or two where `value` is None; None makes a figure.
 
     A dot marks the peak of each λ that overshoots (`phases`). A band through the panels reaches from the first of
@@ -145,37 +158,50 @@ def weibull_trajectory(
     """
     if value not in ("lam", "k", None):
         raise ValueError(f"value must be 'lam', 'k' or None for both, got {value!r}")
-    table = table_of(run_or_table, "weibull")
-    if by is None:
-        by = "layer" if "layer" in table and table["layer"].notna().any() else "model"
-    pooled = pool_weibull(table, check_panels(table, by))
+    table = check_weibull_table(run_or_table, argument="run_or_table", empty=False, unique=True)
+    pooled = pool_weibull(table, by)
     if pooled.empty:
-        raise ValueError("run_or_table holds no Weibull fits; log some (weibull_every=…)")
+        raise ValueError("run_or_table has no Weibull fits: λ or k is missing in every row")
+    lines = split_groups(pooled, by)
+    layers = set(lines[0].place) in ({"layer"}, {"stack", "layer"})
+    bar = layers and sum(not line.outside for line in lines) > LAYERS_IN_LEGEND
+    if not layers:
+        check_number(lines, by, NAMED_LINES, "lines")
     values = ("lam", "k") if value is None else (value,)
     axes = make_axes(ax, len(values))
 
-    lines = split_groups(pooled, by)
-    styles = line_styles(by, [name for name, _ in lines])
-    found = [phases(rows).iloc[0] for _, rows in lines]
+    styles, stacks = line_styles(lines), stack_names([line.place for line in lines])
+    labels = [_label(line, layers, bar, stacks) for line in lines]
+    found = [phases(line.rows).iloc[0] for line in lines]
     peaks = [one["peak_step"] for one in found if one["overshoot"]]
-    few = len(lines) <= LAYERS_IN_LEGEND
-    bar = by == "layer" and not few
     for panel, column in zip(axes, values, strict=True):
-        for (name, rows), style, phase in zip(lines, styles, found, strict=True):
-            label = None if bar and not pd.isna(name) else group_name(by, name).removeprefix("layer ")
-            panel.plot(rows["step"], rows[column], linewidth=1.1, label=label, **style)
+        for line, style, label, phase in zip(lines, styles, labels, found, strict=True):
+            new = label not in panel.get_legend_handles_labels()[1]
+            panel.plot(
+                line.rows["step"], line.rows[column], linewidth=1.1, label=label if new else None, **style
+            )
             if column == "lam" and phase["overshoot"]:
-                color, edge = style["color"], "white" if few else style["color"]
-                size = 4 if few else 2
+                color, edge = style["color"], style["color"] if bar else "white"
+                size = 2 if bar else 4
                 panel.plot(phase["peak_step"], phase["peak"], "o", color=color, mec=edge, mew=0.5, ms=size)
         if peaks:
             mark_phases(panel, min(peaks), max(peaks), named=panel is axes[0])
     label_axes(axes, [SYMBOLS[column] for column in values])
     if bar:
-        layer_bar(axes, [name for name, _ in lines if not pd.isna(name)])
-    if by != "model":
-        legend_above(axes[0], raised=bool(peaks), title="layer" if by == "layer" and not bar else None)
+        layer_bar(axes, sorted({line.place["layer"] for line in lines if not line.outside}))
+    if lines[0].place:
+        title = "layer" if layers and not bar and not stacks else None
+        legend_above(axes[0], raised=bool(peaks), title=title)
     return axes[0] if value is not None else np.array(axes)
+
+
+def _label(line: Group, layers: bool, bar: bool, stacks: Mapping[str, str]) -> str | None:
+    """What the legend says of a line; beside a bar of layers, only in which stack they are."""
+    if not layers or line.outside:
+        return line.name
+    if bar:
+        return stacks.get(line.place.get("stack", ""))
+    return line.name if stacks else line.name.removeprefix("layer ")
 
 
 def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Axes | None = None) -> Axes:
@@ -195,7 +221,7 @@ def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Ax
     Raises:
         TypeError, ValueError: not a run or a table; nothing in it is called a loss.
     """
-    table = table_of(run_or_table, "metrics")
+    table = table_of(run_or_table, "metrics", argument="run_or_table")
     names = [name for name in table if "loss" in str(name).lower() and table[name].notna().any()]
     if "step" not in table or not names:
         raise ValueError(f"run_or_table holds no losses by step: its columns are {list(table.columns)}")
@@ -230,7 +256,8 @@ def overview(run: RunLog, *, role: str = "transmission", ax: Sequence[Axes] | No
     Raises:
         TypeError, ValueError: not a run; nothing of this role in it.
     """
-    weibull, forces = table_of(run, "weibull"), table_of(run, "forces")
+    weibull = check_weibull_table(run, argument="run", empty=False)
+    forces = check_force_table(run, argument="run", empty=False)
     for table in (weibull, forces):
         if role not in set(table["role"]):
             raise ValueError(f"role must be one that the run has, {sorted(set(table['role']))}, got {role!r}")

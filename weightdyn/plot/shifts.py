@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.tables import FORCES
+from weightdyn.core.tables import FORCES, IDENTITY
 from weightdyn.plot.style import (
     DARK,
     FORCE_COLORS,
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Shifts between paired runs.
-
-
 def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Draw what a rescaling shifts, arm minus control over the updates: force shares, λ, k and loss.
 
@@ -34,8 +31,9 @@ def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | 
 
     Args:
         shift: what `Comparison.shift` returned; `window=` there makes calmer lines.
-        group: which component, role or layer to draw, of a table that has several ("q" of by="component"). The
-            loss is the model's.
+        group: which component, role or layer to draw, of a table that has several ("q" of by="component"); of
+            several stacks ("encoder", 0), and of a list of columns their values in its order. The loss is the
+            model's.
         ax: four Axes to draw on; None makes a figure.
 
     Returns:
@@ -56,9 +54,8 @@ def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | 
     names = sorted(
         {name for name in table["quantity"] if "loss" in str(name)}, key=lambda name: (len(name), name)
     )
-    losses = [
-        (name, (DARK, *ROLE_COLORS.values())[i], name.replace("_", " ")) for i, name in enumerate(names)
-    ]
+    colors = (DARK, *ROLE_COLORS.values())
+    losses = [(name, colors[i % len(colors)], name.replace("_", " ")) for i, name in enumerate(names)]
     for panel, lines in zip(axes, (shares, [("lam", DARK, "λ")], [("k", DARK, "k")], losses), strict=True):
         panel.axhline(0, color=GREY, linewidth=0.6, zorder=0)
         scale = 100 if lines is shares else 1
@@ -86,29 +83,48 @@ def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | 
     return np.array(axes)
 
 
-def _one_group(shift: Any, group: Any) -> pd.DataFrame:
-    """The rows of one group of a table of shifts, and those of the losses."""
+def shift_groups(shift: pd.DataFrame) -> list[Any]:
+    """What `group` of `wisca_shift` can be for a table of shifts; [None] where it has the whole model only."""
+    named = _groups(shift)
+    return [None] if named is None else list(dict.fromkeys(named.dropna()))
+
+
+def _groups(shift: Any) -> pd.Series | None:
+    """The group of each row, missing of losses and outside the blocks; None of a table for the whole model."""
     if not isinstance(shift, pd.DataFrame):
         raise TypeError(
             f"shift must be the table that Comparison.shift() returns, got {type(shift).__name__}"
         )
-    own = ("step", "quantity", "value", "control", "difference", "low", "high", "seeds")
     if missing := [name for name in ("step", "quantity", "difference", "low", "high") if name not in shift]:
         raise ValueError(f"shift lacks the columns {missing}; Comparison.shift() returns them")
-    keys = [name for name in shift if name not in own]
-    if len(keys) > 1:
-        raise ValueError(
-            f"shift has the groups {keys}; one of them can be drawn: Comparison.shift(…, by={keys[0]!r})"
-        )
-    loss_rows = shift["quantity"].astype(str).str.contains("loss")
+    keys = [name for name in IDENTITY if name in shift]
+    if "stack" in keys and shift.loc[shift["layer"].notna(), "stack"].nunique() < 2:
+        keys.remove("stack")
     if not keys:
+        return None
+    places = shift[keys]
+    if "layer" in keys:  # beside losses, which have none, layers may have become floats
+        places = places.assign(layer=pd.to_numeric(shift["layer"]).astype("Int64"))
+    rows = places.astype(object).itertuples(index=False, name=None)
+    named = [row[0] if len(keys) == 1 else row for row in rows]
+    whole = shift[keys].notna().all(axis=1) & ~_of_loss(shift)
+    return pd.Series(named, shift.index, dtype=object).where(whole, None)
+
+
+def _of_loss(shift: pd.DataFrame) -> pd.Series:
+    return shift["quantity"].astype(str).str.contains("loss")
+
+
+def _one_group(shift: Any, group: Any) -> pd.DataFrame:
+    """The rows of one group of a table of shifts, and those of the losses."""
+    named = _groups(shift)
+    if named is None:
         if group is not None:
             raise ValueError(f"group: the table has one for the whole model only, got {group!r}")
         return shift
-    column = shift[keys[0]]
-    names = list(column[~loss_rows].dropna().unique())
+    names = shift_groups(shift)
     if group is None and len(names) == 1:
         group = names[0]
     if group not in names:
         raise ValueError(f"group must be one of {names}, got {group!r}")
-    return shift[loss_rows | column.eq(group).fillna(False).astype(bool)]
+    return shift[_of_loss(shift) | named.map(lambda name: name == group)]

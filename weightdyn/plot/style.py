@@ -1,4 +1,8 @@
-"""What all figures share: sizes, fonts, colours, legends, panels.
+"""What all figures share: groups, sizes, fonts, colours, legends, panels.
+
+`by=` says what a figure has a panel or a line for, as in every table: "layer" (with its stack), "component",
+"role", "model" (everything in one), a list of such columns, or None for each tensor by itself. More than a figure
+can hold are refused.
 
 Figures are made for one column of a paper (3.4 inches wide) in fonts of 7 points or more; on Axes of your own,
 sizes and fonts are yours. Colours stay apart in every kind of colour blindness and mean the same in every figure:
@@ -10,14 +14,15 @@ running mean, centred, over 2 % of its rows (`SMOOTHING`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.naming import COMPONENTS, role_of
-from weightdyn.core.tables import By
+from weightdyn.core.naming import COMPONENTS, ROLES, role_of
+from weightdyn.core.tables import By, group_columns, group_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +37,12 @@ ROLE_COLORS = {"selection": "#AA4499", "transmission": "#56B4E9", "value": "#117
 SMOOTHING = 0.02
 """Width of the running mean, as a fraction of a line's rows."""
 
+PANELS = 64
+"""The most panels that a figure has."""
+
+NAMED_LINES = 16
+"""The most lines that a legend names; layers have a colour bar, whatever their number."""
+
 MANY = 200
 WIDTH = 3.4
 GREY = "#808080"
@@ -39,29 +50,100 @@ DARK = "#404040"
 PALEST = 0.9  # the end of viridis is too pale for lines on white
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 LAYERS_IN_LEGEND = 8
+LONG_NAME = 24  # letters that fit beside a panel
 SYMBOLS = {"lam": "Weibull scale λ", "k": "Weibull shape k"}
 
 
-def table_of(run_or_table: Any, kind: str) -> pd.DataFrame:
-    if isinstance(run_or_table, pd.DataFrame):
-        table = run_or_table
-    elif callable(getattr(run_or_table, kind, None)):
-        table = getattr(run_or_table, kind)()
-    else:
-        raise TypeError(
-            f"run_or_table must be a RunLog or the table that its {kind}() returns, "
-            f"got {type(run_or_table).__name__}; open a run directory with RunLog(path)"
+class Group(NamedTuple):
+    """What a figure has a panel or a line for.
+
+    Attributes:
+        name: as the figure writes it: "layer 3", "encoder 3" where there are several stacks, "q", "layer 3 q".
+        place: the columns of `by` and their values.
+        rows: its rows of the table.
+    """
+
+    name: str
+    place: dict[str, Any]
+    rows: pd.DataFrame
+
+    @property
+    def outside(self) -> bool:
+        """Whether it is what lies outside the blocks."""
+        return "layer" in self.place and pd.isna(self.place["layer"])
+
+
+def split_groups(table: pd.DataFrame, by: By | Sequence[str] | None) -> list[Group]:
+    """The groups of a table that `aggregate` or `pool_weibull` made with this `by`, in the order of figures."""
+    keys = group_columns(table, by)
+    if not keys:
+        return [Group("model", {}, table)]
+    numbers = group_numbers(table, keys)
+    firsts = table[keys].iloc[np.unique(numbers, return_index=True)[1]]
+    places = [dict(zip(keys, row, strict=True)) for row in firsts.itertuples(index=False)]
+    order = {key: list(dict.fromkeys(place[key] for place in places)) for key in keys}
+    order |= {
+        "component": [*COMPONENTS, *order.get("component", ())],
+        "role": [*ROLES, *order.get("role", ())],
+    }
+
+    def position(group: Group) -> list[Any]:
+        ranks = {
+            key: (0 if pd.isna(value) else value) if key == "layer" else order[key].index(value)
+            for key, value in group.place.items()
+        }
+        if "tensor" in ranks:  # a model is gone through block by block
+            ranks["tensor"] = ranks.pop("tensor")
+        return [group.outside, *ranks.values()]
+
+    names = _names(places)
+    groups = [
+        Group(name, place, table[numbers == i])
+        for i, (name, place) in enumerate(zip(names, places, strict=True))
+    ]
+    return sorted(groups, key=position)
+
+
+def check_number(groups: Sequence[Group], by: Any, most: int, what: str) -> None:
+    """Refuse more groups than a figure holds, with a ValueError."""
+    if len(groups) > most:
+        raise ValueError(
+            f"by={by!r} makes {len(groups)} {what}, and a figure holds {most}: draw some of the tensors, or group "
+            "them, by='layer', 'component', 'role' or 'model'"
         )
-    if table.empty:
-        raise ValueError(f"run_or_table has no rows of {kind}")
-    return table
 
 
-def check_panels(table: pd.DataFrame, by: By) -> By:
-    allowed = ["model", *(name for name in ("layer", "component", "role") if name in table)]
-    if by not in allowed:
-        raise ValueError(f"by must be one of {allowed} for this table, got {by!r}")
-    return by
+def stack_names(places: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What figures call each stack that has layers: its name behind what all share; {} if there is only one."""
+    stacks = dict.fromkeys(
+        place["stack"] for place in places if "stack" in place and not pd.isna(place.get("layer", 0))
+    )
+    if len(stacks) < 2:
+        return {}
+    parts = [stack.split(".") for stack in stacks]
+    shared = next(
+        (i for i, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1),
+        min(map(len, parts)),
+    )
+    return {stack: ".".join(each[shared:]) or stack for stack, each in zip(stacks, parts, strict=True)}
+
+
+def _names(places: Sequence[Mapping[str, Any]]) -> list[str]:
+    stacks = stack_names(places)
+    names = []
+    for place in places:
+        words = []
+        if not pd.isna(place.get("layer")):
+            words.append(f"{stacks.get(place.get('stack', ''), 'layer')} {place['layer']}")
+        elif "layer" not in place and place.get("stack"):
+            words.append(str(place["stack"]))
+        words += [str(place[key]) for key in ("component", "role") if key in place][:1]
+        names.append(" ".join(words) or "outside the blocks")
+    again = Counter(names)
+    return [
+        str(place["tensor"]) if "tensor" in place and again[name] > 1 else name
+        for name, place in zip(names, places, strict=True)
+    ]
 
 
 def make_axes(ax: Any, n: int, height: float | None = None) -> list[Axes]:
@@ -92,6 +174,7 @@ def make_axes(ax: Any, n: int, height: float | None = None) -> list[Axes]:
 def draw_line(
     ax: Axes, step: pd.Series, values: pd.Series, *, color: str, label: str, dots: bool = False
 ) -> None:
+    """Draw a line; one of more than `MANY` rows as it is in a light tint, and smoothed."""
     if len(values) <= MANY:
         ax.plot(step, values, color=color, linewidth=1.1, label=label, marker="o" if dots else None, ms=2.5)
         return
@@ -101,51 +184,46 @@ def draw_line(
     ax.plot(step, smooth, color=color, linewidth=1.2, label=label)
 
 
-def split_groups(table: pd.DataFrame, by: By) -> list[tuple[Any, pd.DataFrame]]:
-    """The groups of a summed table, in the order in which figures have them."""
-    if by == "model":
-        return [("model", table)]
-    names = list(table[by].unique())
-    known = {"role": list(ROLE_COLORS), "component": list(COMPONENTS)}.get(by, [])
-    places = {name: i for i, name in enumerate(known)}
-    if by == "layer":
-        places = {name: name for name in names if not pd.isna(name)}
-    names.sort(key=lambda name: (pd.isna(name), 0 if pd.isna(name) else places.get(name, len(places))))
-    column = table[by]
-    return [
-        (name, table[column.isna() if pd.isna(name) else column.eq(name).fillna(False)]) for name in names
-    ]
-
-
-def group_name(by: By, name: Any) -> str:
-    if by == "layer":
-        return "outside the blocks" if pd.isna(name) else f"layer {name}"
-    return str(name)
-
-
-def line_styles(by: By, names: Sequence[Any]) -> list[dict[str, Any]]:
-    """Colour and dashes of each group's line."""
+def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Colour and dashes of each group's line: those of its role, of its layer and stack, or one after the other."""
     import matplotlib as mpl
 
-    if by == "role":
-        return [{"color": ROLE_COLORS[name]} for name in names]
-    if by == "component":
-        roles = [role_of(name) for name in names]
+    viridis = mpl.colormaps["viridis"]
+    places = [group.place for group in groups]
+    keys = set(places[0])
+    if not keys:
+        return [{"color": DARK}]
+    if keys in ({"role"}, {"component"}):
+        roles = [place.get("role") or _role(place["component"]) for place in places]
         nth = [roles[:i].count(role) for i, role in enumerate(roles)]
         return [
-            {"color": ROLE_COLORS[role], "linestyle": DASHES[i % len(DASHES)]}
+            {"color": ROLE_COLORS.get(role, ROLE_COLORS["other"]), "linestyle": DASHES[i % len(DASHES)]}
             for role, i in zip(roles, nth, strict=True)
         ]
-    if by == "layer":
-        inside = sum(not pd.isna(name) for name in names)
-        colors = iter(mpl.colormaps["viridis"](np.linspace(0, PALEST, inside)))
+    if keys <= {"stack", "layer"} and "layer" in keys:
+        layers = sorted({group.place["layer"] for group in groups if not group.outside})
+        colors = dict(zip(layers, viridis(np.linspace(0, PALEST, len(layers))), strict=True))
+        stacks = list(stack_names(places))
+        free = [dashes for dashes in DASHES if dashes != "--"]  # those are of what lies outside
         return [
-            {"color": GREY, "linestyle": "--"} if pd.isna(name) else {"color": next(colors)} for name in names
+            {"color": GREY, "linestyle": "--"}
+            if group.outside
+            else {
+                "color": colors[group.place["layer"]],
+                "linestyle": free[stacks.index(group.place["stack"]) % len(free)] if stacks else "-",
+            }
+            for group in groups
         ]
-    return [{"color": DARK}]
+    colors = viridis(np.linspace(0, PALEST, len(groups)))
+    return [{"color": color, "linestyle": DASHES[i % len(DASHES)]} for i, color in enumerate(colors)]
+
+
+def _role(component: str) -> str:
+    return role_of(component) if component in COMPONENTS else "other"
 
 
 def mark_phases(ax: Axes, first: float, last: float, *, named: bool) -> None:
+    """Shade the updates from the first peak to the last, and name what lies before and behind them."""
     ax.axvspan(first, last, facecolor="#F4F4F4", linewidth=0, zorder=0)
     for step in {first, last}:
         ax.axvline(step, color=GREY, linewidth=0.6, linestyle=":", zorder=0)
@@ -173,25 +251,23 @@ def mark_phases(ax: Axes, first: float, last: float, *, named: bool) -> None:
 
 
 def label_axes(axes: Sequence[Axes], quantities: Sequence[str]) -> None:
+    """Name the quantity of each panel, and the updates below the last one."""
     for ax, quantity in zip(axes, quantities, strict=True):
         ax.set_ylabel(quantity)
-        ax.ticklabel_format(
-            axis="y", style="plain", useOffset=False
-        )  # a power of ten would lie in the legend
+        # A power of ten would lie in the legend.
+        ax.ticklabel_format(axis="y", style="plain", useOffset=False)
     axes[-1].set_xlabel("update")
 
 
 def name_panel(ax: Axes, text: str) -> None:
-    """Name a panel on its right side, where neither data nor the legend are."""
-    ax.annotate(
-        text,
-        (1.01, 0.5),
-        xycoords="axes fraction",
-        rotation=270,
-        va="center",
-        ha="left",
-        fontsize=small_size(ax),
-    )
+    """Name a panel where neither data nor the legend are: on its right side, a long name above its left corner."""
+    size = small_size(ax)
+    if len(text) > LONG_NAME:
+        above = {"xytext": (0, 1), "textcoords": "offset points"}
+        ax.annotate(text, (0, 1), xycoords="axes fraction", fontsize=size, **above)
+    else:
+        across = {"rotation": 270, "va": "center", "ha": "left"}
+        ax.annotate(text, (1.01, 0.5), xycoords="axes fraction", fontsize=size, **across)
 
 
 def legend_above(ax: Axes, *, raised: bool = False, title: str | None = None) -> None:
@@ -228,6 +304,7 @@ def legend_above(ax: Axes, *, raised: bool = False, title: str | None = None) ->
 
 
 def layer_bar(axes: Sequence[Axes], layers: Sequence[int]) -> None:
+    """A bar of the layers' colours beside the panels."""
     import matplotlib as mpl
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from weightdyn.core.naming import COMPONENTS
+from weightdyn.core.tables import check_columns, table_of
 from weightdyn.explain.trajectory import pool_weibull
-from weightdyn.plot.style import DARK, DASHES, SYMBOLS, make_axes, small_size, table_of
+from weightdyn.plot.style import DASHES, SYMBOLS, make_axes, small_size, stack_names
 from weightdyn.weibull.fit import K0, Method, as_histogram, cloglog, fit_weibull
 from weightdyn.weibull.laws import law_cdf, rank_laws
 
@@ -23,17 +24,18 @@ if TYPE_CHECKING:
     from weightdyn.weibull.magnitudes import MagnitudeHistogram
 
 
-# Fits of one checkpoint.
-
 LAW_COLORS = {
-    "weibull": "#D55E00",
-    "half-normal": "#332288",
-    "log-normal": "#44AA99",
-    "gamma": "#882255",
-    "exponential": "#999933",
-    "generalised normal": "#6699CC",
+    "weibull": "#B54406",
+    "half-normal": "#5315DA",
+    "log-normal": "#149BFF",
+    "gamma": "#7D037F",
+    "exponential": "#EAB70F",
+    "generalised normal": "#827468",
 }
 """Colour of each law in a probability plot."""
+
+WEIGHT_COLORS = {"weights": "#202020", "outside the trim": "#D9D9D9"}
+"""Colour of the weights themselves there."""
 
 _LOWEST = 1e-3  # of F: below it the logarithm spreads the few weights next to zero over most of the figure
 _TICKS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999)
@@ -83,13 +85,14 @@ def weibull(
     value, height = sample.quantile(fraction), cloglog(fraction)
     kept = (fraction >= fit.trim[0]) & (fraction <= fit.trim[1]) if method == "plot" else fraction > 0
     dots = {"marker": "o", "linestyle": "", "markersize": 2.2, "markeredgewidth": 0}
-    panel.plot(value[kept], height[kept], color=DARK, label="weights", zorder=2, **dots)
+    panel.plot(value[kept], height[kept], color=WEIGHT_COLORS["weights"], label="weights", zorder=2, **dots)
     if not kept.all():
-        panel.plot(value[~kept], height[~kept], color="#BDBDBD", label="outside the trim", zorder=1, **dots)
+        color = WEIGHT_COLORS["outside the trim"]
+        panel.plot(value[~kept], height[~kept], color=color, label="outside the trim", zorder=1, **dots)
 
     title = f"no fit: {fit.note}"
     if not math.isnan(fit.k):
-        title = f"k = {fit.k:.4g},  λ = {fit.lam:.3g},  R² = {fit.r_squared:.4f}"
+        title = f"λ = {fit.lam:.3g},  k = {fit.k:.4g},  R² = {fit.r_squared:.4f}"
         fitted = cloglog(np.array(fit.trim)).clip(*ends) if method == "plot" else ends
         for reach, dashes, label in ((ends, (0, (2, 2)), None), (fitted, "-", "Weibull")):
             line = {"color": LAW_COLORS["weibull"], "linestyle": dashes, "linewidth": 1.1, "label": label}
@@ -109,9 +112,8 @@ def weibull(
     margin = 0.04 * (ends[1] - ends[0])
     panel.set_ylim(ends[0] - margin, ends[1] + margin)
     panel.set_xlim(*np.exp(_widened(np.log([value[0], value[-1]]))))
-    panel.tick_params(
-        axis="x", which="minor", labelsize=small_size(panel)
-    )  # named where |w| spans under a decade
+    # Minor ticks are named where |w| spans under a decade.
+    panel.tick_params(axis="x", which="minor", labelsize=small_size(panel))
     ticks = [tick for tick in _TICKS if ends[0] - 0.01 <= cloglog(tick) <= ends[1]]
     panel.set_yticks(cloglog(np.array(ticks)), [f"{100 * tick:.8g}" for tick in ticks])
     panel.set_ylabel("weights up to |w| (%)")
@@ -144,26 +146,26 @@ def weights_map(
     value: Literal["lam", "k"] | None = None,
     ax: Axes | Sequence[Axes] | None = None,
 ) -> Axes | np.ndarray:
-    """Draw maps of the Weibull shape k and scale λ over the layers and components of a model.
+    """Draw maps of the Weibull scale λ and shape k over the layers and components of a model.
 
     White is k₀, the shape of a normal initialisation: orange lies below it (heavier tails), purple above. A cell
     that no matrix fills, or none that could be fitted, is grey. Several matrices of one cell, such as heads or
-    experts, are pooled as in `pool_weibull`. Matrices outside the layers, such as embeddings, are left out.
+    experts, are pooled as in `pool_weibull`. Several stacks, such as an encoder and a decoder, stand side by side.
+    Matrices outside the layers, such as embeddings, are left out.
 
     Args:
         run_or_table: what `fit_weights` returned; or a `RunLog` or its Weibull table, drawn at their last step.
-        value: "k" or "lam" draws that one; None draws k above λ.
+        value: "lam" or "k" draws that one; None draws λ above k.
         ax: Axes to draw on: one, or two where `value` is None; None makes a figure.
 
     Returns:
-        The Axes; where `value` is None an array of two, k's and λ's.
+        The Axes; where `value` is None an array of two, λ's and k's.
 
     Raises:
         TypeError, ValueError: an argument that is not one of the above.
     """
     import matplotlib as mpl
     from matplotlib.colors import CenteredNorm, Normalize
-    from matplotlib.ticker import MaxNLocator
 
     if value not in ("lam", "k", None):
         raise ValueError(f"value must be 'lam', 'k' or None for both, got {value!r}")
@@ -172,38 +174,40 @@ def weights_map(
             "run_or_table must be a table of fits or a RunLog, "
             f"got {type(run_or_table).__name__}; fit_weights(model) makes a table of a model"
         )
-    table = table_of(run_or_table, "weibull")
-    missing = [name for name in ("layer", "component", "k", "lam") if name not in table]
-    if missing:
-        raise ValueError(f"run_or_table lacks the columns {missing}; fit_weights(model) has them all")
+    table = table_of(run_or_table, "weibull", argument="run_or_table")
+    check_columns(table, ("layer", "component", "lam", "k"), "table of fits", argument="run_or_table")
     table = table[table["layer"].notna()]
     if table.empty:
         raise ValueError("run_or_table has no matrix inside a layer, and there is nothing to map")
     table = table[table["step"] == table["step"].max()] if "step" in table else table.assign(step=0)
-    layers = np.arange(table["layer"].min(), table["layer"].max() + 1)
+    if "stack" not in table:
+        table = table.assign(stack="")
+    stacks = [*dict.fromkeys(table["stack"])]
+    columns = [
+        (stack, layer)
+        for stack in stacks
+        for own in [table.loc[table["stack"] == stack, "layer"]]
+        for layer in range(own.min(), own.max() + 1)
+    ]
     names = [name for name in COMPONENTS if name in set(table["component"])]
-    pooled = pool_weibull(table, ["layer", "component"])
+    pooled = pool_weibull(table, ["layer", "component"]).set_index(["component", "stack", "layer"])
 
-    values = ("k", "lam") if value is None else (value,)
+    values = ("lam", "k") if value is None else (value,)
     axes = make_axes(ax, len(values))
     for panel, column in zip(axes, values, strict=True):
-        cells = pooled.pivot_table(column, "component", "layer", observed=True)
-        cells = np.ma.masked_invalid(cells.reindex(index=names, columns=layers).to_numpy(dtype=float))
+        known = pooled[column].to_dict()
+        cells = [[known.get((name, *place), math.nan) for place in columns] for name in names]
+        cells = np.ma.masked_invalid(np.array(cells, dtype=float))
         norm = CenteredNorm(K0) if column == "k" else Normalize()
         colors = mpl.colormaps["PuOr" if column == "k" else "cividis"]
-        image = panel.pcolormesh(
-            np.append(layers, layers[-1] + 1) - 0.5,
-            np.arange(len(names) + 1) - 0.5,
-            cells,
-            cmap=colors,
-            norm=norm,
-        )
+        edges = np.arange(len(columns) + 1) - 0.5, np.arange(len(names) + 1) - 0.5
+        image = panel.pcolormesh(*edges, cells, cmap=colors, norm=norm)
         panel.set_facecolor("#D9D9D9")
         panel.set_yticks(np.arange(len(names)), names)
         panel.set_ylim(len(names) - 0.5, -0.5)
-        panel.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+        panel.set_xlim(-0.5, len(columns) - 0.5)
         panel.tick_params(length=0)
-        panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        _mark_layers(panel, columns, named=panel is axes[0])
         bar = panel.figure.colorbar(image, ax=panel, aspect=12, pad=0.02)
         bar.outline.set_visible(False)
         if column == "k":  # the scale is symmetric, the matrices are not
@@ -212,3 +216,30 @@ def weights_map(
         bar.set_label(SYMBOLS[column], size=small_size(panel) + 1)
     axes[-1].set_xlabel("layer")
     return axes[0] if value is not None else np.array(axes)
+
+
+def _mark_layers(panel: Axes, columns: Sequence[tuple[str, int]], *, named: bool) -> None:
+    """Ticks with the layers' numbers; between stacks a white line, above each its name."""
+    from matplotlib.ticker import MaxNLocator
+
+    names = stack_names([{"stack": stack, "layer": layer} for stack, layer in columns])
+    ticks = []
+    for stack in dict.fromkeys(stack for stack, _ in columns):
+        places = [i for i, (own, _) in enumerate(columns) if own == stack]
+        first = columns[places[0]][1]
+        most = max(1, 10 * len(places) // len(columns))
+        wanted = MaxNLocator(most, integer=True).tick_values(first, first + len(places) - 1)
+        ticks += [places[int(at) - first] for at in wanted if 0 <= at - first < len(places)]
+        if names:
+            panel.axvline(places[-1] + 0.5, color="white", linewidth=2)
+            if named:
+                style = {"ha": "center", "va": "bottom", "fontsize": small_size(panel)}
+                panel.annotate(
+                    names[stack],
+                    ((places[0] + places[-1]) / 2, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(0, 1),
+                    textcoords="offset points",
+                    **style,
+                )
+    panel.set_xticks(ticks, [str(columns[i][1]) for i in ticks])

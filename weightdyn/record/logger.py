@@ -12,7 +12,6 @@ import functools
 import json
 import operator
 import os
-import re
 import time
 import warnings
 import weakref
@@ -28,33 +27,43 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from weightdyn.core.checks import check_choice, check_flag, check_path, check_pattern, check_whole
 from weightdyn.core.forces import before_step
 from weightdyn.core.naming import TensorName, Views, check_views, describe
 from weightdyn.core.tables import force_table
 from weightdyn.files.durable import write_file
-from weightdyn.record.moments import PRODUCTS, Adam, Plan
+from weightdyn.record.moments import PRODUCTS, Plan
 from weightdyn.record.optimizers import (
+    COUNT_STOPS,
+    adam_constants,
+    adam_state,
+    check_moments,
     check_optimizer,
+    count_stopped,
+    coupled_decay,
     decoupled_decay,
-    fresh_state,
-    is_decoupled,
     is_remote,
+    moments_of,
     optimizer_info,
     own_names,
     signature,
+    update_counts,
     updates_made,
+    warn_of_coupled_decay,
     with_gradient,
 )
 from weightdyn.record.runlog import STORED, RunLog, RunWriter
+from weightdyn.record.sigterm import uninterrupted, unwatch, watch
 from weightdyn.weibull.fit import fit_weibull
 
 Every = int | Callable[[int], bool]
 Params = nn.Module | Iterable[tuple[str, Tensor]]
 Tensors = str | Callable[[str, Tensor], bool]
-_Waiting = tuple[str, list[int], Tensor]  # what was measured, for which rows, the values on their device
 
 _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
+_SHRINK = 0.5  # at a smaller |1−ηλ| what is before the step is measured there: w' tells too little of w
+_LOST = 0.01  # ... and at a smaller one w' tells nothing of it
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,75 @@ class _Tracked:
     rows: range
 
 
+class _Columns:
+    """What is known of some logged updates: arrays (updates, rows), filled in from the records."""
+
+    def __init__(self, records: Sequence[_Record]):
+        shape = (len(records), len(records[0].moved))
+        self.lr = np.stack([record.lr for record in records])
+        self.weight_decay = np.stack([record.weight_decay for record in records])
+        self.moved = np.stack([record.moved for record in records])
+        self.products = np.full((*shape, len(PRODUCTS)), np.nan)
+        self.after = np.zeros(shape, dtype=bool)  # where the products are those of the weights after the step
+        self.norm_sq_after = np.full(shape, np.nan)
+        self.norm_sq_audit = np.full(shape, np.nan)
+
+
+@dataclass
+class _Measured:
+    """Something measured for some rows, still on its device; its kind says what becomes of it."""
+
+    rows: list[int]
+    values: Tensor
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        """Put the values, come over from the device, where they belong for update i."""
+        raise NotImplementedError
+
+
+class _Products(_Measured):
+    """PRODUCTS with the weights before the step."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        columns.products[i, self.rows] = values.reshape(-1, len(PRODUCTS))
+
+
+class _ProductsAfter(_Products):
+    """PRODUCTS with the weights after the step, to be carried back over it."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        super().enter(columns, i, values)
+        columns.after[i, self.rows] = True
+
+
+class _Moved(_Measured):
+    """Above 0 where the step moved the tensor."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        columns.moved[i, self.rows] &= values > 0
+
+
+class _LearningRate(_Measured):
+    """η, where it is a tensor on the device."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        columns.lr[i, self.rows] = values
+
+
+class _NormAfter(_Measured):
+    """‖w‖² after the step."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        columns.norm_sq_after[i, self.rows] = values
+
+
+class _NormBefore(_Measured):
+    """‖w‖² before the step, of an audit."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        columns.norm_sq_audit[i, self.rows] = values
+
+
 @dataclass
 class _Record:
     """One logged update: what is still on the devices, and what the host knows."""
@@ -75,7 +153,7 @@ class _Record:
     lr: np.ndarray  # (rows,), NaN where it is a tensor on a device
     weight_decay: np.ndarray
     moved: np.ndarray  # (rows,), false for a tensor that this update left alone
-    waiting: list[_Waiting] = field(default_factory=list)
+    waiting: list[_Measured] = field(default_factory=list)
     skipped: Tensor | None = None  # updates that a GradScaler skipped up to here, on the device
 
 
@@ -86,7 +164,7 @@ class _Before:
     counts: list[float | Tensor]  # updates that each tensor has had
     copies: dict[int, Tensor] = field(default_factory=dict)  # weights, where the method needs them
     ahead: list[int] = field(default_factory=list)  # tensors measured before the update
-    waiting: list[_Waiting] = field(default_factory=list)
+    waiting: list[_Measured] = field(default_factory=list)
 
 
 class ForceLogger:
@@ -122,6 +200,9 @@ class ForceLogger:
             is the change of ‖w‖² that the forces do not explain: rounding.
         start_step: updates made before this logger. Default: what the optimizer's state says, kept up to date
             when a state dict is loaded.
+        overwrite: where `out` holds a run already, remove it and begin anew at the first update, for the notebook
+            cell that is run again. A training that resumes (from an update above 0) goes on in it all the same, and
+            what else is in the directory stays.
         config: configuration of the model (transformers', or a dict), for the heads of fused tensors. Default:
             the model's own.
         rules: {regular expression: component} for names that weightdyn does not know, tried first.
@@ -130,6 +211,7 @@ class ForceLogger:
         TypeError: the optimizer is not Adam-like (and the source is "moments"), or a parameter is sharded,
             sparse or complex.
         ValueError: an argument is not one of those accepted, or nothing is selected.
+        FileExistsError: at the first update from 0 on, `out` holds updates of another training.
 
     Under data parallelism attach it on rank 0 only: the ranks make the same updates. A hook of your own that
     changes gradients before the step must be registered before the logger where parameters are below 32 bits.
@@ -137,6 +219,10 @@ class ForceLogger:
     On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
     flushed, every 60 s or 50,000 rows, and after each Weibull fit. A NaN or inf is recorded as it is and warned
     of once. A full disk is warned of, and the rows kept, until they can be written.
+
+    The log is flushed as well when `optimizer.state_dict()` is taken, for that is what a checkpoint does: so no
+    checkpoint knows of an update that the log does not. Save `state_dict()` of the logger with a checkpoint that
+    leaves the optimizer out. SIGTERM flushes, and then does what it did before.
 
     Source: arXiv 2606.19367 for the forces; the closed form is `before_step`'s.
     """
@@ -155,16 +241,20 @@ class ForceLogger:
         snapshot_every: Every | None = None,
         audit_every: Every | None = None,
         start_step: int | None = None,
+        overwrite: bool = False,
         config: Any = None,
         rules: Mapping[str, str] | None = None,
     ):
-        check_optimizer(optimizer, source)
+        check_optimizer(optimizer)
+        if check_choice("source", source, ("moments", "displacement")) == "moments":
+            check_moments(optimizer)
+        warn_of_coupled_decay(optimizer)
+        if out is not None:
+            check_path("out", out, "a directory's path, or None to keep the log in memory")
+        check_flag("overwrite", overwrite)
         if snapshot_every is not None and out is None:
             raise ValueError("snapshot_every writes files: give it a run directory with out=")
-        if start_step is not None and (not isinstance(start_step, int) or start_step < 0):
-            raise ValueError(
-                f"start_step must be the number of updates made before, 0 or more, got {start_step!r}"
-            )
+        start_step = check_whole("start_step", start_step, none="what the optimizer's state says")
         self._every = _schedule("every", every)
         self._weibull_every = _schedule("weibull_every", weibull_every)
         self._snapshot_every = _schedule("snapshot_every", snapshot_every)
@@ -173,7 +263,7 @@ class ForceLogger:
         self._optimizer = optimizer
         self._given = _names(_given_pairs(optimizer, params))
         self._select = _selector(tensors)
-        self._views = check_views(views)
+        self._views: Views = check_views(views)
         self._config = config if config is not None else _config(params)
         self._rules = rules
         self._plans: dict[tuple[torch.device | int, ...], Plan] = {}
@@ -186,8 +276,12 @@ class ForceLogger:
         self._before: _Before | None = None
         self._had_gradient: set[Tensor] = set()
         self._begun = False
+        self._made, self._called = 0, False  # updates of this logger; whether the optimizer was asked for any
         self._step = updates_made(optimizer) if start_step is None else start_step
-        self._writer = RunWriter(out, self._step, {"optimizer": optimizer_info(optimizer), "source": source})
+        if start_step is None and count_stopped(optimizer):
+            self._warn_of_stopped_count()
+        info = {"optimizer": optimizer_info(optimizer), "source": source}
+        self._writer = RunWriter(out, self._step, info, overwrite=overwrite)
         try:
             self._track()
         except BaseException:
@@ -199,10 +293,12 @@ class ForceLogger:
             optimizer.register_step_pre_hook(self._on_step_begin),
             optimizer.register_step_post_hook(self._on_step_end),
             optimizer.register_load_state_dict_post_hook(self._on_load),
+            optimizer.register_state_dict_pre_hook(self._on_save),
         ]
         # A script that ends without close(), by an error for one, still keeps its rows.
         self._at_exit = functools.partial(_close, weakref.ref(self))
         atexit.register(self._at_exit)
+        watch(id(self), functools.partial(_store, weakref.ref(self)))
 
     # ------------------------------------------------------------------ what users call
 
@@ -213,11 +309,17 @@ class ForceLogger:
 
     @property
     def run(self) -> RunLog:
-        """The log up to now, flushed."""
-        if not self._closed:
-            self.flush()
-        return self._writer.run()
+        """The log up to now. To ask it for a table flushes what that table would lack."""
+        reference = weakref.ref(self)
 
+        def refresh() -> None:
+            logger = reference()
+            if logger is not None and not logger._closed:
+                logger.flush()
+
+        return self._writer.run(refresh)
+
+    @uninterrupted
     def record(self, step: int | None = None, **metrics: Any) -> None:
         """Keep numbers beside the forces (loss=…, grad_norm=…), by default at the present update.
 
@@ -229,37 +331,68 @@ class ForceLogger:
         else:
             self._writer.append("metrics", {"step": self._step if step is None else step, **values})
 
+    @uninterrupted
     def latest(self) -> pd.DataFrame:
         """Force table of the last logged update (empty before the first). Waits for a GPU."""
         self._bring_over()
         return force_table(self._last, self._labels)
 
+    @uninterrupted
     def flush(self) -> None:
         """Bring the results over from the devices and write what is not yet written."""
         self._bring_over()
         self._flushed_at = time.monotonic()
         self._writer.flush()
 
+    def state_dict(self) -> dict[str, int]:
+        """Flush, and return what a checkpoint needs to know of the log: {"step": updates made so far}.
+
+        Raises:
+            OSError: the log could not be written, so that a checkpoint made now would know of more than it holds.
+        """
+        self.flush()
+        return {"step": self._step}
+
+    @uninterrupted
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from the update of a `state_dict`; what was recorded behind it is superseded.
+
+        Call it after the optimizer's `load_state_dict`, if that is called as well.
+        """
+        if not isinstance(state, Mapping) or "step" not in state:
+            raise ValueError(f"state must be what ForceLogger.state_dict() returned, got {state!r}")
+        self._go_to(check_whole("state['step']", state["step"]))
+
     def close(self) -> None:
-        """Take the hooks off the optimizer and write what is left. Closing twice does no harm."""
-        if self._closed:
-            return
+        """Take the hooks off the optimizer and write what is left. Closing twice does no harm.
+
+        Warns if there was no update to log.
+        """
+        if not self._closed:
+            self._close()
+            self._warn_of_no_update()
+
+    @uninterrupted
+    def _close(self) -> None:
         for handle in self._handles:
             handle.remove()
         atexit.unregister(self._at_exit)
         self.flush()
         self._writer.close()
         self._closed = True
+        unwatch(id(self))
 
     def __enter__(self) -> ForceLogger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
+        if kind is None:
             self.close()
+            return
+        try:
+            if not self._closed:
+                self._close()  # what is missing after an error needs no second word
         except OSError as error:
-            if kind is None:
-                raise
             message = f"ForceLogger: the last rows could not be written: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
@@ -274,10 +407,12 @@ class ForceLogger:
 
     # ------------------------------------------------------------------ the hooks
 
+    @uninterrupted
     @torch.no_grad()
     def _on_step_begin(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if not self._begun:
             self._begin()
+        self._called = True
         self._before = None
         self._had_gradient = with_gradient(optimizer)  # before and after: another hook may clear them
         t = self._step + 1
@@ -288,19 +423,32 @@ class ForceLogger:
             self._bring_over()
             self._track()
         everything = range(len(self._tracked))
-        before = _Before(_counts(optimizer, self._tracked))
+        before = _Before(update_counts(optimizer, [each.parameter for each in self._tracked]))
         if audit:
-            before.waiting += self._measure_norms("norm_sq_audit", everything)
+            before.waiting += self._measure_norms(_NormBefore, everything)
         narrow = [i for i in everything if self._tracked[i].parameter.dtype.itemsize < 4]
         closure = len(args) > 1 or kwargs.get("closure") is not None
-        if self._source == "displacement" or closure:  # a closure makes the gradients inside the step
-            wanted = everything if self._source == "displacement" else narrow
-            before.copies = {i: self._tracked[i].parameter.detach().clone() for i in wanted}
-        else:
+        wanted = set(everything if self._source == "displacement" else self._shrunk())
+        if self._source == "moments" and closure:  # which makes the gradients inside the step
+            wanted |= set(narrow)
+        elif self._source == "moments":
             before.ahead = [i for i in narrow if self._tracked[i].parameter.grad is not None]
-            before.waiting += self._measure_moments("before", before.ahead, before.counts, ahead=True)
+            before.waiting += self._measure_moments(_Products, before.ahead, before.counts, ahead=True)
+        wanted -= set(before.ahead)
+        before.copies = {i: self._tracked[i].parameter.detach().clone() for i in sorted(wanted)}
         self._before = before
 
+    def _shrunk(self) -> list[int]:
+        """Tensors of which this step's decay leaves so little that w cannot be told from w'."""
+        groups = [
+            index
+            for index, group in enumerate(self._optimizer.param_groups)
+            if not is_remote(group["lr"])
+            and abs(1 - float(group["lr"]) * decoupled_decay(self._optimizer, group)) < _SHRINK
+        ]
+        return [i for i, each in enumerate(self._tracked) if each.group in groups]
+
+    @uninterrupted
     @torch.no_grad()
     def _on_step_end(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         before, self._before = self._before, None
@@ -314,6 +462,7 @@ class ForceLogger:
         if not self._had_gradient:
             return
         self._step += 1
+        self._made += 1
         if before is not None:
             self._log(before, found_inf)
         if _due(self._snapshot_every, self._step):
@@ -327,14 +476,50 @@ class ForceLogger:
         if overdue or self._writer.buffered > _FLUSH_ROWS:
             self._store()
 
+    @uninterrupted
+    def _on_save(self, optimizer: torch.optim.Optimizer) -> None:
+        """Whoever takes the optimizer's state makes a checkpoint, which must not know of more than the log."""
+        if self._process == os.getpid():
+            self._store_all()
+
+    @uninterrupted
     def _on_load(self, optimizer: torch.optim.Optimizer) -> None:
         """Follow the optimizer to the update at which a loaded state dict stands."""
+        self._bring_over()  # which may correct the number of the update
         made = updates_made(optimizer, default=self._step)
+        if count_stopped(optimizer):
+            self._warn_of_stopped_count()
         if made != self._step:
-            self._bring_over()
-            self._store()
-            self._step = made
-            self._writer.restart(made)
+            self._go_to(made)
+
+    def _go_to(self, step: int) -> None:
+        self._bring_over()
+        self._store()
+        self._step = step
+        self._writer.restart(step)
+
+    def _warn_of_stopped_count(self) -> None:
+        self._warn_once(
+            "count",
+            f"the optimizer counts its updates in float32, which ends at {COUNT_STOPS:,}: say by start_step= or by "
+            "the logger's own state_dict() and load_state_dict(), at which update it is",
+        )
+
+    def _warn_of_no_update(self) -> None:
+        kind = type(self._optimizer).__name__
+        if self._made:
+            return
+        if self._called:
+            why = (
+                "its parameters had no gradient at any step(): are they another model's, or were the gradients "
+                "cleared before?"
+            )
+        else:
+            why = (
+                "its step() was never called: does another optimizer make the updates (one that was made later, or "
+                "the one inside a wrapper), or was the logger closed before the training?"
+            )
+        self._warn_once("nothing", f"there was no update of this {kind} to log; {why}")
 
     def _begin(self) -> None:
         """Before the first update: refuse a directory that is in use, fit the weights as they are."""
@@ -388,52 +573,57 @@ class ForceLogger:
         waiting = list(before.waiting)
         moved = np.zeros(len(self._labels), dtype=bool)
         active = []
-        counts = _counts(optimizer, self._tracked)
+        counts = update_counts(optimizer, [each.parameter for each in self._tracked])
         for i, (each, count, earlier) in enumerate(zip(self._tracked, counts, before.counts, strict=True)):
+            had_gradient = each.parameter in self._had_gradient
             if self._source == "displacement":
-                if each.parameter not in self._had_gradient:
+                if not had_gradient:
                     continue
             elif isinstance(count, Tensor):  # known on the device only: decided when the rows come over
                 rows = list(each.rows)
-                waiting.append(("moved", rows, (count - earlier).double().expand(len(rows))))
-            elif count <= cast(float, earlier):
+                grown = (count - earlier).double()
+                if had_gradient:
+                    grown = grown + (count >= COUNT_STOPS)
+                waiting.append(_Moved(rows, grown.expand(len(rows))))
+            elif count <= cast(float, earlier) and not (had_gradient and count >= COUNT_STOPS):
                 continue
             moved[each.rows] = True
             active.append(i)
         if found_inf is not None and is_remote(found_inf):
             rows = list(range(len(moved)))
-            waiting.append(("moved", rows, (1 - found_inf.double()).expand(len(rows))))
+            waiting.append(_Moved(rows, (1 - found_inf.double()).expand(len(rows))))
 
         lrs, decays = [], []
         for index, group in enumerate(optimizer.param_groups):
             lr = group["lr"]
             if is_remote(lr):
                 rows = np.flatnonzero(self._row_group == index).tolist()
-                waiting.append(("lr", rows, lr.double().reshape(()).clone().expand(len(rows))))
+                waiting.append(_LearningRate(rows, lr.double().reshape(()).clone().expand(len(rows))))
                 lr = np.nan
             lrs.append(float(lr))
             decays.append(decoupled_decay(optimizer, group))
 
+        measured = {*before.copies, *before.ahead}  # with the weights before the step
         copied = [i for i in active if i in before.copies]
-        inverted = [i for i in active if i not in before.copies and i not in before.ahead]
+        inverted = [i for i in active if i not in measured]
         if self._source == "displacement":
             waiting += self._measure_displacement(copied, before.copies)
         else:
-            waiting += self._measure_moments("after", inverted, counts)
-            waiting += self._measure_moments("before", copied, counts, copies=before.copies)
-        waiting += self._measure_norms("norm_sq_after", [i for i in active if i not in inverted])
+            waiting += self._measure_moments(_ProductsAfter, inverted, counts)
+            waiting += self._measure_moments(_Products, copied, counts, copies=before.copies)
+        waiting += self._measure_norms(_NormAfter, [i for i in active if i in measured])
 
         lr, decay = np.array(lrs)[self._row_group], np.array(decays)[self._row_group]
         self._pending.append(_Record(self._step, lr, decay, moved, waiting, self._skipped))
 
-    def _measure_norms(self, what: str, indices: Iterable[int]) -> list[_Waiting]:
+    def _measure_norms(self, what: type[_Measured], indices: Iterable[int]) -> list[_Measured]:
         return [
-            (what, rows, plan.norms([self._tracked[i].parameter.detach() for i in chosen]))
+            what(rows, plan.norms([self._tracked[i].parameter.detach() for i in chosen]))
             for chosen, rows, plan in self._by_device(indices)
         ]
 
-    def _measure_displacement(self, indices: Iterable[int], copies: Mapping[int, Tensor]) -> list[_Waiting]:
-        waiting = []
+    def _measure_displacement(self, indices: Iterable[int], copies: Mapping[int, Tensor]) -> list[_Measured]:
+        waiting: list[_Measured] = []
         for chosen, rows, plan in self._by_device(indices):
             groups = [self._optimizer.param_groups[self._tracked[i].group] for i in chosen]
             products = plan.displacement(
@@ -442,54 +632,47 @@ class ForceLogger:
                 [group["lr"] for group in groups],
                 [decoupled_decay(self._optimizer, group) for group in groups],
             )
-            waiting.append(("before", rows, products))
+            waiting.append(_Products(rows, products))
         return waiting
 
     def _measure_moments(
         self,
-        what: str,
+        what: type[_Products],
         indices: Iterable[int],
         counts: Sequence[float | Tensor],
         copies: Mapping[int, Tensor] | None = None,
         ahead: bool = False,
-    ) -> list[_Waiting]:
+    ) -> list[_Measured]:
         """Products from Adam's state as it is after the step or, from the gradient, `ahead` of it."""
-        waiting = []
+        optimizer = self._optimizer
+        waiting: list[_Measured] = []
         for chosen, rows, plan in self._by_device(indices):
             parameters = [self._tracked[i].parameter for i in chosen]
-            groups = [self._optimizer.param_groups[self._tracked[i].group] for i in chosen]
-            states = [
-                self._optimizer.state.get(parameter) or fresh_state(parameter) for parameter in parameters
-            ]
-            tops = [
-                state.get("max_exp_avg_sq", state["exp_avg_sq"]) if group["amsgrad"] else None
-                for state, group in zip(states, groups, strict=True)
-            ]
-            second = [state["exp_avg_sq"] for state in states]
+            groups = [optimizer.param_groups[self._tracked[i].group] for i in chosen]
+            states = [adam_state(optimizer, *each) for each in zip(groups, parameters, strict=True)]
+            second = [state.exp_avg_sq for state in states]
+            tops = [state.max_exp_avg_sq for state in states]
             more: dict[str, Any] = {}
             if ahead:
-                scale = getattr(self._optimizer, "grad_scale", None)
+                scale = getattr(optimizer, "grad_scale", None)
                 unscale = 1.0 if scale is None else 1 / scale
                 more["grads"] = [cast(Tensor, parameter.grad).detach() for parameter in parameters]
                 more["grad_factors"] = [-unscale if group["maximize"] else unscale for group in groups]
-                more["coupled_decays"] = [
-                    0.0 if is_decoupled(self._optimizer, group) else float(group["weight_decay"])
-                    for group in groups
-                ]
+                more["coupled_decays"] = [coupled_decay(optimizer, group) for group in groups]
                 if any(top is not None for top in tops):
-                    nothing = [fresh_state(parameter)["exp_avg_sq"] for parameter in parameters]
-                    more["max_exp_avg_sqs"] = _first_given(tops, nothing)
+                    more["max_exp_avg_sqs"] = _first_given(
+                        tops, [p.new_zeros(()).expand(p.shape) for p in parameters]
+                    )
             else:
                 second = _first_given(tops, second)
             adams = [
-                Adam(group["betas"][0], group["betas"][1], group["eps"], counts[i] + ahead)
-                for i, group in zip(chosen, groups, strict=True)
+                adam_constants(group, counts[i] + ahead) for i, group in zip(chosen, groups, strict=True)
             ]
             weights = [
                 p.detach() if copies is None else copies[i] for i, p in zip(chosen, parameters, strict=True)
             ]
-            first = [state["exp_avg"] for state in states]
-            waiting.append((what, rows, plan.moments(weights, first, second, adams, **more)))
+            first = [state.exp_avg for state in states]
+            waiting.append(what(rows, plan.moments(weights, first, second, adams, **more)))
         return waiting
 
     def _by_device(self, indices: Iterable[int]) -> list[tuple[list[int], list[int], Plan]]:
@@ -528,6 +711,11 @@ class ForceLogger:
             self._step -= int(self._skipped.item())
             self._skipped = None
 
+    @uninterrupted
+    def _store_all(self) -> None:
+        self._bring_over()
+        self._store()
+
     def _store(self) -> None:
         """Write in mid-training: a full disk must not end it, and the rows are kept for the next time."""
         self._flushed_at = time.monotonic()
@@ -538,42 +726,46 @@ class ForceLogger:
 
     def _rows(self, records: Sequence[_Record]) -> pd.DataFrame:
         """The stored columns of logged updates, as `RunLog` reads them."""
-        shape = (len(records), len(records[0].moved))
-        fetched = _to_host([values for record in records for *_, values in record.waiting])
-        raw = {
-            "lr": np.stack([record.lr for record in records]),
-            "weight_decay": np.stack([record.weight_decay for record in records]),
-            "norm_sq_after": np.full(shape, np.nan),
-            "norm_sq_audit": np.full(shape, np.nan),
-        }
-        products = np.full((*shape, len(PRODUCTS)), np.nan)
-        moved = np.stack([record.moved for record in records])
-        inverted = np.zeros(shape, dtype=bool)
+        fetched = _to_host([measured.values for record in records for measured in record.waiting])
+        found = _Columns(records)
         steps = np.array([record.step for record in records])
         for i, record in enumerate(records):
-            for what, rows, _ in record.waiting:
-                values = next(fetched)
-                if what == "moved":
-                    moved[i, rows] &= values > 0
-                elif what in ("before", "after"):
-                    products[i, rows] = values.reshape(-1, len(PRODUCTS))
-                    inverted[i, rows] = what == "after"
-                else:
-                    raw[what][i, rows] = values
+            for measured in record.waiting:
+                measured.enter(found, i, next(fetched))
             if record.skipped is not None:
                 steps[i] -= int(record.skipped.item())
-        raw.update(zip(PRODUCTS, np.moveaxis(products, -1, 0), strict=True))
-        dot_wu, u_sq, w_sq = (raw.pop(name) for name in ("dot_wu", "u_sq", "w_sq"))
+        products = dict(zip(PRODUCTS, np.moveaxis(found.products, -1, 0), strict=True))
+        dot_wu, u_sq, w_sq = (products.pop(name) for name in ("dot_wu", "u_sq", "w_sq"))
         with np.errstate(all="ignore"):  # what is not finite is recorded as it is
-            undone = before_step(dot_wu, u_sq, w_sq, raw["lr"], raw["weight_decay"])
-        raw["norm_sq_after"] = np.where(inverted, w_sq, raw["norm_sq_after"])
-        raw["dot_wu"] = np.where(inverted, undone.dot_wu, dot_wu)
-        raw["norm_sq"] = np.where(inverted, np.maximum(undone.w_sq, 0), w_sq)  # rounding around 0
-        raw["u_sq"] = u_sq
-        tensor = pd.Categorical.from_codes(np.tile(np.arange(shape[1]), shape[0]), list(self._labels))
-        columns = {name: values.ravel() for name, values in raw.items()}
-        rows = pd.DataFrame({"step": np.repeat(steps, shape[1]), "span": 1, "tensor": tensor, **columns})
-        return rows[moved.ravel()]
+            undone = before_step(dot_wu, u_sq, w_sq, found.lr, found.weight_decay)
+            lost = found.after & (np.abs(1 - found.lr * found.weight_decay) < _LOST)
+        if (lost & found.moved).any():
+            self._warn_once(
+                "lost",
+                "at ηλ = 1 the decay erases the weights, and those before the step are not known where η is a "
+                "tensor on a device or changes during the step: recorded as NaN",
+            )
+        columns = {
+            "lr": found.lr,
+            "weight_decay": found.weight_decay,
+            "norm_sq_after": np.where(found.after, w_sq, found.norm_sq_after),
+            "norm_sq_audit": found.norm_sq_audit,
+            "dot_wu": np.where(lost, np.nan, np.where(found.after, undone.dot_wu, dot_wu)),
+            # Rounding can take it below 0.
+            "norm_sq": np.where(lost, np.nan, np.where(found.after, np.maximum(undone.w_sq, 0), w_sq)),
+            "u_sq": u_sq,
+            **products,
+        }
+        rows = found.moved.shape[1]
+        table = pd.DataFrame(
+            {
+                "step": np.repeat(steps, rows),
+                "span": 1,
+                "tensor": pd.Categorical.from_codes(np.tile(np.arange(rows), len(steps)), list(self._labels)),
+                **{name: values.ravel() for name, values in columns.items()},
+            }
+        )
+        return table[found.moved.ravel()]
 
     def _flag_non_finite(self, rows: pd.DataFrame) -> None:
         bad = rows[~np.isfinite(rows[["dot_wu", "u_sq", "norm_sq", "norm_sq_after"]]).all(axis=1)]
@@ -621,13 +813,12 @@ class ForceLogger:
         facts: dict[str, Any] = {}
         for each in self._tracked:
             group = self._optimizer.param_groups[each.group]
-            name, state = each.name.name, self._optimizer.state.get(each.parameter, {})
-            tensors[name] = each.parameter.detach().contiguous()
-            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                if key in state:
-                    tensors[f"{name}.{key}"] = state[key].contiguous()
+            name, parameter = each.name.name, each.parameter
+            tensors[name] = parameter.detach().contiguous()
+            for key, moment in moments_of(self._optimizer, parameter).items():
+                tensors[f"{name}.{key}"] = moment.contiguous()
             facts[name] = {
-                "step": float(state.get("step", self._step)),
+                "step": float(self._optimizer.state.get(parameter, {}).get("step", self._step)),
                 "lr": float(group["lr"]),
                 "weight_decay": decoupled_decay(self._optimizer, group),
                 "betas": [float(beta) for beta in group.get("betas", ())],
@@ -689,10 +880,7 @@ def _selector(tensors: Tensors | None) -> Callable[[str, Tensor], bool]:
     if tensors is None:
         return lambda name, parameter: True
     if isinstance(tensors, str):
-        try:
-            pattern = re.compile(tensors)
-        except re.error as error:
-            raise ValueError(f"tensors must be a regular expression, got {tensors!r}: {error}") from None
+        pattern = check_pattern("tensors", tensors)
         return lambda name, parameter: pattern.search(name) is not None
     if callable(tensors):
         return tensors
@@ -729,14 +917,6 @@ def _due(every: Every | None, step: int) -> bool:
     return bool(every(step)) if callable(every) else step % every == 0
 
 
-def _counts(optimizer: torch.optim.Optimizer, tracked: Sequence[_Tracked]) -> list[float | Tensor]:
-    """Updates that each parameter has had: a number, or a copy of the counter where it lives on a device."""
-    steps = [optimizer.state.get(each.parameter, {}).get("step", 0.0) for each in tracked]
-    if all(isinstance(step, Tensor) and not is_remote(step) for step in steps):
-        return torch.stack(steps).tolist()
-    return [step.clone() if is_remote(step) else float(step) for step in steps]
-
-
 def _first_given(values: Sequence[Tensor | None], otherwise: Sequence[Tensor]) -> list[Tensor]:
     return [other if value is None else value for value, other in zip(values, otherwise, strict=True)]
 
@@ -755,4 +935,10 @@ def _to_host(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
 def _close(reference: Callable[[], ForceLogger | None]) -> None:
     logger = reference()
     if logger is not None and logger._process == os.getpid():  # a forked child leaves the log to its parent
-        logger.close()
+        logger._close()
+
+
+def _store(reference: Callable[[], ForceLogger | None]) -> None:
+    logger = reference()
+    if logger is not None and logger._process == os.getpid():
+        logger._store_all()

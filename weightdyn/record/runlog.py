@@ -2,7 +2,8 @@
 
 Rows are appended in memory and stored by `flush` as small Parquet files, *parts*: written to a temporary
 name, synced, renamed. So a file is there whole or not at all, a reader needs no lock, and a killed process
-loses at most the rows that were not flushed. Nothing that was stored is ever changed or deleted.
+loses at most the rows that were not flushed. Nothing that was stored is ever changed, or deleted without being told
+to (`overwrite`).
 
 Training goes back when it resumes from a checkpoint. Every such start opens a new *session*, which supersedes
 what earlier sessions recorded behind the update it starts from, from the moment its first part is stored.
@@ -11,20 +12,18 @@ what earlier sessions recorded behind the update it starts from, from the moment
     forces/part-<session>-<seq>.parquet   and the same in weibull/ and metrics/
 
 What is stored of the forces are the three inner products after the step. The forces are computed from them
-when they are read (`force_table`), so their formula stands in one place, `weightdyn.forces`.
+when they are read (`force_table`), so their formula stands in one place, `weightdyn.core.forces`.
 """
 
 from __future__ import annotations
 
-import errno
 import html
 import json
 import math
-import operator
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed
@@ -35,8 +34,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from weightdyn.core.checks import check_flag, check_path, check_whole, shown
 from weightdyn.core.forces import At, Order
 from weightdyn.core.tables import (
     FORCE_TABLE,
@@ -47,7 +46,8 @@ from weightdyn.core.tables import (
     in_model_order,
     named_columns,
 )
-from weightdyn.files.durable import sync_folder, write_file
+from weightdyn.files.durable import lock_folder, sync_folder, write_file
+from weightdyn.files.parquet import read_parquet, write_parquet
 
 if TYPE_CHECKING:
     import filelock
@@ -101,6 +101,9 @@ _DEFAULTS = {"span": 1, "norm_sq_audit": math.nan, "m_rms": math.nan, "v_mean": 
 """Columns that a writer may leave out."""
 
 
+_INFO_BYTES = 1 << 28
+"""A run.json is smaller than this."""
+
 _OWN_SECTIONS = ("format", "weightdyn", "created", "versions", "sessions")
 
 
@@ -134,11 +137,17 @@ class _Memory:
     def info(self) -> dict[str, Any]:
         return json.loads(self._info)
 
+    def has_info(self) -> bool:
+        return bool(self._info)
+
     def write_info(self, info: dict[str, Any]) -> None:
         self._info = json.dumps(info)
 
     def parts(self, kind: str) -> list[_Part]:
         return sorted(part for part in self._parts if part.kind == kind)
+
+    def name(self, part: _Part) -> str:
+        return part.name
 
     def read(self, part: _Part, columns: Sequence[str] | None = None) -> pa.Table:
         table = self._parts[part]
@@ -151,25 +160,28 @@ class _Memory:
 class _Folder:
     """The parts of a run in a directory."""
 
-    _PART = re.compile(r"part-(\d{4,})-(\d{6,})\.parquet")
-    _TEMPORARY = re.compile(r"\.(run\.json|part-\d{4,}-\d{6,}\.parquet)\.tmp")
+    _PART = re.compile(r"part-([0-9]{4,5})-([0-9]{6,9})\.parquet")
+    _TEMPORARY = re.compile(r"\.(run\.json|part-[0-9]{4,5}-[0-9]{6,9}\.parquet)\.tmp")
+    _SNAPSHOT = re.compile(r"step-[0-9]{6,}\.safetensors")
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.info_path = path / "run.json"
 
     def info(self) -> dict[str, Any]:
+        if not self.has_info():
+            raise FileNotFoundError(_no_run(self.path))
         try:
+            if not self.info_path.is_file():
+                raise ValueError("it is not a regular file")
+            if self.info_path.stat().st_size > _INFO_BYTES:
+                raise ValueError(f"it is larger than {_INFO_BYTES:,} bytes")
             info = json.loads(self.info_path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(_no_run(self.path)) from None
-        except ValueError as error:
-            raise RunLogError(
-                f"{self.info_path} is cut short or damaged ({error}): copy it again from where the run was "
-                "written, or from a backup. The parts beside it are files of their own and not affected; "
-                "pandas.read_parquet reads each"
-            ) from None
-        if not isinstance(info, dict) or "weightdyn" not in info or not isinstance(info.get("format"), int):
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(error) from None
+        if not isinstance(info, dict) or "weightdyn" not in info or type(info.get("format")) is not int:
             raise RunLogError(
                 f"{self.info_path} was not written by weightdyn (it lacks 'format' and 'weightdyn'): "
                 "give the directory of a run, or record into another one"
@@ -180,7 +192,21 @@ class _Folder:
                 f"weightdyn {_version('weightdyn')}, which knows formats up to {FORMAT}: "
                 "pip install --upgrade weightdyn"
             )
+        try:
+            _check_info(info)
+        except ValueError as error:
+            raise self._damaged(error) from None
         return info
+
+    def _damaged(self, error: Exception) -> RunLogError:
+        return RunLogError(
+            f"{self.info_path} is cut short or damaged ({error}): copy it again from where the run was "
+            "written, or from a backup. The parts beside it are files of their own and not affected; "
+            "pandas.read_parquet reads each"
+        )
+
+    def has_info(self) -> bool:
+        return os.path.lexists(self.info_path)
 
     def write_info(self, info: dict[str, Any]) -> None:
         text = json.dumps(info, indent=1) + "\n"
@@ -194,22 +220,27 @@ class _Folder:
         matches = filter(None, map(self._PART.fullmatch, names))
         return sorted(_Part(int(match[1]), int(match[2]), kind) for match in matches)
 
+    def name(self, part: _Part) -> str:
+        return str(self.path / part.name)
+
     def read(self, part: _Part, columns: Sequence[str] | None = None) -> pa.Table:
         path = self.path / part.name
-        data = path.read_bytes()
+        schema = _SCHEMAS.get(part.kind, pa.schema([_SCHEMAS["forces"].field("step")]))
         try:
-            # One thread: parts are small, and handing them to a pool costs more than it saves.
-            table = pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise RunLogError(
-                f"{path} is cut short or damaged ({error}): copy it again from where the run was written, or "
-                "move it out of the directory to read the run without its rows"
-            ) from None
-        missing = [name for name in columns or () if name not in table.column_names]
-        if missing:
-            raise RunLogError(
-                f"{path} lacks the columns {missing}, so it is no part of a run: move it out of the directory"
+            table = read_parquet(
+                path, columns if columns or part.kind == "metrics" else schema.names, schema=schema
             )
+            if part.kind == "metrics":
+                _widest(table.schema.types)
+                table.column("step")
+        except FileNotFoundError:
+            raise RunLogError(f"{path} was removed while the run was read: read it again") from None
+        except (ValueError, KeyError) as error:
+            message = error.args[0] if isinstance(error, ValueError) else f"{path} lacks the column {error}"
+            raise RunLogError(
+                f"{message}: copy it again from where the run was written, or move it out of the directory to read "
+                "the run without its rows"
+            ) from None
         return table
 
     def write(self, part: _Part, table: pa.Table) -> None:
@@ -217,7 +248,7 @@ class _Folder:
         if not path.parent.is_dir():
             path.parent.mkdir()
             sync_folder(self.path)
-        write_file(path, lambda temporary: pq.write_table(table, temporary))
+        write_parquet(path, table)
 
     def remove_leftovers(self) -> None:
         """Delete the temporary files of writers that were killed; only the holder of the lock may."""
@@ -225,6 +256,49 @@ class _Folder:
             names = os.listdir(folder) if folder.is_dir() else []
             for name in filter(self._TEMPORARY.fullmatch, names):
                 (folder / name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete the run, but no file of anybody else; only the holder of the lock may.
+
+        run.json goes first: what is left of a run whose removal was interrupted is no run, and not one with holes.
+        """
+        self.info_path.unlink(missing_ok=True)
+        sync_folder(self.path)
+        snapshots = self.path / "snapshots"
+        names = os.listdir(snapshots) if snapshots.is_dir() else []
+        files = [self.path / part.name for part in _all_parts(self)]
+        files += [snapshots / name for name in names if self._SNAPSHOT.fullmatch(name)]
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in {file.parent for file in files}:
+            sync_folder(folder)
+
+
+def _check_info(info: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a section of run.json that is read here is not of the form that is written."""
+
+    def require(good: bool, what: str, value: Any) -> None:
+        if not good:
+            raise ValueError(f"{what}, got {shown(value)}")
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**63
+
+    sessions = info.get("sessions", [])
+    require(isinstance(sessions, list), "'sessions' must be a list", sessions)
+    for session in sessions:
+        good = isinstance(session, dict) and whole(session.get("start_step"))
+        require(good, "each of 'sessions' must have a 'start_step', a whole number", session)
+    tensors = info.get("tensors", {})
+    require(isinstance(tensors, dict), "'tensors' must name them", tensors)
+    for label, entry in tensors.items():
+        require(isinstance(entry, dict), f"the entry of {label} must have sections", entry)
+        for name in ("layer", "numel"):
+            value = entry.get(name)
+            require(value is None or whole(value), f"{name} of {label} must be a whole number or null", value)
+        for name in ("stack", "component", "role"):
+            value = entry.get(name, "")
+            require(isinstance(value, str), f"{name} of {label} must be a string", value)
 
 
 def _no_run(path: Path) -> str:
@@ -235,24 +309,14 @@ def _no_run(path: Path) -> str:
 
 def _lock(folder: Path) -> filelock.BaseFileLock | None:
     """Hold `folder` for one writer; None where the file system knows no locks."""
-    import filelock  # here, for it takes a fifth of a second and readers do without
-
-    lock = filelock.FileLock(folder / ".lock", timeout=0, thread_local=False)
     try:
-        lock.acquire()
-    except filelock.Timeout:
+        return lock_folder(folder)
+    except BlockingIOError:
         raise RunLogError(
             f"{folder} is being written by another logger, which holds {folder / '.lock'}: close that one, or "
             "choose another out (under data parallelism, log on rank 0 only). If nothing writes there (file "
             "systems without locks), delete .lock"
         ) from None
-    except NotImplementedError:
-        return None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-        return None
-    return lock
 
 
 def _version(name: str) -> str:
@@ -398,11 +462,13 @@ class RunWriter:
         start_step: updates done before this training starts (0: from the beginning). Rows of earlier sessions
             behind it are superseded once the first rows of this session are stored.
         info: first sections for `describe`.
+        overwrite: where a training from 0 on meets a run, remove that run when its own first row comes, instead of
+            refusing. A session that starts from a later update goes on in it all the same. Other files stay.
 
     Raises:
         RunLogError: another writer holds the directory, or it is not (readable as) a run's.
         NotADirectoryError: `path` is a file.
-        ValueError: `start_step` is negative.
+        TypeError, ValueError: `path` is empty or none; `start_step` is negative; `overwrite` is no flag.
 
     >>> writer = RunWriter(None)
     >>> writer.append("metrics", {"step": 1, "loss": 5.5})
@@ -412,15 +478,27 @@ class RunWriter:
     """
 
     def __init__(
-        self, path: str | Path | None, start_step: int = 0, info: dict[str, Any] | None = None
+        self,
+        path: str | Path | None,
+        start_step: int = 0,
+        info: dict[str, Any] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> None:
         self._buffers: dict[str, list[dict[str, np.ndarray]]] = {kind: [] for kind in KINDS}
         self._closed = False
         self._lock: filelock.BaseFileLock | None = None
-        self._store: _Memory | _Folder = _Memory() if path is None else _Folder(Path(path).absolute())
+        self._overwrite = check_flag("overwrite", overwrite)
+        self._store: _Memory | _Folder = (
+            _Memory()
+            if path is None
+            else _Folder(check_path("path", path, "a directory's path, or None for memory").absolute())
+        )
         self._open_session(start_step)
+        self._sections: dict[str, Any] = {}  # described since
+        self._unsaved = True
         try:
-            self._info = self._opened()
+            self._stored = self._opened()  # what run.json had before
             # A start at 0 may still become a resume (the optimizer's state is often loaded later), so whether
             # it is allowed on top of stored rows is decided when the first row comes.
             self._undecided = self._start == 0 and bool(_all_parts(self._store))
@@ -431,24 +509,17 @@ class RunWriter:
 
     def _opened(self) -> dict[str, Any]:
         """Take hold of the store; return the content of its run.json, or of a new one."""
-        packages = {name: _version(name) for name in ("torch", "numpy")}
-        present = {
-            "weightdyn": _version("weightdyn"),
-            "versions": {**packages, "python": platform.python_version()},
-        }
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        new = {"format": FORMAT, **present, "created": now, "sessions": []}
         if isinstance(self._store, _Memory):
-            return new
+            return _new_info()
         folder, info_path = self._store.path, self._store.info_path
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file, and a run needs a directory: choose another out")
         if info_path.exists():
             self._store.info()  # a foreign directory stays untouched, without even a lock
-        elif strays := _all_parts(self._store):
+        elif (strays := _all_parts(self._store)) and not self._overwrite:
             raise RunLogError(
                 f"{info_path} does not exist, but {strays[0].name} does: copy run.json again from where the "
-                "run was written, or choose another out"
+                "run was written, choose another out, or give overwrite=True to remove it"
             )
         if not folder.is_dir():
             folder.mkdir(parents=True)
@@ -456,15 +527,10 @@ class RunWriter:
         self._lock = _lock(folder)
         if self._lock is not None:
             self._store.remove_leftovers()
-        return {**self._store.info(), **present} if info_path.exists() else new
+        return self._store.info() if info_path.exists() else _new_info()
 
     def _open_session(self, start_step: int) -> None:
-        start_step = operator.index(start_step)
-        if start_step < 0:
-            raise ValueError(
-                f"start_step must be the number of updates already done, 0 or more, got {start_step}"
-            )
-        self._start = start_step
+        self._start = check_whole("start_step", start_step)  # updates already done
         self._session: int | None = None  # its number, once run.json knows it
         self._next_seq: dict[str, int] = dict.fromkeys(KINDS, 0)
 
@@ -490,32 +556,43 @@ class RunWriter:
         if own := [name for name in _OWN_SECTIONS if name in sections]:
             raise ValueError(f"the sections {own} of run.json are the writer's own: choose other names")
         plain = json.loads(json.dumps(sections, default=_plain))
-        if "tensors" in plain:
-            plain["tensors"] = {**self._info.get("tensors", {}), **plain["tensors"]}
-        self._info = {**self._info, **plain}
+        self._sections = _merged(self._sections, plain)
         self._unsaved = True
         if not self._undecided:
             self._save_info()
+
+    @property
+    def _info(self) -> dict[str, Any]:
+        """The content of run.json as it should be."""
+        return {**_merged(self._stored, self._sections), **_present()}
 
     def _save_info(self) -> None:
         self._store.write_info(self._info)
         self._unsaved = False
 
     def begin(self) -> None:
-        """Refuse a training from 0 on in a directory that holds updates; `append` does it at the first row.
+        """Refuse a training from 0 on in a directory that holds updates, or remove them, as `overwrite` says.
+
+        `append` does it at the first row.
 
         Raises:
             FileExistsError: it holds updates.
         """
         if not self._undecided:
             return
+        if self._overwrite and isinstance(self._store, _Folder):
+            self._store.clear()
+            self._stored = _new_info()
+            self._undecided = False
+            self._save_info()
+            return
         steps = RunLog._of(self._store)._steps()
         updates = steps[steps > 0]
         if len(updates):
-            first, last = updates[0], updates[-1]
             raise FileExistsError(
-                f"{self.path} already holds updates {first}–{last}: choose another out, or resume (load the "
-                f"optimizer's state, or pass start_step={last} to go on counting)"
+                f"{self.path} already holds updates {updates[0]}–{updates[-1]}: choose another out, give "
+                "overwrite=True to begin anew, or resume (load the optimizer's state before the first update, or "
+                "pass start_step= the step of the checkpoint that you loaded)"
             )
         self._undecided = False
 
@@ -569,7 +646,7 @@ class RunWriter:
             return  # no row was let in yet
         if self._session is None and self.buffered:
             self._session = self._begin_session()
-        if self._unsaved:
+        if self._unsaved or not self._store.has_info():  # also where somebody deleted it
             self._save_info()
         for kind, chunks in self._buffers.items():
             if not chunks or self._session is None:
@@ -579,7 +656,7 @@ class RunWriter:
                 "kind": kind,
                 "session": str(self._session),
                 "start_step": str(self._start),
-                "weightdyn": self._info["weightdyn"],
+                "weightdyn": _version("weightdyn"),
             }
             table = _arrow_table(kind, chunks).replace_schema_metadata(metadata)
             self._store.write(_Part(self._session, self._next_seq[kind], kind), table)
@@ -593,9 +670,9 @@ class RunWriter:
         parts = _all_parts(self._store)
         starts = _start_steps(self._store, self._info, parts)
         number = max(starts, default=-1) + 1
-        sessions = [*self._info["sessions"]]
+        sessions = [*self._stored.get("sessions", [])]
         sessions += [{"start_step": starts.get(i, 0)} for i in range(len(sessions), number)]
-        self._info = {**self._info, "sessions": [*sessions, {"start_step": self._start}]}
+        self._stored = {**self._stored, "sessions": [*sessions, {"start_step": self._start}]}
         self._unsaved = True
         return number
 
@@ -615,11 +692,36 @@ class RunWriter:
         if self._closed:
             raise ValueError(f"the writer of {self.path or 'the run in memory'} is closed: open a new one")
 
-    def run(self) -> RunLog:
-        """The run so far, buffered rows included: they are flushed first."""
-        if not self._closed:
+    def run(self, refresh: Callable[[], None] | None = None) -> RunLog:
+        """The run so far, buffered rows included: they are flushed first.
+
+        Args:
+            refresh: called instead, and each time that a table of the run is asked for.
+        """
+        if refresh is None and not self._closed:
             self.flush()
-        return RunLog._of(self._store)
+        return RunLog._of(self._store, refresh)
+
+
+def _present() -> dict[str, Any]:
+    packages = {name: _version(name) for name in ("torch", "numpy")}
+    return {
+        "weightdyn": _version("weightdyn"),
+        "versions": {**packages, "python": platform.python_version()},
+    }
+
+
+def _new_info() -> dict[str, Any]:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"format": FORMAT, **_present(), "created": now, "sessions": []}
+
+
+def _merged(info: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """run.json with sections added: the tensors one by one, every other one as a whole."""
+    merged = {**info, **sections}
+    if "tensors" in merged:
+        merged["tensors"] = {**info.get("tensors", {}), **sections.get("tensors", {})}
+    return merged
 
 
 def _plain(value: Any) -> Any:
@@ -643,7 +745,14 @@ def _start_steps(store: _Memory | _Folder, info: Mapping[str, Any], parts: Seque
     starts = {number: session["start_step"] for number, session in enumerate(info.get("sessions", []))}
     for part in parts:
         if part.session not in starts:
-            starts[part.session] = int(store.read(part).schema.metadata[b"start_step"])
+            metadata = store.read(part).schema.metadata or {}
+            stated = metadata.get(b"start_step", b"")
+            if not re.fullmatch(rb"[0-9]{1,18}", stated):
+                raise RunLogError(
+                    f"{store.name(part)} does not say in its metadata from which update its session started, and "
+                    "run.json does not know that session: move it out of the directory"
+                )
+            starts[part.session] = int(stated)
     return starts
 
 
@@ -673,16 +782,22 @@ class RunLog:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._store: _Memory | _Folder = _Folder(Path(path))
+        self._store: _Memory | _Folder = _Folder(check_path("path", path, "the directory of a run"))
+        self._refresh: Callable[[], None] | None = None
         if self._store.path.is_file():
             raise RunLogError(f"{path} is a file: give the directory that a run was recorded into")
         self._store.info()
 
     @classmethod
-    def _of(cls, store: _Memory | _Folder) -> RunLog:
+    def _of(cls, store: _Memory | _Folder, refresh: Callable[[], None] | None = None) -> RunLog:
         run = cls.__new__(cls)
-        run._store = store
+        run._store, run._refresh = store, refresh
         return run
+
+    def _catch_up(self) -> None:
+        """Let the logger that writes the run store what it has, where the run is its own."""
+        if self._refresh is not None:
+            self._refresh()
 
     @property
     def path(self) -> Path | None:
@@ -705,12 +820,14 @@ class RunLog:
                 with all columns of `force_table`.
             order, at: as in `force_table`.
         """
+        self._catch_up()
         products, info = self._read("forces", _SCHEMAS["forces"].names)
         table = force_table(products, info.get("tensors", {}), order=order, at=at)
         return table if by is None else aggregate(table, by)
 
     def weibull(self) -> pd.DataFrame:
         """The Weibull fits: the columns of `WEIBULL_TABLE`."""
+        self._catch_up()
         rows, info = self._read("weibull", _SCHEMAS["weibull"].names)
         names = named_columns(rows["tensor"].array, info.get("tensors", {}))
         values = {name: rows[name] for name in ("lam", "k", "r_squared", "ks", "n")}
@@ -722,6 +839,7 @@ class RunLog:
         Values recorded for one step at different times stand in one row; a later value of the same name wins.
         What was not recorded is NaN (<NA> among integers and booleans).
         """
+        self._catch_up()
         tables, _ = self._tables("metrics")
         names = list(dict.fromkeys(name for table in tables for name in table.column_names if name != "step"))
         every = _concat([table.column("step") for table in tables], pa.int64()).to_numpy()

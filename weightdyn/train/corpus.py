@@ -1,4 +1,9 @@
-"""Text as bytes: what a small model is trained on, from any folder or from Python's own library."""
+"""Text as bytes: what a small model is trained on, from any folder or from Python's own library.
+
+A byte-level model needs no tokenizer and no download, and every Python carries megabytes of text: its own source.
+Which sequences an update sees is a function of the seed and of the update's number alone, so a run that resumes
+sees what it would have seen.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weightdyn.core.checks import check_path, check_whole
+
 HELD_OUT = 20
 """One file in so many is held out for evaluation; of fewer files, the last 1/HELD_OUT of the text."""
-
-
-# --- text ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,27 +52,47 @@ class Corpus:
 
         Raises:
             FileNotFoundError: if a path does not exist, or holds no text.
+            TypeError, ValueError: if something is no path.
         """
-        files = _text_files([Path(path) for path in paths]) if paths else _standard_library()
+        files = _text_files([check_path("paths", path) for path in paths]) if paths else _standard_library()
         return _read(tuple((file, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files))
 
     def batch(self, seed: int, update: int, batch_size: int, seq_len: int) -> Tensor:
         """The sequences of an update: int64 of shape (batch_size, seq_len + 1), targets one byte on.
 
         Their places are drawn evenly from the training part, by a generator seeded with (seed, update) alone.
+
+        Args:
+            seed, update: whole numbers, 0 or more.
+            batch_size: sequences.
+            seq_len: bytes that a sequence predicts from.
+
+        Raises:
+            TypeError, ValueError: if an argument is out of its range, or the training part too short.
         """
+        check_whole("seed", seed)
+        check_whole("update", update)
+        check_whole("batch_size", batch_size, 1)
+        check_whole("seq_len", seq_len, 1)
         require_length(self.train, seq_len, "training")
         places = np.random.default_rng((seed, update)).integers(len(self.train) - seq_len, size=batch_size)
         return _sequences(self.train, places, seq_len)
 
     def evaluation(self, sequences: int, seq_len: int) -> Tensor:
-        """`sequences` sequences evenly spaced over the held-out part; int64 of shape (…, seq_len + 1)."""
+        """`sequences` sequences evenly spaced over the held-out part; int64 of shape (sequences, seq_len + 1).
+
+        Raises:
+            TypeError, ValueError: if an argument is below 1, or the held-out part too short.
+        """
+        check_whole("sequences", sequences, 1)
+        check_whole("seq_len", seq_len, 1)
         require_length(self.held_out, seq_len, "held-out")
         places = np.linspace(0, len(self.held_out) - seq_len - 1, sequences).astype(np.int64)
         return _sequences(self.held_out, places, seq_len)
 
 
 def require_length(text: Tensor, seq_len: int, part: str) -> None:
+    """Raise a ValueError if `text`, the `part` of a corpus, has no sequence of `seq_len` bytes and one more."""
     if len(text) <= seq_len:
         raise ValueError(
             f"the corpus is too small for seq_len={seq_len}: its {part} part needs more than {seq_len} bytes and "

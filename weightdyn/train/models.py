@@ -1,10 +1,15 @@
-"""The shapes that the reference trainer knows, in the words of transformers' configurations."""
+"""The models of the reference trainer: shapes in the words of transformers' configurations, made from a seed.
+
+They are real ones, of GPT-NeoX and LLaMA, made small by a vocabulary of bytes.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from weightdyn.core.checks import check_choice, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +65,6 @@ which they are named, and llama-70m's are of the same size; but the vocabulary i
 parameters than the names say: 0.9 million in tiny and tiny-llama, 1.3 in pythia-14m, 19 in the last two."""
 
 
-# --- model and optimizer ------------------------------------------------------------------------------------
-
-
 def make_model(name: str, seed: int) -> PreTrainedModel:
     """A byte-level causal language model of transformers with fresh weights, in float32 on the CPU.
 
@@ -71,11 +73,11 @@ def make_model(name: str, seed: int) -> PreTrainedModel:
         seed: of the initial weights; torch's own random state stays as it is.
 
     Raises:
-        ValueError: if there is no such shape.
+        TypeError, ValueError: if there is no such shape, or the seed is no whole number >= 0.
         ImportError: if transformers is not installed.
     """
-    if name not in MODELS:
-        raise ValueError(f"name must be one of {list(MODELS)}, got {name!r}")
+    check_choice("name", name, MODELS)
+    check_whole("seed", seed, 0, 2**63 - 1)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:

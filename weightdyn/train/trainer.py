@@ -15,8 +15,10 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,13 +26,25 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from weightdyn.checkpoints.recipe import Recipe
+from weightdyn.core.checks import (
+    check_betas,
+    check_choice,
+    check_instance,
+    check_number,
+    check_path,
+    check_text,
+    check_whole,
+    refuse,
+)
+from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import aggregate, budget
 from weightdyn.files.durable import write_file
 from weightdyn.record.logger import ForceLogger
 from weightdyn.record.runlog import RunLog, RunWriter
 from weightdyn.train.corpus import Corpus, require_length
+from weightdyn.train.loop import evaluated, load_state, make_updates, restore_state, save_state
 from weightdyn.train.models import CONTEXT, MODELS, make_model
 
 if TYPE_CHECKING:
@@ -60,7 +74,8 @@ class TrainConfig:
         batch_size: sequences in an update.
         seq_len: bytes in a sequence, up to 2048.
         lr: peak learning rate.
-        schedule: "cosine" down to `floor·lr` at the last update, or "constant". `lr_at` has the formula.
+        schedule: "cosine" down to `floor·lr` at the last update, or "constant". `Recipe.from_settings` has the
+            formula, and the property `recipe` is made by it.
         warmup: updates of linear warm-up from lr/warmup to lr.
         floor: the cosine's end as a fraction of `lr`.
         betas, eps: AdamW's.
@@ -74,7 +89,7 @@ class TrainConfig:
         save_every: updates between checkpoints; there are also those at 0, 1, 2, 4, … and the last.
 
     Raises:
-        ValueError: if a value is out of its range; it names the field, what it got and what is accepted.
+        TypeError, ValueError: a value is of another kind, or out of its range; the message names the field.
     """
 
     model: str = "tiny"
@@ -100,74 +115,64 @@ class TrainConfig:
 
     def __post_init__(self):
         paths = [self.corpus] if isinstance(self.corpus, str | os.PathLike) else self.corpus
+        if not isinstance(paths, Sequence) or not all(isinstance(path, str | os.PathLike) for path in paths):
+            raise refuse("corpus", "paths of text files or folders", self.corpus)
         object.__setattr__(self, "corpus", tuple(os.fspath(path) for path in paths))
-        object.__setattr__(self, "betas", tuple(self.betas))
-
-        def require(name: str, fits: Callable[[Any], bool], accepted: str) -> None:
-            value = getattr(self, name)
-            try:
-                good = bool(fits(value))
-            except TypeError:
-                good = False
-            if not good:
-                raise ValueError(f"{name} must be {accepted}, got {value!r}")
-
-        def whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
-            return lambda x: isinstance(x, int) and not isinstance(x, bool) and low <= x <= high
-
-        require("model", lambda x: x in MODELS, f"one of {list(MODELS)}")
+        check_choice("model", self.model, MODELS)
         for name in ("steps", "batch_size", "log_every", "weibull_every", "eval_every", "save_every"):
-            require(name, whole(1), "a whole number >= 1")
-        require("seq_len", whole(2, CONTEXT), f"a whole number from 2 to {CONTEXT}")
-        require("lr", lambda x: 0 < x < math.inf, "a number > 0")
-        require("schedule", lambda x: x in ("cosine", "constant"), "'cosine' or 'constant'")
-        require("warmup", whole(0, self.steps), f"a whole number from 0 to steps={self.steps}")
-        require("floor", lambda x: 0 <= x <= 1, "a fraction of lr from 0 to 1")
-        require("betas", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), "two numbers in [0, 1)")
-        require("eps", lambda x: 0 < x < math.inf, "a number > 0")
-        require("weight_decay", lambda x: 0 <= x < math.inf, "a number >= 0")
-        require("decayed", lambda x: x in ("matrices", "all"), "'matrices' or 'all'")
-        require("clip", lambda x: x is None or 0 < x < math.inf, "None or a number > 0")
-        require("seed", whole(0), "a whole number >= 0")
+            check_whole(name, getattr(self, name), 1)
+        check_whole("seq_len", self.seq_len, 2, CONTEXT)
+        check_choice("schedule", self.schedule, ("cosine", "constant"))
+        check_whole("warmup", self.warmup, 0, self.steps)
+        check_number("floor", self.floor, 0, 1)
+        object.__setattr__(self, "betas", check_betas("betas", self.betas))  # a list, in run.json
+        for name in ("lr", "eps"):
+            check_number(name, getattr(self, name), 0, open_low=True)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_choice("decayed", self.decayed, ("matrices", "all"))
+        check_number("clip", self.clip, 0, open_low=True, none="no clipping")
+        check_whole("seed", self.seed, 0, 2**63 - 1)
+        check_text("device", self.device, "'auto' or the name of a device, such as 'cpu'")
 
     @classmethod
-    def from_info(cls, info: dict[str, Any]) -> TrainConfig:
-        """The configuration of a run from what its `run.json` says: `TrainConfig.from_info(run.info)`."""
-        if "train" not in info:
+    def from_info(cls, info: Mapping[str, Any]) -> TrainConfig:
+        """The configuration of a run from what its `run.json` says: `TrainConfig.from_info(run.info)`.
+
+        Raises:
+            TypeError, ValueError: `info` is not of a run that `train` wrote, or a field there is out of its range.
+        """
+        check_instance("info", info, Mapping, "the info of a run, as RunLog.info is")
+        written = info.get("train")
+        if not isinstance(written, Mapping):
             raise ValueError(
-                f"info must be of a run that train() wrote, got one with the sections {sorted(info)}"
+                f"info must be of a run that train() wrote, got one with the sections {sorted(map(str, info))}"
             )
-        return cls(**{f.name: info["train"][f.name] for f in fields(cls) if f.name in info["train"]})
+        return cls(**{f.name: written[f.name] for f in fields(cls) if f.name in written})
+
+    @property
+    def recipe(self) -> Recipe:
+        """Learning rate of every update, decay, betas and eps, as all that recovers forces takes them.
+
+        >>> config = TrainConfig(lr=1.0, steps=100, warmup=10, floor=0.2)
+        >>> config.recipe.lr_at([1, 10, 55, 100]).round(3).tolist()
+        [0.1, 1.0, 0.6, 0.2]
+        """
+        return Recipe.from_settings(
+            lr=self.lr,
+            steps=self.steps,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            floor=self.floor,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            decayed=self.decayed,
+        )
 
 
 DEMO = TrainConfig(steps=1500, batch_size=16, lr=8e-3, weight_decay=0.5, weibull_every=10)
 """What `weightdyn demo` trains. τ = 1/(lr·weight_decay) = 250 updates, a sixth of the run: the weights have
 time to grow, to overshoot and to relax, while the model learns."""
-
-
-def lr_at(config: TrainConfig, update: int) -> float:
-    """Learning rate η of an update.
-
-        u ≤ warmup:   lr · u/warmup
-        "cosine":     lr · (floor + (1 − floor) · ½(1 + cos(π (u − warmup)/(steps − warmup))))
-        "constant":   lr
-
-    Args:
-        config: its lr, schedule, warmup, floor and steps are used.
-        update: the update's number u, 1-based, up to `steps`.
-
-    >>> config = TrainConfig(lr=1.0, steps=100, warmup=10, floor=0.2)
-    >>> [round(lr_at(config, u), 3) for u in (1, 10, 55, 100)]
-    [0.1, 1.0, 0.6, 0.2]
-    """
-    if not 1 <= update <= config.steps:
-        raise ValueError(f"update must be from 1 to steps={config.steps}, got {update}")
-    if update <= config.warmup:
-        return config.lr * update / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    turn = math.pi * (update - config.warmup) / (config.steps - config.warmup)
-    return config.lr * (config.floor + (1 - config.floor) * (1 + math.cos(turn)) / 2)
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
@@ -195,11 +200,8 @@ def _loss(model: nn.Module, sequences: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten())
 
 
-@torch.no_grad()
-def _evaluate(model: nn.Module, sequences: Tensor, batch_size: int) -> float:
-    model.eval()
+def _held_out_loss(model: nn.Module, sequences: Tensor, batch_size: int) -> float:
     total = sum(float(_loss(model, part)) * len(part) for part in sequences.split(batch_size))
-    model.train()
     return total / len(sequences)
 
 
@@ -218,27 +220,6 @@ def _save_checkpoint(out: Path, step: int, model: nn.Module) -> None:
     # One entry of metadata: of several, safetensors writes the order at random.
     content = safetensors.torch.save(tensors, {"format": "pt"})
     write_file(folder / f"step-{step:06d}.safetensors", lambda path: path.write_bytes(content))
-
-
-def _save_state(path: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": _rng(model.device),
-    }
-    write_file(path, lambda temporary: torch.save(state, temporary))
-
-
-def _rng(device: torch.device) -> dict[str, Tensor]:
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def _set_rng(device: torch.device, rng: dict[str, Tensor]) -> None:
-    torch.set_rng_state(rng["cpu"])
-    if device.type == "cuda" and "cuda" in rng:  # not if the run was begun on a CPU
-        torch.cuda.set_rng_state(rng["cuda"], device)
 
 
 def _record(config: TrainConfig, corpus: Corpus, model: PreTrainedModel) -> dict[str, Any]:
@@ -274,7 +255,9 @@ def _check_same(out: Path, record: dict[str, Any]) -> None:
 # --- the loop -----------------------------------------------------------------------------------------------
 
 
-def train(config: TrainConfig, out: str | Path, *, resume: Resume = "auto", progress: bool = True) -> RunLog:
+def train(
+    config: TrainConfig, out: str | Path, *, resume: Resume = "auto", progress: Progress = None
+) -> RunLog:
     """Train a model, and log the forces of every tensor into a run directory.
 
     Afterwards `out` holds the run (`run.json`, `forces/`, `weibull/`, and `metrics/` with loss, lr, grad_norm
@@ -284,9 +267,10 @@ def train(config: TrainConfig, out: str | Path, *, resume: Resume = "auto", prog
     Args:
         config: all that decides the run.
         out: the run directory.
-        resume: "auto" continues what `out` holds, if anything; "must" wants something to continue; "never"
-            wants nothing there. A run that is at its end already is returned as it is.
-        progress: show a bar with the loss and the share of alignment in the force budget.
+        resume: "auto" continues what `out` holds, if anything, and where `resume.pt` is gone it begins again, with
+            a warning; "must" wants something to continue; "never" wants nothing there. A run that is at its end
+            already is returned as it is.
+        progress: a bar with the loss and the share of alignment in the force budget. None: where someone watches.
 
     Returns:
         The run, for reading.
@@ -294,13 +278,14 @@ def train(config: TrainConfig, out: str | Path, *, resume: Resume = "auto", prog
     Raises:
         ValueError: if `out` was trained with another configuration (the fields are named), or the corpus is
             too small.
+        RunLogError: if `resume.pt` or another file of the run is damaged.
         FileExistsError: if `out` holds another kind of run, or resume="never" and it holds one.
-        FileNotFoundError: if a corpus path does not exist, or resume="must" and there is nothing.
+        FileNotFoundError: if a corpus path does not exist, or resume="must" and there is nothing to continue.
         ImportError: if transformers is not installed.
     """
-    if resume not in ("auto", "must", "never"):
-        raise ValueError(f"resume must be 'auto', 'must' or 'never', got {resume!r}")
-    out = Path(out)
+    check_instance("config", config, TrainConfig, "a TrainConfig")
+    check_choice("resume", resume, ("auto", "must", "never"))
+    out = check_path("out", out, "the path of a run directory")
     saved = out / "resume.pt"
     device = _device(config.device)
     corpus = Corpus.read(*config.corpus)
@@ -310,64 +295,84 @@ def train(config: TrainConfig, out: str | Path, *, resume: Resume = "auto", prog
     model.to(device)  # type: ignore[arg-type]  # transformers wraps torch's own `to`
     optimizer = _optimizer(config, model)
     record = _record(config, corpus, model)
-
     if (out / "run.json").exists() or saved.exists():
         if resume == "never":
             raise FileExistsError(f"{out} holds a run: choose another out, or resume='auto' to continue it")
         _check_same(out, record)
+        if not saved.exists():
+            _miss_state(saved, resume)
     elif resume == "must":
         raise FileNotFoundError(f"{out} holds no run to continue; resume='auto' starts one")
-    state = torch.load(saved, map_location="cpu", weights_only=True) if saved.exists() else None
-    done = 0
-    if state is not None:
-        done = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    state = load_state(saved, config.steps)
+    done = 0 if state is None else state["step"]
     if done == config.steps:
         return RunLog(out)
 
-    with contextlib.closing(RunWriter(out, done, {"train": record})) as writer:
-        if done == 0:
-            writer.restart(0)  # what an attempt left that died before its first save is done again
-            writer.append(
-                "metrics", {"step": 0, "eval_loss": _evaluate(model, evaluation, config.batch_size)}
-            )
-            _save_checkpoint(out, 0, model)
+    def evaluate() -> float:
+        return _held_out_loss(model, evaluation, config.batch_size)
 
-    parameters = list(model.parameters())
+    def loss(update: int) -> Tensor:
+        return _loss(model, corpus.batch(config.seed, update, config.batch_size, config.seq_len).to(device))
+
+    recipe, parameters = config.recipe, list(model.parameters())
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        ForceLogger(
-            optimizer, model, every=config.log_every, weibull_every=config.weibull_every, out=out
-        ) as logger,
-        tqdm(total=config.steps, initial=done, disable=not progress, unit="update", mininterval=0.5) as bar,
+        progress_bar(
+            progress=progress, total=config.steps, initial=done, unit="update", mininterval=0.5
+        ) as bar,
     ):
         torch.manual_seed(config.seed)
         if state is not None:
-            _set_rng(device, state["rng"])
-        for update in range(done + 1, config.steps + 1):
-            lr = lr_at(config, update)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            sequences = corpus.batch(config.seed, update, config.batch_size, config.seq_len).to(device)
-            loss = _loss(model, sequences)
-            loss.backward()
-            metrics = {"loss": float(loss.detach()), "lr": lr}
-            if config.clip is not None:
-                metrics["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.clip))
-            optimizer.step()
-            optimizer.zero_grad()
-            if update % config.eval_every == 0 or update == config.steps:
-                metrics["eval_loss"] = _evaluate(model, evaluation, config.batch_size)
-            logger.record(update, **metrics)
-            if bar.update() or (progress and update == config.steps):  # the bar is drawn twice a second
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, alignment {_alignment_share(logger):.0%}")
-            if _is_save(config, update):
-                # In this order nothing is lost by a kill in between: what is behind resume.pt is done again.
-                _save_checkpoint(out, update, model)
-                logger.flush()
-                _save_state(saved, update, model, optimizer)
-        return logger.run
+            restore_state(saved, state, model, optimizer)
+        with contextlib.closing(RunWriter(out, done, {"train": record})) as writer:
+            if done == 0:
+                writer.restart(0)  # what an attempt left that died early is done again
+                writer.append("metrics", {"step": 0, "eval_loss": evaluated(model, evaluate)})
+                _save_checkpoint(out, 0, model)
+                save_state(saved, 0, model, optimizer)  # from here on a run without this file has lost it
+        with ForceLogger(
+            optimizer, model, every=config.log_every, weibull_every=config.weibull_every, out=out
+        ) as logger:
+            for update, metrics in make_updates(
+                model,
+                optimizer,
+                logger,
+                range(done + 1, config.steps + 1),
+                rates=lambda update: [float(recipe.lr_at(update))] * len(optimizer.param_groups),
+                loss=loss,
+                clip=None
+                if config.clip is None
+                else partial(nn.utils.clip_grad_norm_, parameters, config.clip),
+                evaluate=evaluate,
+                eval_every=config.eval_every,
+                extra=lambda _: {"lr": optimizer.param_groups[0]["lr"]},
+            ):
+                # The bar is drawn twice a second, and where nobody watches never.
+                if bar.update() or (update == config.steps and not bar.disable):
+                    bar.set_postfix_str(
+                        f"loss {float(metrics['loss']):.3f}, alignment {_alignment_share(logger):.0%}"
+                    )
+                if _is_save(config, update):
+                    # In this order nothing is lost by a kill in between: what is behind resume.pt is done again.
+                    _save_checkpoint(out, update, model)
+                    logger.flush()
+                    save_state(saved, update, model, optimizer)
+            return logger.run
+
+
+def _miss_state(saved: Path, resume: Resume) -> None:
+    """Refuse, or say, that a run with updates begins again because its state is gone."""
+    steps = RunLog(saved.parent).metrics()["step"]
+    last = int(steps.max()) if len(steps) else 0
+    gone = f"{saved} is gone, and with it the state that the run of {last} updates continues from"
+    if resume == "must":
+        raise FileNotFoundError(f"{gone}: copy it from a backup, or begin again with resume='auto'")
+    if last > 0:
+        warnings.warn(
+            f"{gone}: it begins again at update 0, and its rows replace those that are there",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _alignment_share(logger: ForceLogger) -> float:

@@ -13,9 +13,10 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from weightdyn.wisca.pairs import ScalingPair, shared_parameters, unwrap
+from weightdyn.core.progress import Progress, progress_bar
+from weightdyn.record.optimizers import MASTERS, STATE_POWERS, check_optimizer
+from weightdyn.wisca.pairs import ScalingPair, is_plain, shared_parameters, unwrap
 from weightdyn.wisca.plan import (
     Errors,
     Granularity,
@@ -24,29 +25,13 @@ from weightdyn.wisca.plan import (
     Pairs,
     along,
     check_choices,
+    check_rescale_table,
     own_pairs,
     plan_rescale,
     scale_factors,
 )
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-
-# What optimizers keep of a tensor, by the power of the gradient's scale that it has; weights have −1.
-_STATE_POWERS = {
-    "exp_avg": 1,
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 2,
-    "momentum_buffer": 1,
-    "grad_avg": 1,
-    "square_avg": 2,
-    "sum": 2,
-    "master_param": -1,
-    "master_weights": -1,
-    "master_weight": -1,
-    "compensation": -1,
-    "kahan_comp": -1,
-}
-_MASTERS = ("main_param", "master_param")  # attributes by which a parameter knows its fp32 copy
 
 
 def rescale_(
@@ -60,6 +45,7 @@ def rescale_(
     power_of_two: bool = False,
     max_alpha: float | None = None,
     errors: Errors = "raise",
+    progress: Progress = None,
 ) -> pd.DataFrame:
     """Balance the norms of a model's pairs, in place; its outputs stay what they are.
 
@@ -82,6 +68,7 @@ def rescale_(
         max_alpha: keep α in [1/max_alpha, max_alpha]; of powers of two, the last one inside.
         errors: what to do about a pair that cannot be rescaled (refused, tied tensors, a norm that is zero or
             not finite): "raise", or "skip" it and say so in the table.
+        progress: show a bar where it takes seconds. None: where someone watches.
 
     Returns:
         One row for each α, with the columns of `RESCALE_TABLE`. It is what `undo_` and `predict_shift` take.
@@ -113,8 +100,9 @@ def rescale_(
         power_of_two=power_of_two,
         max_alpha=max_alpha,
         errors=errors,
+        progress=progress,
     )
-    return apply_(model, table, optimizer, pairs=own_pairs(pairs), moments=moments)
+    return apply_(model, table, optimizer, pairs=own_pairs(pairs), moments=moments, progress=progress)
 
 
 @torch.no_grad()
@@ -125,6 +113,7 @@ def apply_(
     *,
     pairs: Sequence[ScalingPair] | None = None,
     moments: Moments = "transport",
+    progress: Progress = None,
 ) -> pd.DataFrame:
     """Scale a model by the α of a table, whatever they are: a stored plan, one of another model, one made up.
 
@@ -133,7 +122,7 @@ def apply_(
         table: of `plan_rescale` or `rescale_`; `pair`, `module`, `head`, `channel` and `alpha` > 0 are read.
         optimizer: as in `rescale_`.
         pairs: your own pairs, if the table was made with such.
-        moments: as in `rescale_`.
+        moments, progress: as in `rescale_`.
 
     Returns:
         The table with `moments` as they were treated.
@@ -146,7 +135,9 @@ def apply_(
     factors = scale_factors(model, table, pairs=pairs)
     _check_fits(model, factors)
     states, counters = _states(model, factors, optimizer, moments)
-    for name, each in tqdm(factors.items(), desc="rescaling", unit="tensor", delay=3):
+    for name, each in progress_bar(
+        factors.items(), progress=progress, desc="rescaling", unit="tensor", delay=3
+    ):
         parameter = model.get_parameter(name)
         scale_by(parameter, each, 1)
         if parameter.grad is not None:
@@ -167,6 +158,7 @@ def undo_(
     optimizer: Optimizers | None = None,
     *,
     pairs: Sequence[ScalingPair] | None = None,
+    progress: Progress = None,
 ) -> None:
     """Take a rescaling back: scale by 1/α. Exact to the last bit where every α is a power of two.
 
@@ -178,10 +170,13 @@ def undo_(
         table: what `rescale_` returned.
         optimizer: the optimizer that `rescale_` was given, if it was.
         pairs: your own pairs, if it was given such.
+        progress: as in `rescale_`.
 
     Raises:
-        ValueError: the table is not of this model, or it was made with an optimizer and there is none now.
+        TypeError, ValueError: the table is none, or not of this model, or it was made with an optimizer and there
+            is none now.
     """
+    check_rescale_table(table)
     treated = list(table["moments"].dropna().unique()) if "moments" in table else []
     if (len(treated) > 0) != (optimizer is not None):
         made = f"an optimizer (moments={treated[0]!r})" if len(treated) else "no optimizer"
@@ -189,7 +184,8 @@ def undo_(
             f"optimizer: the table's rescaling was made with {made}; give undo_ the same, so that both fit again"
         )
     back: Moments = "transport" if "transport" in treated else "keep"
-    apply_(model, table.assign(alpha=1 / table["alpha"]), optimizer, pairs=pairs, moments=back)
+    inverse = table.assign(alpha=1 / table["alpha"])
+    apply_(model, inverse, optimizer, pairs=pairs, moments=back, progress=progress)
 
 
 def scale_by(tensor: Tensor, axes: Mapping[int, Tensor], power: int) -> None:
@@ -210,6 +206,11 @@ def _check_fits(model: nn.Module, factors: Mapping[str, Mapping[int, Tensor]]) -
                 f"{name} is tied to {shared[name]}, which would be scaled with it; nothing was changed"
             )
         weight = model.get_parameter(name).detach()
+        if not is_plain(weight) or weight.is_meta:
+            raise ValueError(
+                f"model: {name} is no whole, dense tensor with values ({weight.layout}, {weight.device}), and "
+                "cannot be scaled; nothing was changed"
+            )
         scaled = weight.clone()
         scale_by(scaled, axes, 1)
         if not torch.isfinite(scaled).all():
@@ -236,14 +237,9 @@ def _states(
     if optimizer is None:
         return [], []
     counters: list[dict[str, Any]] = []
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
     for each in optimizers:
-        inner = getattr(each, "optimizer", None)
-        if not isinstance(each, torch.optim.Optimizer) or isinstance(inner, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer or several, got {type(each).__name__}"
-                + ("; pass the inner one, optimizer.optimizer" if inner is not None else "")
-            )
+        check_optimizer(each, "a torch.optim.Optimizer or several")
     held = [tensor for each in optimizers for group in each.param_groups for tensor in group["params"]]
     states = {tensor: each.state[tensor] for each in optimizers for tensor in each.state}
     masters = _masters(model, held)
@@ -268,7 +264,7 @@ def _states(
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 continue
-            power = _STATE_POWERS.get(key) if value.shape == own.shape else None
+            power = STATE_POWERS.get(key) if value.shape == own.shape else None
             if power == -1:
                 found.append((value, axes, -1))
             elif moments == "reset":
@@ -298,7 +294,7 @@ def _masters(model: nn.Module, held: Sequence[Tensor]) -> dict[str, Tensor]:
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
-        known = next((getattr(parameter, key) for key in _MASTERS if hasattr(parameter, key)), None)
+        known = next((getattr(parameter, key) for key in MASTERS if hasattr(parameter, key)), None)
         alike = (
             each
             for each in waiting

@@ -1,9 +1,13 @@
-"""The arms of a comparison: what each does to a model and its optimizer, from its words."""
+"""The arms of a comparison: what each does to a model, its optimizer and its gradients, from its words.
+
+An arm is a string, so that it can name a folder, a legend and a row. `compare` says what the words mean.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,31 +19,46 @@ from torch import Tensor, nn
 from weightdyn.record.logger import ForceLogger
 from weightdyn.wisca.apply import apply_
 from weightdyn.wisca.pairs import unwrap
-from weightdyn.wisca.plan import check_choices, plan_rescale, scale_factors
+from weightdyn.wisca.plan import check_choices, own_pairs, plan_rescale, scale_factors
 from weightdyn.wisca.schedule import RescaleSchedule
 
 ARMS = ("none", "init", "every=250", "random", "lr_equivalent")
 """Arms of `compare` if none are named."""
 
 _KINDS = ("none", "init", "random", "lr_equivalent")
-_CHOICES = ("moments", "norm", "granularity")
+_CHOICES = ("moments", "norm", "granularity")  # those of an arm's own
 _WORDS = "none, init, random, lr_equivalent, every=N, moments=…, norm=…, granularity=…, power_of_two, clip=rescaled"
 
 
-# --- arms ---------------------------------------------------------------------------------------------------
-
-
 class Arm(NamedTuple):
-    """An arm's words, read."""
+    """An arm's words, read.
+
+    Attributes:
+        name: the words, with one space between them.
+        kind: "none", "init", "random", "lr_equivalent", or "every": no rescaling before the first update.
+        every: rescale after every so many updates; None for never.
+        rescaled_clip: clip by the norm of the gradients as `init` has them.
+        options: of `rescale_`.
+    """
 
     name: str
-    kind: str  # none, init, random, lr_equivalent, or every: no rescaling before the first update
+    kind: str
     every: int | None
     rescaled_clip: bool
     options: dict[str, Any]
 
 
 def parse_arm(arm: str, common: Mapping[str, Any]) -> Arm:
+    """Read the words of an arm.
+
+    Args:
+        arm: as `compare` takes it.
+        common: options of `rescale_` for all arms, which the arm's own words override.
+
+    Raises:
+        TypeError, ValueError: it is no arm; the message names the word.
+    """
+
     def wrong(why: str) -> ValueError:
         return ValueError(f"arms: {arm!r} {why}; an arm is made of the words {_WORDS}")
 
@@ -51,7 +70,7 @@ def parse_arm(arm: str, common: Mapping[str, Any]) -> Arm:
         name, _, value = word.partition("=")
         if word in _KINDS:
             kinds.append(word)
-        elif name == "every" and value.isdecimal() and int(value) > 0:
+        elif name == "every" and re.fullmatch("0*[1-9][0-9]{0,9}", value):
             every = int(value)
         elif name in _CHOICES:
             try:
@@ -80,13 +99,24 @@ def parse_arm(arm: str, common: Mapping[str, Any]) -> Arm:
 def begin_arm(
     model: nn.Module, optimizer: torch.optim.Optimizer, arm: Arm, seed: int, *, apply: bool
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """What an arm does before the first update: its table, and for `lr_equivalent` the factor of each tensor."""
+    """Do what an arm does before the first update.
+
+    Args:
+        model, optimizer: with the seed's initial weights.
+        arm: the arm.
+        seed: decides which way `random` turns each α.
+        apply: False leaves the weights, which a resumed run has from its state; what an arm changes in the
+            optimizer's groups it changes either way.
+
+    Returns:
+        The table of the rescaling, with step 0; for `lr_equivalent` beside it the factor of each tensor.
+    """
     none = pd.DataFrame({"step": pd.Series(dtype="int64")})
     if arm.kind in ("none", "every"):
         return none, {}
     options = {name: value for name, value in arm.options.items() if name != "moments"}
-    own = _own(options)
-    table = plan_rescale(model, **options)
+    own = own_pairs(options.get("pairs", ()))
+    table = plan_rescale(model, progress=False, **options)
     factors: dict[str, float] = {}
     if arm.kind == "random":
         table = _turned(table, seed)
@@ -94,14 +124,10 @@ def begin_arm(
         factors = _one_factor(unwrap(model), scale_factors(model, table, pairs=own))
         _regroup(model, optimizer, factors)
     elif apply:
-        table = apply_(model, table, optimizer, pairs=own, moments=arm.options.get("moments", "transport"))
+        moments = arm.options.get("moments", "transport")
+        table = apply_(model, table, optimizer, pairs=own, moments=moments, progress=False)
     table.insert(0, "step", 0)
     return table, factors
-
-
-def _own(options: Mapping[str, Any]) -> Any:
-    pairs = options.get("pairs", ())
-    return None if all(isinstance(pair, str) for pair in pairs) else pairs
 
 
 def _turned(table: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -157,16 +183,18 @@ def _regroup(model: nn.Module, optimizer: torch.optim.Optimizer, factors: Mappin
 def scheduled(
     model: nn.Module, optimizer: torch.optim.Optimizer, arm: Arm, logger: ForceLogger, done: int
 ) -> Iterator[RescaleSchedule | None]:
+    """The arm's rescalings on the way, from update `done` on; None of an arm without."""
     if arm.every is None:
         yield None
         return
     with RescaleSchedule(
-        model, optimizer, every=arm.every, logger=logger, start_step=done, **arm.options
+        model, optimizer, every=arm.every, logger=logger, start_step=done, progress=False, **arm.options
     ) as schedule:
         yield schedule
 
 
 def joined_events(rescales: pd.DataFrame, schedule: RescaleSchedule | None) -> pd.DataFrame:
+    """What was done before the first update, and on the way."""
     tables = [rescales] + ([] if schedule is None else [schedule.events])
     tables = [table for table in tables if len(table)]
     return pd.concat(tables, ignore_index=True) if tables else rescales

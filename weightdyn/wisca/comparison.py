@@ -11,6 +11,7 @@ side, and what was killed is continued.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ import numpy as np
 import pandas as pd
 import scipy
 from torch import nn
-from tqdm import tqdm
 
-from weightdyn.core.tables import FORCES, By, aggregate, budget
+from weightdyn.core.checks import check_choice, check_number, check_path, check_whole, refuse, shown
+from weightdyn.core.progress import Progress, progress_bar
+from weightdyn.core.tables import FORCES, By, aggregate, budget, group_columns
 from weightdyn.explain.trajectory import pool_weibull
 from weightdyn.files.durable import write_file
-from weightdyn.record.runlog import RunLog
-from weightdyn.wisca.arms import ARMS, Arm, parse_arm
+from weightdyn.record.runlog import RunLog, RunLogError
+from weightdyn.wisca.apply import rescale_
+from weightdyn.wisca.arms import ARMS, parse_arm
+from weightdyn.wisca.plan import CHOICES, check_choices
 from weightdyn.wisca.runs import (
     Batches,
     Loss,
@@ -67,7 +71,7 @@ def compare(
     out: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
     n_jobs: int | None = None,
-    progress: bool = True,
+    progress: Progress = None,
     **options: Any,
 ) -> Comparison:
     """Train a model once for each arm and seed, with every force on record.
@@ -113,17 +117,18 @@ def compare(
             it. Kept as `info["config"]`, and `out` is refused if it holds runs of another one.
         n_jobs: runs at a time, as joblib counts (−1: as many as there are cores). Default: 1, or what
             `joblib.parallel_config` says.
-        progress: show a bar of the runs.
+        progress: a bar of the runs. None: where someone watches.
         options: of `rescale_` for all arms: pairs, norm, granularity, moments, power_of_two, max_alpha, errors.
 
     Returns:
         The comparison. In a process with as many threads as before, its runs are the same bit by bit.
 
     Raises:
-        ValueError: an arm or another argument is none of those accepted; `out` holds runs of other settings;
-            runs of a seed began with different weights, batches or optimizers; `lr_equivalent` of a tensor that
-            has more than one α (a fused one, or by head), for which there is no one learning rate.
-        TypeError: an optimizer that `ForceLogger` or `lr_equivalent` cannot take.
+        TypeError, ValueError: an arm or another argument is none of those accepted; `out` holds runs of other
+            settings; runs of a seed began with different weights, batches or optimizers; `lr_equivalent` of a
+            tensor that has more than one α (a fused one, or by head), for which there is no one learning rate; an
+            optimizer that `ForceLogger` or `lr_equivalent` cannot take.
+        RunLogError: a file in `out` is damaged.
 
     Source: WISCA is arXiv 2508.16676; the controls are ours.
 
@@ -140,19 +145,36 @@ def compare(
     >>> bool(shift.query("component == 'q' and quantity == 'lam' and step == 0")["difference"].item() < 0)
     True
     """
-    parsed = [parse_arm(arm, options) for arm in arms]
-    seeds = [int(seed) for seed in seeds]
-    _check(parsed, seeds, steps, clip, eval_every, log_every, weibull_every, save_every)
+    functions = {"make_model": make_model, "make_optimizer": make_optimizer, "batches": batches}
+    optional = {"loss": loss, "schedule": schedule, "evaluate": evaluate}
+    for argument, function in {**functions, **optional}.items():
+        if not callable(function) and not (argument in optional and function is None):
+            raise TypeError(f"{argument} must be a function, got {shown(function)}")
+    parsed = [parse_arm(arm, options) for arm in _several("arms", arms, "strings such as 'init'")]
+    seeds = [check_whole("seeds", seed) for seed in _several("seeds", seeds, "whole numbers")]
+    _check_once("arms", [arm.name for arm in parsed])
+    _check_once("seeds", seeds)
+    every = {"eval_every": eval_every, "log_every": log_every, "weibull_every": weibull_every}
+    for argument, number in {"steps": steps, **every, "save_every": save_every}.items():
+        check_whole(argument, number, 1)
+    check_number("clip", clip, 0, open_low=True, none="no clipping")
+    check_whole("n_jobs", n_jobs, None, none="as joblib.parallel_config says")
+    if n_jobs == 0:
+        raise ValueError(
+            "n_jobs must be a number of runs at a time, or -1 for as many as there are cores, got 0"
+        )
+    inspect.signature(rescale_).bind(None, **options)
+    check_choices(**{name: options[name] for name in CHOICES if name in options})
     settings = {
         "steps": steps,
         "clip": clip,
         "log_every": log_every,
         "weibull_every": weibull_every,
         "eval_every": eval_every if evaluate is not None else None,
-        "options": json.loads(json.dumps(options, default=str)),
-        "config": json.loads(json.dumps(config, default=str)),
+        "options": _as_json("options", options),
+        "config": _as_json("config", config),
     }
-    folder = None if out is None else Path(out)
+    folder = None if out is None else check_path("out", out, "the path of a folder for the runs, or None")
     if folder is not None:
         _open(folder, settings, [arm.name for arm in parsed], seeds)
     task = Task(
@@ -164,12 +186,8 @@ def compare(
     made = joblib.Parallel(n_jobs=n_jobs, return_as="generator")(
         joblib.delayed(train_run)(task, arm, seed, _place(folder, arm.name, seed)) for arm, seed in pairs
     )
-    runs = {
-        (arm.name, seed): run
-        for (arm, seed), run in zip(
-            pairs, tqdm(made, total=len(pairs), unit="run", disable=not progress), strict=True
-        )
-    }
+    bar = progress_bar(made, progress=progress, total=len(pairs), unit="run")
+    runs = {(arm.name, seed): run for (arm, seed), run in zip(pairs, bar, strict=True)}
     _check_paired(runs)
     return Comparison(runs, {**settings, "arms": [arm.name for arm in parsed], "seeds": seeds})
 
@@ -192,8 +210,9 @@ class Comparison:
 
         Raises:
             FileNotFoundError: there is no comparison, or none of its runs is at its end.
+            RunLogError: a file there is damaged, or none that `compare` wrote.
         """
-        folder = Path(path)
+        folder = check_path("path", path, "the folder passed to compare as out")
         info = _read_index(folder)
         if info is None:
             raise FileNotFoundError(
@@ -220,7 +239,12 @@ class Comparison:
         return list(dict.fromkeys(seed for _, seed in self.runs))
 
     def forces(self, by: By | Sequence[str] | None = None) -> pd.DataFrame:
-        """Force tables of all runs, with `arm` and `seed` before their columns; `by` as in `RunLog.forces`."""
+        """Force tables of all runs, with `arm` and `seed` before their columns.
+
+        Args:
+            by: sum over the tensors of each "layer", "component", "role", over the "model", or over a list of such
+                columns; None leaves one row per tensor.
+        """
         return self._stacked(lambda run: run.log.forces(by))
 
     def weibull(self) -> pd.DataFrame:
@@ -240,7 +264,7 @@ class Comparison:
         arm: str,
         against: str = "none",
         *,
-        by: By | Sequence[str] = "model",
+        by: By | Sequence[str] | None = "model",
         window: int = 1,
         confidence: float = 0.95,
     ) -> pd.DataFrame:
@@ -253,36 +277,33 @@ class Comparison:
             arm: what is shifted.
             against: what it is held against.
             by: sum the forces and pool the Weibull laws of each "layer", "component", "role", of the whole
-                "model", or of a list of such columns.
+                "model", or of a list of such columns; None compares tensor by tensor.
             window: take so many updates together: forces are summed over them (and shares are those of the
                 sums), all else is averaged.
             confidence: of the interval.
 
         Returns:
-            A row for each step (the window's last; 0 is before the first update), group and `quantity`: the
-            shares |F|/Σ|F| of the forces (fractions), the forces per update, norm_sq (‖w‖² before the update),
-            `lam` and `k`, and every loss, whose group is missing. Columns `value` and `control` (means over
-            the seeds of either arm), `difference`, `low`, `high` (NaN of one seed), `seeds` (n).
+            A row for each step, group and `quantity`, with the columns of `core.tables.SHIFT_TABLE`: the shares
+            |F|/Σ|F| of the forces (fractions), the forces per update, norm_sq (‖w‖² before the update), `lam` and
+            `k`, and every loss, whose group is missing.
 
         Raises:
-            ValueError: no such arm; the two share no seed; an unknown `by`.
+            TypeError, ValueError: no such arm; the two share no seed; an unknown `by`.
         """
-        for argument, name in (("arm", arm), ("against", against)):
-            if name not in self.arms:
-                raise ValueError(f"{argument} must be one of {self.arms}, got {name!r}")
-        if window < 1 or not 0 < confidence < 1:
-            raise ValueError(
-                f"window must be a whole number ≥ 1 and confidence in (0, 1), got {window!r} and {confidence!r}"
-            )
+        check_choice("arm", arm, self.arms)
+        check_choice("against", against, self.arms)
+        check_whole("window", window, 1, 2**31)
+        check_number("confidence", confidence, 0, 1, open_low=True, open_high=True)
         seeds = [seed for seed in self.seeds if {(arm, seed), (against, seed)} <= set(self.runs)]
         if not seeds:
             raise ValueError(
                 f"arm {arm!r} and {against!r} share no seed; compare them again with the same seeds"
             )
-        keys = [key for key in ([by] if isinstance(by, str) else by) if key != "model"]
-        paired = []
+        keys, paired = [], []
         for seed in seeds:
-            ours, theirs = (_values(self.runs[name, seed].log, by, keys, window) for name in (arm, against))
+            logs = [self.runs[name, seed].log for name in (arm, against)]
+            keys = group_columns(logs[0].forces(), by)
+            ours, theirs = (_values(log, by, keys, window) for log in logs)
             paired.append(ours.merge(theirs, on=["step", *keys, "quantity"], suffixes=("", "_control")))
         table = pd.concat(paired, ignore_index=True)
         table["difference"] = table["value"] - table["value_control"]
@@ -311,7 +332,7 @@ class Comparison:
         return "\n".join([f"Comparison of {len(self.runs)} runs, {self.info['steps']:,} updates each", *rows])
 
 
-def _values(log: RunLog, by: By | Sequence[str], keys: list[str], window: int) -> pd.DataFrame:
+def _values(log: RunLog, by: By | Sequence[str] | None, keys: list[str], window: int) -> pd.DataFrame:
     """What is compared of one run, in long form: step, groups, quantity, value."""
     forces = aggregate(log.forces(), by)
     forces["updates"] = forces["span"]
@@ -343,21 +364,23 @@ def _long(table: pd.DataFrame, keys: list[str], names: Sequence[str]) -> pd.Data
     return table.melt(["step", *keys], list(names), "quantity", "value")
 
 
-def _check(arms: list[Arm], seeds: list[int], steps: int, clip: float | None, *every: int) -> None:
-    names = [arm.name for arm in arms]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"arms must be one or more, each once, got {names}")
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds must be whole numbers ≥ 0, each once, got {seeds}")
-    if any(
-        isinstance(number, bool) or not isinstance(number, int) or number < 1 for number in (steps, *every)
-    ):
-        raise ValueError(
-            "steps, eval_every, log_every, weibull_every and save_every must be whole numbers ≥ 1, "
-            f"got {(steps, *every)}"
-        )
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be a number > 0, or None for no clipping, got {clip!r}")
+def _several(argument: str, values: Any, what: str) -> list[Any]:
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise refuse(argument, f"several {what}, in a list", values)
+    return list(values)
+
+
+def _check_once(argument: str, values: list[Any]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{argument} must be one or more, each once, got {values}")
+
+
+def _as_json(argument: str, value: Any) -> Any:
+    """What a value comes back as from comparison.json."""
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument} must be what JSON can hold: {error}") from None
 
 
 def _check_paired(runs: Mapping[tuple[str, int], Run]) -> None:
@@ -380,8 +403,33 @@ def _place(folder: Path | None, arm: str, seed: int) -> Path | None:
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
+    """What the folder's index says; None if there is none."""
     path = folder / INDEX
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    reason = "it is no regular file"
+    if path.is_file():
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            return _check_index(index)
+        except (ValueError, TypeError, RecursionError) as error:
+            reason = f"it is damaged, or was not written by compare ({error})"
+    raise RunLogError(
+        f"{path} cannot be read: {reason}. Copy it from a backup; or delete it and call compare again with the "
+        "same arguments: runs that are there are not made again"
+    )
+
+
+def _check_index(index: Any) -> dict[str, Any]:
+    """Raise if something else stands where `compare` writes arms, seeds and steps; arms name folders."""
+    if not isinstance(index, dict):
+        raise TypeError(f"it holds a {type(index).__name__}")
+    check_whole("steps", index.get("steps"), 1)
+    for arm in _several("arms", index.get("arms"), "strings"):
+        parse_arm(arm, {})
+    for seed in _several("seeds", index.get("seeds"), "whole numbers"):
+        check_whole("seeds", seed)
+    return index
 
 
 def _open(folder: Path, settings: dict[str, Any], arms: list[str], seeds: list[int]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from weightdyn.core.checks import check_flag, check_text, check_whole, shown
 from weightdyn.core.naming import describe
 
 KINDS = {
@@ -48,6 +49,12 @@ class Part:
     channels: Tensor
     measured: bool = True
 
+    def __post_init__(self):
+        check_text("name", self.name, "a parameter's name")
+        check_whole("axis", self.axis)
+        check_flag("measured", self.measured)
+        _check_labels("channels", self.channels, -1)
+
 
 @dataclass(frozen=True, eq=False)
 class ScalingPair:
@@ -59,8 +66,9 @@ class ScalingPair:
         a: parts of the side that is multiplied by α.
         b: parts of the side that is multiplied by 1/α.
         heads: int64 (channels,), the head (or key-value group) of each channel; None if all are one.
-        layer: block index; None outside the blocks.
+        layer: block index in its stack; None outside the blocks.
         refused: why this pair cannot be rescaled; None if it can.
+        stack: which stack of blocks, as `describe` names it; stack and layer together are unique in a model.
 
     With grouped heads every query head of a group meets the same k and v: their rows share its channels.
 
@@ -78,11 +86,23 @@ class ScalingPair:
     heads: Tensor | None = None
     layer: int | None = None
     refused: str | None = None
+    stack: str = ""
+
+    def __post_init__(self):
+        check_text("kind", self.kind, "a kind of pairs, such as 'vo'")
+        for name, side in (("a", self.a), ("b", self.b)):
+            several = isinstance(side, Sequence) and not isinstance(side, str)
+            if not several or not all(isinstance(part, Part) for part in side):
+                raise TypeError(f"{name} must be Parts, in a list, got {shown(side)}")
+        if self.heads is not None:
+            _check_labels("heads", self.heads, 0)
+        check_whole("layer", self.layer, none="outside the blocks")
 
     @property
     def size(self) -> int:
         """Number of channels."""
-        return max((int(part.channels.max()) + 1 for part in (*self.a, *self.b)), default=0)
+        tops = [int(part.channels.max()) for part in (*self.a, *self.b) if len(part.channels)]
+        return max(tops, default=-1) + 1
 
     @property
     def head_count(self) -> int:
@@ -102,6 +122,13 @@ class ScalingPair:
             return f"ScalingPair({self}, refused: {self.refused})"
         names = [" + ".join(part.name for part in side if part.measured) for side in (self.a, self.b)]
         return f"ScalingPair({self}: {names[0]} · {names[1]}, {self.head_count} heads, {self.size} channels)"
+
+
+def _check_labels(argument: str, labels: Any, low: int) -> None:
+    plain = isinstance(labels, Tensor) and labels.layout == torch.strided and not labels.is_meta
+    whole = plain and labels.ndim == 1 and not (labels.is_floating_point() or labels.is_complex())
+    if not whole or (labels.numel() and int(labels.min()) < low):
+        raise TypeError(f"{argument} must be a 1-D tensor of whole numbers >= {low}, got {shown(labels)}")
 
 
 class _Family(NamedTuple):
@@ -293,15 +320,20 @@ def _adapters(model: nn.Module) -> Iterator[ScalingPair]:
             for adapter in getattr(module, first, None) or ():
                 names = [f"{path}.{each}.{adapter}{ending}" for each in (first, second)]
                 rank, other = model.get_parameter(names[0]).shape[0], model.get_parameter(names[1]).shape[1]
-                layer = describe(names[0], ()).layer
                 where = f"{path}.{adapter}"
                 if rank != other:
                     reason = f"its A has {rank} rows and its B {other} columns"
-                    yield ScalingPair("lora", where, layer=layer, refused=reason)
+                    yield _placed(ScalingPair("lora", where, refused=reason), names[0])
                     continue
                 rows = torch.arange(rank)
                 a, b = (Part(name, axis, rows) for axis, name in enumerate(names))
-                yield ScalingPair("lora", where, (a,), (b,), layer=layer)
+                yield _placed(ScalingPair("lora", where, (a,), (b,)), names[0])
+
+
+def _placed(pair: ScalingPair, name: str) -> ScalingPair:
+    """The pair with the stack and the layer of one of its parameters."""
+    described = describe(name, ())
+    return dataclasses.replace(pair, stack=described.stack, layer=described.layer)
 
 
 # --- the families -------------------------------------------------------------------------------------------
@@ -321,7 +353,8 @@ def _known(model: nn.Module) -> Iterator[ScalingPair]:
     if not blocks:
         raise ValueError(f"model is of type {kind!r}, but has no block with {_FAMILIES[kind].o}; {_HOW_TO}")
     for block in blocks:
-        yield from (block.qk(), block.vo(), block.up_down(), *block.norms())
+        for pair in (block.qk(), block.vo(), block.up_down(), *block.norms()):
+            yield _placed(pair, f"{block.attention}.weight")
     yield from blocks[-1].final()
 
 
@@ -335,7 +368,6 @@ class _Block:
         if match is None or not self.exists:
             return
         self.parent = match["parent"]
-        self.layer = int(match["layer"])
         self.attention = f"{path}.{family.o.rpartition('.')[0]}"
         self.head_count = int(config.num_attention_heads)
         self.kv_count = int(getattr(config, "num_key_value_heads", None) or self.head_count)
@@ -353,14 +385,14 @@ class _Block:
         else:
             a, b = (self._rows(part, self._channels(part, inner)) for part in ("q", "k"))
             heads = _head_of(self.kv_count, width)
-        return ScalingPair("qk", self.attention, a, b, heads, self.layer)
+        return ScalingPair("qk", self.attention, a, b, heads)
 
     def vo(self) -> ScalingPair:
         inner = torch.arange(self.head_dim)
         # An o column meets the query head whose output it reads, and through it the v of that head's group.
         o = self._columns("o", self._channels("q", inner))
         v = self._rows("v", self._channels("v", inner))
-        return ScalingPair("vo", self.attention, o, v, _head_of(self.kv_count, self.head_dim), self.layer)
+        return ScalingPair("vo", self.attention, o, v, _head_of(self.kv_count, self.head_dim))
 
     def up_down(self) -> ScalingPair:
         module = f"{self.path}.{self.family.up.rpartition('.')[0]}".rstrip(".")
@@ -374,21 +406,21 @@ class _Block:
                 f"its activation {name!r} is not positively homogeneous, so up and down are no pair; "
                 f"that takes a gated MLP, or one of {', '.join(_HOMOGENEOUS)}"
             )
-            return ScalingPair("up_down", module, layer=self.layer, refused=reason)
+            return ScalingPair("up_down", module, refused=reason)
         inner = torch.arange(self._weight(self._of("down")).shape[0 if self.family.conv1d else 1])
         up, down = self._rows("up", inner), self._columns("down", inner)
-        return ScalingPair("up_down", module, up, down, layer=self.layer)
+        return ScalingPair("up_down", module, up, down)
 
     def norms(self) -> Iterator[ScalingPair]:
         behind = "its norms stand behind attention and MLP, and the residual stream sees their gains"
         if not self.family.norms:
-            yield ScalingPair("norm", self.path, layer=self.layer, refused=behind)
+            yield ScalingPair("norm", self.path, refused=behind)
         for norm, linears in self.family.norms:
             module = f"{self.path}.{norm}"
             if not getattr(self.config, "do_layer_norm_before", True):
-                yield ScalingPair("norm", module, layer=self.layer, refused=behind)
+                yield ScalingPair("norm", module, refused=behind)
             else:
-                yield self._norm(module, [self._of(each) for each in linears], self.layer)
+                yield self._norm(module, [self._of(each) for each in linears])
 
     def final(self) -> Iterator[ScalingPair]:
         """The norm behind the last block, where a head of its own reads it."""
@@ -397,18 +429,16 @@ class _Block:
         norm = f"{prefix}{self.family.final}"
         if heads and self._has(norm):
             # Unlike a block's, the head is a Linear in every family.
-            yield self._norm(norm, heads[:1], None, transposed=False)
+            yield self._norm(norm, heads[:1], transposed=False)
 
-    def _norm(
-        self, module: str, linears: list[str], layer: int | None, transposed: bool | None = None
-    ) -> ScalingPair:
+    def _norm(self, module: str, linears: list[str], transposed: bool | None = None) -> ScalingPair:
         gain = getattr(self.model.get_submodule(module), "weight", None)
         if gain is None:
-            return ScalingPair("norm", module, layer=layer, refused="it has no gain")
+            return ScalingPair("norm", module, refused="it has no gain")
         channels = torch.arange(gain.numel())
         transposed = self.family.conv1d if transposed is None else transposed
         columns = [Part(f"{name}.weight", 0 if transposed else 1, channels) for name in linears]
-        return ScalingPair("norm", module, self._gain(module, channels), columns, layer=layer)
+        return ScalingPair("norm", module, self._gain(module, channels), columns)
 
     def _of(self, part: str) -> str:
         return f"{self.path}.{getattr(self.family, part)}"

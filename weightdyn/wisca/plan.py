@@ -7,15 +7,16 @@ changed and applied to another copy of the model, and it is all that undoing tak
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from weightdyn.core.checks import check_choice, check_flag, check_instance, check_number, refuse
+from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.wisca.pairs import KINDS, Part, ScalingPair, find_pairs, is_plain, shared_parameters, unwrap
 
 Norm = Literal["l1", "l2", "rms"]
@@ -23,6 +24,9 @@ Granularity = Literal["tensor", "head", "channel"]
 Moments = Literal["transport", "keep", "reset"]
 Errors = Literal["raise", "skip"]
 Pairs = Sequence[str] | Sequence[ScalingPair]
+
+CHOICES: dict[str, Any] = {"norm": Norm, "granularity": Granularity, "moments": Moments, "errors": Errors}
+"""Arguments of `rescale_` that are one of a few words, and their words."""
 
 
 def plan_rescale(
@@ -34,6 +38,7 @@ def plan_rescale(
     power_of_two: bool = False,
     max_alpha: float | None = None,
     errors: Errors = "raise",
+    progress: Progress = None,
 ) -> pd.DataFrame:
     """Find the α of every pair and change nothing: the table that `rescale_` applies.
 
@@ -43,17 +48,14 @@ def plan_rescale(
     """
     model = unwrap(model)
     check_choices(norm=norm, granularity=granularity, errors=errors)
-    if max_alpha is not None and not max_alpha >= 1:
-        raise ValueError(
-            f"max_alpha must be a number ≥ 1 (α stays in [1/max_alpha, max_alpha]), got {max_alpha!r}"
-        )
+    check_flag("power_of_two", power_of_two)
+    check_number("max_alpha", max_alpha, 1, none="no bound")
     chosen = _chosen(model, pairs)
     shared = shared_parameters(model)
-    planned: dict[
-        str, list[tuple[int, Tensor]]
-    ] = {}  # factors of pairs before, which a later pair's norms see
+    # Factors of the pairs before, which a later pair's norms see.
+    planned: dict[str, list[tuple[int, Tensor]]] = {}
     tables, problems = [], []
-    for pair in tqdm(chosen, desc="norms", unit="pair", delay=3):
+    for pair in progress_bar(chosen, progress=progress, desc="norms", unit="pair", delay=3):
         reason = pair.refused or _unfit(model, pair, shared)
         unit = _units(pair, granularity) if reason is None else torch.zeros(1, dtype=torch.long)
         a, b = (np.full(int(unit.max()) + 1, np.nan) for _ in range(2))
@@ -90,17 +92,20 @@ def scale_factors(
         pairs: your own pairs, if the table was made with such.
 
     Raises:
+        TypeError: `table` or `pairs` is none.
         ValueError: the table names a pair that the model has not, or an α that is not a positive number.
     """
     model = unwrap(model)
-    if not isinstance(table, pd.DataFrame) or not {"pair", "module", "head", "channel", "alpha"} <= set(
-        table
-    ):
-        raise TypeError("table must be what rescale_ or plan_rescale returns")
-    known = {(pair.kind, pair.module): pair for pair in (find_pairs(model) if pairs is None else pairs)}
+    check_rescale_table(table)
+    own = None if pairs is None else own_pairs(pairs)
+    if pairs is not None and (own is None or len(own) < len(pairs)):
+        raise TypeError(
+            f"pairs must be the ScalingPairs that the table was made with, or None, got {pairs!r}"
+        )
+    known = {(pair.kind, pair.module): pair for pair in (find_pairs(model) if own is None else own)}
     found: dict[str, dict[int, Tensor]] = {}
     for key, rows in table.sort_values(["head", "channel"]).groupby(["pair", "module"], sort=False):
-        alpha = rows["alpha"].to_numpy(float)
+        alpha = rows["alpha"].to_numpy(float, na_value=math.nan)
         if not (np.isfinite(alpha) & (alpha > 0)).all():
             raise ValueError(f"table: every alpha must be a number > 0, got {alpha.tolist()} for {key}")
         if (alpha == 1).all():
@@ -124,21 +129,39 @@ def scale_factors(
     return found
 
 
-# --- planning -----------------------------------------------------------------------------------------------
+def own_pairs(pairs: Pairs) -> Sequence[ScalingPair] | None:
+    """Those of the argument `pairs` that are pairs of the user's own; None if it names kinds."""
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        return None
+    return [pair for pair in pairs if isinstance(pair, ScalingPair)] or None
 
 
 def check_choices(**given: object) -> None:
-    """Raise a ValueError that names an argument of choices whose value is none of them."""
-    accepted = {"norm": Norm, "granularity": Granularity, "moments": Moments, "errors": Errors}
+    """Raise an error that names an argument of `CHOICES` whose value is none of them."""
     for name, value in given.items():
-        choices = accepted[name].__args__
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        check_choice(name, value, CHOICES[name].__args__)
 
 
-def own_pairs(pairs: Pairs) -> Sequence[ScalingPair] | None:
-    own = [pair for pair in pairs if isinstance(pair, ScalingPair)]
-    return own or None
+def check_rescale_table(table: Any) -> pd.DataFrame:
+    """Return `table` if it is one of `plan_rescale` or `rescale_`, else raise a TypeError."""
+    wanted = ("pair", "module", "head", "channel", "alpha")
+    made_by = "table must be what rescale_ or plan_rescale returns"
+    check_instance("table", table, pd.DataFrame, made_by.removeprefix("table must be "))
+    if missing := [name for name in wanted if name not in table]:
+        raise TypeError(f"{made_by}: it lacks the columns {missing}")
+    if not pd.api.types.is_numeric_dtype(table["alpha"]):
+        raise TypeError(f"{made_by}: its alpha must hold numbers, got {table['alpha'].dtype}")
+    return table
+
+
+def along(factor: Tensor, axis: int, tensor: Tensor) -> Tensor:
+    """The factors of an axis in the shape in which they multiply `tensor`, on its device."""
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    return factor.to(tensor.device).view(shape)
+
+
+# --- how a plan is made -------------------------------------------------------------------------------------
 
 
 def _chosen(model: nn.Module, pairs: Pairs) -> list[ScalingPair]:
@@ -150,10 +173,12 @@ def _chosen(model: nn.Module, pairs: Pairs) -> list[ScalingPair]:
         if len({(pair.kind, pair.module) for pair in own}) < len(own):
             raise ValueError("pairs: two of them have the same kind and module; these must tell them apart")
         return list(own)
-    if isinstance(pairs, str) or not pairs or not set(pairs) <= set(KINDS):
-        raise ValueError(
-            f"pairs must be some of {tuple(KINDS)} such as ('qk', 'vo'), or ScalingPairs, got {pairs!r}"
-        )
+    several = isinstance(pairs, Sequence | Set) and not isinstance(pairs, str)
+    if not several or not pairs or not all(isinstance(kind, str) and kind in KINDS for kind in pairs):
+        accepted = f"some of {tuple(KINDS)} such as ('qk', 'vo'), or ScalingPairs"
+        if several:
+            raise ValueError(f"pairs must be {accepted}, got {pairs!r}")
+        raise refuse("pairs", accepted, pairs)
     found = find_pairs(model)
     kinds = {pair.kind for pair in found}
     if missing := [kind for kind in pairs if kind not in kinds]:
@@ -262,6 +287,7 @@ def _rows(
         {
             "pair": pair.kind,
             "module": pair.module,
+            "stack": pair.stack,
             "layer": pd.array([pd.NA if pair.layer is None else pair.layer] * count, dtype="Int64"),
             "head": pd.array(head or missing, dtype="Int64"),
             "channel": pd.array(channel or missing, dtype="Int64"),
@@ -283,9 +309,6 @@ def _worse(sides: tuple[str, str], a: float, b: float) -> tuple[str, float]:
     return (sides[1], b) if np.isfinite(a) and a > 0 else (sides[0], a)
 
 
-# --- applying -----------------------------------------------------------------------------------------------
-
-
 def _pair_factors(pair: ScalingPair, alpha: Tensor) -> list[tuple[str, int, Tensor]]:
     """Name, axis and factors of every part, from the α of each channel."""
     found = []
@@ -296,9 +319,3 @@ def _pair_factors(pair: ScalingPair, alpha: Tensor) -> list[tuple[str, int, Tens
             factor[inside] = scale[part.channels[inside]]
             found.append((part.name, part.axis, factor))
     return found
-
-
-def along(factor: Tensor, axis: int, tensor: Tensor) -> Tensor:
-    shape = [1] * tensor.ndim
-    shape[axis] = -1
-    return factor.to(tensor.device).view(shape)

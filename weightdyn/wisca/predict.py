@@ -14,15 +14,17 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from weightdyn.core.checks import check_betas, check_whole
 from weightdyn.core.forces import noise_rho
 from weightdyn.core.naming import describe, split_label
-from weightdyn.core.tables import FORCE_TABLE, FORCES, check_force_table
+from weightdyn.core.tables import FORCE_TABLE, FORCES, check_force_table, check_weibull_table
+from weightdyn.record.runlog import RunLog
 from weightdyn.wisca.pairs import ScalingPair, unwrap
-from weightdyn.wisca.plan import Moments, check_choices, scale_factors
+from weightdyn.wisca.plan import Moments, check_choices, check_rescale_table, scale_factors
 
 
 def predict_shift(
-    before: pd.DataFrame,
+    before: pd.DataFrame | RunLog,
     table: pd.DataFrame,
     model: nn.Module,
     *,
@@ -61,7 +63,8 @@ def predict_shift(
     (`ForceLogger(views="head")`) the rows of q, k and v are known.
 
     Args:
-        before: a force table or a Weibull table of the model that was not rescaled.
+        before: a force table or a Weibull table of the model that was not rescaled, or its `RunLog`, of which the
+            force table is taken.
         table: of `rescale_` or `plan_rescale`.
         model: the model, for names and shapes.
         pairs: your own pairs, if the table was made with such.
@@ -79,41 +82,45 @@ def predict_shift(
 
     Source: the algebra of `forces_from_products`; ρ is the variance of an exponential mean of white noise.
     """
-    moments = moments or next(iter(table["moments"].dropna()), "transport")
+    check_rescale_table(table)
+    if moments is None:
+        moments = next(iter(table["moments"].dropna() if "moments" in table else ()), "transport")
     check_choices(moments=moments)
-    is_weibull = isinstance(before, pd.DataFrame) and {"step", "tensor", "k", "lam"} <= set(before)
-    if not is_weibull:
-        check_force_table(before, argument="before")
-    if "tensor" not in before:
+    betas = check_betas("betas", betas)
+    check_whole("at", at, 0, none="just before the first row")
+    is_weibull = {"step", "tensor", "k", "lam"} <= set(getattr(before, "columns", ()))
+    check = check_weibull_table if is_weibull else check_force_table
+    old = check(before, argument="before", unique=True)
+    if "tensor" not in old:
         raise ValueError("before has no column 'tensor': give the table of the tensors, not of their sums")
-    first = int(before["step"].min()) - (0 if is_weibull else 1) if len(before) else 0
+    first = int(old["step"].min()) - (0 if is_weibull else 1) if len(old) else 0
     at = first if at is None else at
-    j = before["step"].to_numpy(float) - at
-    factors = _row_factors(model, scale_factors(model, table, pairs=pairs), before["tensor"])
+    j = old["step"].to_numpy(float) - at
+    factors = _row_factors(model, scale_factors(model, table, pairs=pairs), old["tensor"])
     if is_weibull:
         f = np.where(j >= 0, factors, 1.0)
-        return before.assign(lam=before["lam"] * f, k=before["k"] * (f / f), factor=f)
+        return old.assign(lam=old["lam"] * f, k=old["k"] * (f / f), factor=f)
     f = np.where(j >= 1, factors, 1.0)
     if moments == "transport" or at == 0:
         alignment, injection = f, np.ones_like(f)
     else:
-        missing = [name for name in ("lr", "numel") if name not in before]
+        missing = [name for name in ("lr", "numel") if name not in old]
         if missing:
             raise ValueError(f"before lacks the columns {missing}, which {moments!r} needs")
-        u_sq = (before["injection"] / (before["lr"] ** 2 * before["numel"])).to_numpy(float)
+        u_sq = (old["injection"] / (old["lr"] ** 2 * old["numel"])).to_numpy(float)
         alignment, after = _faded(f, np.maximum(j, 1), u_sq, moments, *betas)
         injection = np.divide(after, u_sq, out=np.ones_like(f), where=u_sq > 0)
         touched = ~(f == 1) & (j >= 1)
         alignment, injection = (np.where(touched, each, 1.0) for each in (alignment, injection))
-    shifted = before[[name for name in FORCE_TABLE if name in before]].assign(
-        norm_sq=before["norm_sq"] * f**2,
-        alignment=before["alignment"] * alignment,
-        injection=before["injection"] * injection,
-        decay=before["decay"] * f**2,
+    shifted = old[[name for name in FORCE_TABLE if name in old]].assign(
+        norm_sq=old["norm_sq"] * f**2,
+        alignment=old["alignment"] * alignment,
+        injection=old["injection"] * injection,
+        decay=old["decay"] * f**2,
     )
-    if "norm_sq_after" in before:
+    if "norm_sq_after" in old:
         after_sq = shifted["norm_sq"] + shifted["span"] * shifted[list(FORCES)].sum(axis=1, skipna=False)
-        shifted["norm_sq_after"] = after_sq.where(before["norm_sq_after"].notna())
+        shifted["norm_sq_after"] = after_sq.where(old["norm_sq_after"].notna())
     return shifted.assign(factor=f)
 
 

@@ -1,15 +1,20 @@
-"""Prove on a batch that a rescaling changes nothing: outputs, loss and gradients."""
+"""Prove on a batch that a rescaling changes nothing: outputs, loss and gradients.
+
+The proof looks at what the network computes and not at what the pairs say, so it finds a pair that is none: in
+float64 what is left of the difference is rounding, or it is a mistake.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from weightdyn.core.checks import check_instance, shown
 from weightdyn.wisca.apply import apply_, scale_by
 from weightdyn.wisca.pairs import unwrap
 from weightdyn.wisca.plan import Pairs, own_pairs, plan_rescale, scale_factors
@@ -39,12 +44,15 @@ def check_equivalence(
         pairs: as in `rescale_`; your own pairs, if the table was made with such.
         forward: for models that do not return transformers' outputs: a function of a model and the batch, that
             returns outputs and loss. Without a loss (None) the gradients are those of the outputs' mean square.
-        options: of `plan_rescale`: norm, granularity, power_of_two, max_alpha, errors.
+        options: of `plan_rescale`: norm, granularity, power_of_two, max_alpha, errors, progress.
 
     Returns:
         Rows for each `dtype` and `quantity` ("outputs", "loss", "gradients"): `difference` (max|Δ|), `magnitude`
         (the largest before; of gradients that of all tensors), `relative` (their ratio), and `tensor`, the one
         whose gradient differs most.
+
+    Raises:
+        TypeError, ValueError: `model`, `batch` or `table` is none, or what `plan_rescale` raises.
 
     Memory: one copy of the model and its gradients, in float64 at last.
 
@@ -57,6 +65,16 @@ def check_equivalence(
     0.0
     """
     model = unwrap(model)
+    if forward is None:
+        what = "token ids (whole numbers), or a dict of the model's arguments; give forward= for others"
+        check_instance("batch", batch, (Tensor, Mapping), what)
+        ids = isinstance(batch, Tensor) and not (
+            batch.is_floating_point() or batch.is_sparse or batch.is_meta
+        )
+        if not len(batch) or (isinstance(batch, Tensor) and not ids):
+            raise ValueError(f"batch must be {what}, got {shown(batch)}")
+    elif not callable(forward):
+        raise TypeError(f"forward must be a function of a model and a batch, or None, got {shown(forward)}")
     if table is None:
         table = plan_rescale(model, pairs=pairs, **options)
     elif options:
@@ -68,7 +86,7 @@ def check_equivalence(
         twin = copy.deepcopy(model).eval()
         twin = twin if dtype is None else twin.to(dtype)
         before = _measure(twin, batch, dtype, forward)
-        apply_(twin, table, pairs=own)
+        apply_(twin, table, pairs=own, progress=False)
         after = _measure(twin, batch, dtype, forward)
         gradients = before.pop("gradients"), after.pop("gradients")
         kind = str(before["outputs"].dtype).removeprefix("torch.")

@@ -14,8 +14,11 @@ import pandas as pd
 import torch
 from torch import nn
 
+from weightdyn.core.checks import check_instance, check_whole, refuse
 from weightdyn.record.logger import ForceLogger
+from weightdyn.record.optimizers import check_optimizer, updates_made
 from weightdyn.wisca.apply import rescale_
+from weightdyn.wisca.plan import CHOICES, check_choices
 
 EVENT = "wisca rescale"
 """What a rescaling is called in the column `event` of a run's metrics."""
@@ -37,7 +40,7 @@ class RescaleSchedule:
         every: rescale after every n-th update as well (WISCA: 250).
         logger: write each rescaling into its log: a row of the metrics with `event` = "wisca rescale".
         start_step: updates made before. Default: what the optimizer's state says.
-        options: of `rescale_`: pairs, norm, granularity, moments, power_of_two, max_alpha, errors.
+        options: of `rescale_`: pairs, norm, granularity, moments, power_of_two, max_alpha, errors, progress.
 
     Attributes:
         step: updates made so far, counted by calls of `optimizer.step()`.
@@ -61,20 +64,22 @@ class RescaleSchedule:
         start_step: int | None = None,
         **options: Any,
     ):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"every must be a whole number ≥ 1, or None, got {every!r}")
-        self._at = frozenset(at)
-        if wrong := [step for step in self._at if not isinstance(step, int) or step < 0]:
-            raise ValueError(f"at must hold numbers of updates, 0 or more, got {wrong}")
+        check_instance("model", model, nn.Module, "a torch.nn.Module")
+        check_optimizer(optimizer)
+        check_whole("every", every, 1, none="only the updates in at")
+        check_whole("start_step", start_step, 0, none="what the optimizer's state says")
+        kinds = (ForceLogger, type(None))
+        check_instance("logger", logger, kinds, "a ForceLogger, or None")
+        if isinstance(at, str) or not isinstance(at, Iterable):
+            raise refuse("at", "numbers of updates, such as (0, 100)", at)
+        self._at = frozenset(check_whole("at", step) for step in at)
         if not self._at and every is None:
             raise ValueError("at or every must be given; at=(0,) rescales once, before the first update")
         inspect.signature(rescale_).bind(model, optimizer, **options)
+        check_choices(**{name: options[name] for name in CHOICES if name in options})
         self._model, self._optimizer, self._every = model, optimizer, every
         self._logger, self._options = logger, options
-        made = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
-        self.step = max(made, default=0) if start_step is None else start_step
+        self.step = updates_made(optimizer) if start_step is None else start_step
         self._tables: list[pd.DataFrame] = []
         if self.step == 0 and 0 in self._at:
             self._rescale()
