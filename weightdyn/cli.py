@@ -111,7 +111,7 @@ def train_command(
     seq_len: Annotated[int, typer.Option(help="Bytes in a sequence.")] = _DEFAULTS.seq_len,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _DEFAULTS.lr,
     schedule: Annotated[str, typer.Option(help="cosine or constant.")] = _DEFAULTS.schedule,
-    warmup: Annotated[int, typer.Option(help="Updates of linear warm-up.")] = _DEFAULTS.warmup,
+    warmup: Annotated[int, typer.Option(help="Updates of linear warm-up, at most steps.")] = _DEFAULTS.warmup,
     floor: Annotated[float, typer.Option(help="The cosine's end, as a fraction of lr.")] = _DEFAULTS.floor,
     betas: Annotated[tuple[float, float], typer.Option(help="AdamW's.")] = _DEFAULTS.betas,
     eps: Annotated[float, typer.Option(help="AdamW's.")] = _DEFAULTS.eps,
@@ -137,7 +137,7 @@ def train_command(
             seq_len=seq_len,
             lr=lr,
             schedule=schedule,  # type: ignore[arg-type]  # checked by TrainConfig
-            warmup=warmup,
+            warmup=min(warmup, steps),
             floor=floor,
             betas=betas,
             eps=eps,

@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from weightdyn.cli import app
 from weightdyn.files.durable import write_file
 from weightdyn.record.runlog import RunLog, RunLogError, RunWriter
 from weightdyn.train import trainer as selftrain
@@ -575,3 +577,11 @@ def test_wrong_arguments_of_the_trainer_are_named(tmp_path):
         Corpus.read().batch(0, -1, 2, 8)
     with pytest.raises(TypeError, match="info must be the info of a run"):
         TrainConfig.from_info([])  # type: ignore[arg-type]
+
+
+def test_the_command_warms_up_no_longer_than_it_trains(tmp_path):
+    (tmp_path / "book.txt").write_text("all work and no play " * 100)
+    options = ["--steps", "2", "--batch-size", "1", "--seq-len", "8", "--corpus", str(tmp_path / "book.txt")]
+    result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run"), *options])
+    assert result.exit_code == 0, result.output
+    assert RunLog(tmp_path / "run").metrics()["lr"].dropna().tolist() == [0.0005, 0.001]

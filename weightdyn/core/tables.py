@@ -351,7 +351,7 @@ def group_columns(table: pd.DataFrame, by: By | Sequence[str] | None) -> list[st
     if by is None:
         return allowed
     asked = [by] if isinstance(by, str) else list(by) if isinstance(by, Sequence) else [by]
-    unknown = [key for key in asked if key != "model" and key not in allowed]
+    unknown = [key for key in asked if not isinstance(key, str) or (key != "model" and key not in allowed)]
     if unknown:
         raise ValueError(
             f"by={by!r}: cannot group by {unknown}; use 'model', None, or any of {allowed}, one or a list of them"

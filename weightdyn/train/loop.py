@@ -113,7 +113,8 @@ def load_state(path: Path, steps: int) -> dict[str, Any] | None:
         reason = str(error).splitlines()[0]
         raise _damaged(path, f"it is cut short, or holds more than tensors and numbers: {reason}") from None
     except Exception as error:  # torch raises errors of many kinds on damaged files
-        raise _damaged(path, f"it is cut short or damaged: {type(error).__name__}: {error}") from None
+        reason = f"{type(error).__name__}: {error}".partition(". ")[0]
+        raise _damaged(path, f"it is cut short or damaged: {reason}") from None
     wrong = [
         name
         for name, kind in _STATE.items()
