@@ -94,6 +94,11 @@ _SCHEMAS = {
     ),
 }
 
+_METRICS = pa.schema([_SCHEMAS["forces"].field("step")])  # and whatever was recorded, of these types:
+
+_METRIC_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+"""Types of a metric, each wide enough for those before it."""
+
 STORED = {kind: tuple(schema.names) for kind, schema in _SCHEMAS.items()}
 """Names of the stored columns of each kind with a fixed schema."""
 
@@ -194,7 +199,7 @@ class _Folder:
             )
         try:
             _check_info(info)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._damaged(error) from None
         return info
 
@@ -217,6 +222,10 @@ class _Folder:
             names = os.listdir(self.path / kind)
         except FileNotFoundError:
             return []
+        except NotADirectoryError:
+            raise RunLogError(
+                f"{self.path / kind} is a file, where a run has a folder: move it out of the directory"
+            ) from None
         matches = filter(None, map(self._PART.fullmatch, names))
         return sorted(_Part(int(match[1]), int(match[2]), kind) for match in matches)
 
@@ -225,20 +234,21 @@ class _Folder:
 
     def read(self, part: _Part, columns: Sequence[str] | None = None) -> pa.Table:
         path = self.path / part.name
-        schema = _SCHEMAS.get(part.kind, pa.schema([_SCHEMAS["forces"].field("step")]))
+        schema = _SCHEMAS.get(part.kind, _METRICS)
+        names = [] if part.kind == "metrics" else schema.names
         try:
-            table = read_parquet(
-                path, columns if columns or part.kind == "metrics" else schema.names, schema=schema
-            )
+            table = read_parquet(path, columns or names or None, schema=schema)
+            if "step" not in table.column_names:
+                raise ValueError(f"{path} lacks the column 'step'")
             if part.kind == "metrics":
-                _widest(table.schema.types)
-                table.column("step")
+                for field in table.schema:
+                    if field.type not in _METRIC_TYPES.values():
+                        raise ValueError(f"{path} has {field.type} in the column {field.name!r}")
         except FileNotFoundError:
             raise RunLogError(f"{path} was removed while the run was read: read it again") from None
-        except (ValueError, KeyError) as error:
-            message = error.args[0] if isinstance(error, ValueError) else f"{path} lacks the column {error}"
+        except ValueError as error:
             raise RunLogError(
-                f"{message}: copy it again from where the run was written, or move it out of the directory to read "
+                f"{error}: copy it again from where the run was written, or move it out of the directory to read "
                 "the run without its rows"
             ) from None
         return table
@@ -416,10 +426,6 @@ def _text(value: str) -> str:
     return value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-_METRIC_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
-"""Types of a metric, each wide enough for those before it."""
-
-
 def _widest(types: Iterable[pa.DataType]) -> pa.DataType:
     return max(types, key=list(_METRIC_TYPES.values()).index)
 
@@ -501,7 +507,8 @@ class RunWriter:
             self._stored = self._opened()  # what run.json had before
             # A start at 0 may still become a resume (the optimizer's state is often loaded later), so whether
             # it is allowed on top of stored rows is decided when the first row comes.
-            self._undecided = self._start == 0 and bool(_all_parts(self._store))
+            used = bool(_all_parts(self._store)) or (self._overwrite and self._store.has_info())
+            self._undecided = self._start == 0 and used
             self.describe(**(info or {}))
         except BaseException:
             self._release()
@@ -626,6 +633,8 @@ class RunWriter:
         """
         self._check_open()
         self._open_session(start_step)
+        if self._undecided and isinstance(self._store, _Folder) and not self._store.has_info():
+            self._store.clear()  # what an interrupted overwriting left
         self._undecided = False
         for kind, chunks in self._buffers.items():
             kept = (
