@@ -82,7 +82,7 @@ def test_a_handler_of_the_users_is_called_behind_the_flush_and_may_let_the_proce
 
 
 def test_a_handler_that_is_set_later_takes_the_place_of_ours_and_stays(tmp_path):
-    status, printed, errors = run(
+    status, _, errors = run(
         """
         logger, update = logged(out)
         def mine(number, frame):
