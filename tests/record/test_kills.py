@@ -1,4 +1,4 @@
-"""A training that is killed at any moment and resumes from its own checkpoints has the log of one that never died."""
+"""A training that is killed at any moment and resumes from its own checkpoints logs as if it had never died."""
 
 import os
 import random

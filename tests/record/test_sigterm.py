@@ -1,16 +1,19 @@
 """SIGTERM flushes every log and then does what it did before: each claim in a process of its own."""
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 import weightdyn as wd
 
 SETUP = """
-import os, signal, sys, threading, time, torch, weightdyn as wd
+import os, signal, sys, threading, time
+import filelock, torch, weightdyn as wd
 
 def logged(out, **options):
     p = torch.nn.Parameter(torch.ones(3, 2))
@@ -25,27 +28,57 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)  # the handler runs at the next instruction
 
-out = sys.argv[1]
+logger, update = logged(None)
+update()  # what is imported at the first use is imported here
+logger.close()
+print("ready", flush=True)
+for line in sys.stdin:
+    code, out = line.rstrip("\\n").split("\\t")
+    child = os.fork()
+    if child == 0:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT), number)
+        exec(compile(open(code).read(), code, "exec"))
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def run(code, out):
-    """Run code behind SETUP; its exit status and what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", SETUP + textwrap.dedent(code), str(out)],
-        capture_output=True,
+@pytest.fixture(scope="module")
+def server():
+    """Imports once, then forks a process for each code."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SETUP],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
+        cwd=Path(wd.__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return done.returncode, done.stdout.split(), done.stderr
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+
+
+@pytest.fixture
+def run(server):
+    """Call with code and the folder `out`: exit status, what was printed, and what went to stderr."""
+
+    def run_code(code, out):
+        Path(f"{out}.py").write_text(textwrap.dedent(code))
+        print(f"{out}.py\t{out}", file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        return status, *(Path(f"{out}.{name}").read_text() for name in ("stdout", "stderr"))
+
+    return run_code
 
 
 def steps(path):
     return wd.RunLog(path).forces()["step"].tolist()
 
 
-def test_sigterm_flushes_all_loggers_and_ends_the_process_by_the_signal(tmp_path):
+def test_sigterm_flushes_all_loggers_and_ends_the_process_by_the_signal(run, tmp_path):
     status, _, errors = run(
         """
         a, one = logged(out + "/a")
@@ -61,7 +94,7 @@ def test_sigterm_flushes_all_loggers_and_ends_the_process_by_the_signal(tmp_path
     assert steps(tmp_path / "b") == [1]
 
 
-def test_a_handler_of_the_users_is_called_behind_the_flush_and_may_let_the_process_live(tmp_path):
+def test_a_handler_of_the_users_is_called_behind_the_flush_and_may_let_the_process_live(run, tmp_path):
     status, printed, errors = run(
         """
         def mine(number, frame):
@@ -77,11 +110,11 @@ def test_a_handler_of_the_users_is_called_behind_the_flush_and_may_let_the_proce
         tmp_path,
     )
     assert status == 0, errors
-    assert printed == [str(int(signal.SIGTERM)), "1", "True"]
+    assert printed.split() == [str(int(signal.SIGTERM)), "1", "True"]
     assert steps(tmp_path) == [1, 2]
 
 
-def test_a_handler_that_is_set_later_takes_the_place_of_ours_and_stays(tmp_path):
+def test_a_handler_that_is_set_later_takes_the_place_of_ours_and_stays(run, tmp_path):
     status, _, errors = run(
         """
         logger, update = logged(out)
@@ -100,7 +133,7 @@ def test_a_handler_that_is_set_later_takes_the_place_of_ours_and_stays(tmp_path)
     assert steps(tmp_path) == [1]
 
 
-def test_a_later_handler_that_calls_the_one_before_it_ends_as_without_a_logger(tmp_path):
+def test_a_later_handler_that_calls_the_one_before_it_ends_as_without_a_logger(run, tmp_path):
     status, printed, errors = run(
         """
         logger, update = logged(out)
@@ -115,13 +148,13 @@ def test_a_later_handler_that_calls_the_one_before_it_ends_as_without_a_logger(t
         """,
         tmp_path,
     )
-    assert (status, printed) == (-signal.SIGTERM, ["mine"]), errors
+    assert (status, printed) == (-signal.SIGTERM, "mine\n"), errors
     assert steps(tmp_path) == [1]
     assert steps(tmp_path / "other") == [1]
 
 
 @pytest.mark.parametrize("before", ["SIG_DFL", "SIG_IGN"])
-def test_with_the_last_logger_goes_the_handler_and_an_ignored_signal_stays_ignored(tmp_path, before):
+def test_with_the_last_logger_goes_the_handler_and_an_ignored_signal_stays_ignored(run, tmp_path, before):
     status, printed, errors = run(
         f"""
         signal.signal(signal.SIGTERM, signal.{before})
@@ -137,10 +170,10 @@ def test_with_the_last_logger_goes_the_handler_and_an_ignored_signal_stays_ignor
         tmp_path,
     )
     ours = before == "SIG_DFL"
-    assert (status, printed) == (0, [str(ours), "True", "True"]), errors
+    assert (status, printed) == (0, f"{ours} True\nTrue\n"), errors
 
 
-def test_a_forked_child_dies_by_the_signal_and_writes_nothing(tmp_path):
+def test_a_forked_child_dies_by_the_signal_and_writes_nothing(run, tmp_path):
     status, printed, errors = run(
         """
         logger, update = logged(out)
@@ -155,11 +188,11 @@ def test_a_forked_child_dies_by_the_signal_and_writes_nothing(tmp_path):
         """,
         tmp_path,
     )
-    assert (status, printed) == (0, ["True", str(int(signal.SIGTERM)), "0"]), errors
+    assert (status, printed) == (0, f"True {int(signal.SIGTERM)} 0\n"), errors
     assert steps(tmp_path) == [1]
 
 
-def test_a_logger_of_another_thread_is_flushed_if_one_was_made_in_the_main_thread(tmp_path):
+def test_a_logger_of_another_thread_is_flushed_if_one_was_made_in_the_main_thread(run, tmp_path):
     status, _, errors = run(
         """
         first, one = logged(out + "/main")
@@ -178,7 +211,7 @@ def test_a_logger_of_another_thread_is_flushed_if_one_was_made_in_the_main_threa
 
 
 @pytest.mark.parametrize("moment", ["write_bytes", "fsync", "replace", "append"])
-def test_a_signal_inside_a_flush_lets_it_finish_and_stores_every_row_once(tmp_path, moment):
+def test_a_signal_inside_a_flush_lets_it_finish_and_stores_every_row_once(run, tmp_path, moment):
     status, _, errors = run(
         f"""
         import pathlib
@@ -209,7 +242,7 @@ def test_a_signal_inside_a_flush_lets_it_finish_and_stores_every_row_once(tmp_pa
     assert len(list(tmp_path.rglob("forces/*.parquet"))) == 2
 
 
-def test_a_flush_that_fails_is_told_and_the_process_ends_all_the_same(tmp_path):
+def test_a_flush_that_fails_is_told_and_the_process_ends_all_the_same(run, tmp_path):
     status, _, errors = run(
         """
         logger, update = logged(out + "/a")
