@@ -2,6 +2,7 @@
 
 import gc
 import math
+import pickle
 import subprocess
 import sys
 import warnings
@@ -554,8 +555,7 @@ def test_a_new_optimizer_goes_on_counting_where_it_is_told(tmp_path):
         FileExistsError, match=r"1–6: .*start_step= the step of the checkpoint that you loaded"
     ):
         train(model, optimizer, 1)
-    with pytest.warns(RuntimeWarning, match="no update of this AdamW to log"):
-        logger.close()
+    logger.close()
     assert wd.RunLog(tmp_path / "run").forces().equals(table)  # nothing was lost
 
 
@@ -899,6 +899,16 @@ def test_to_look_at_a_run_writes_nothing_and_its_tables_are_up_to_date(tmp_path,
         assert run.metrics()["step"].tolist() == [3]
         train(model, optimizer, 1, start=3)
     assert run.forces(by="model")["step"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_a_run_can_be_sent_to_another_process_while_it_is_written(tmp_path, out):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with wd.ForceLogger(optimizer, model, out=tmp_path if out else None) as logger:
+        train(model, optimizer, 2)
+        sent = pickle.loads(pickle.dumps(logger.run))
+        pd.testing.assert_frame_equal(sent.forces(), logger.run.forces())
 
 
 def test_a_run_of_a_logger_does_not_keep_the_model_alive():

@@ -17,6 +17,7 @@ when they are read (`force_table`), so their formula stands in one place, `weigh
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import math
@@ -329,6 +330,7 @@ def _lock(folder: Path) -> filelock.BaseFileLock | None:
         ) from None
 
 
+@functools.cache
 def _version(name: str) -> str:
     try:
         return _installed(name)
@@ -802,6 +804,11 @@ class RunLog:
         run = cls.__new__(cls)
         run._store, run._refresh = store, refresh
         return run
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to another process: the run as it is now, without the logger."""
+        self._catch_up()
+        return {"_store": self._store, "_refresh": None}
 
     def _catch_up(self) -> None:
         """Let the logger that writes the run store what it has, where the run is its own."""
