@@ -892,6 +892,48 @@ def test_a_run_json_that_is_none_is_named(tmp_path, content):
             opening(tmp_path)
 
 
+def test_five_hundred_mutated_run_jsons_are_named_and_none_gives_a_wrong_number(tmp_path, writing):
+    record(writing(tmp_path, info={"tensors": TENSORS}), range(1, 4))
+    run = RunLog(tmp_path)
+    want, info = run.forces(), run.info
+    path = tmp_path / "run.json"
+    data, chance = path.read_bytes(), random.Random(0)
+    for _ in range(500):
+        at, damaged = chance.randrange(len(data)), bytearray(data)
+        how = chance.choice(["bit", "digit", "cut", "gone"])
+        if how == "bit":
+            damaged[at] ^= 1 << chance.randrange(8)
+        elif how == "digit":
+            digits = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
+            damaged[chance.choice(digits)] = ord(str(chance.randrange(10)))
+        elif how == "cut":
+            del damaged[at:]
+        else:
+            del damaged[at : at + chance.randrange(1, 40)]
+        path.write_bytes(damaged)
+        try:
+            run = RunLog(tmp_path)
+        except RunLogError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:  # white space, or the word "checksum" itself
+            assert {name: run.info.get(name) for name in info} == info
+            assert run.forces().equals(want)
+
+
+def test_a_run_json_that_was_edited_says_how_to_keep_the_edit(tmp_path, writing):
+    record(writing(tmp_path), [1])
+    path = tmp_path / "run.json"
+    edited = json.loads(path.read_text()) | {"notes": "mine"}
+    path.write_text(json.dumps(edited))
+    for opening in (RunLog, RunWriter):
+        with pytest.raises(RunLogError, match=r"run\.json was changed after .*delete its line 'checksum'"):
+            opening(tmp_path)
+    path.write_text(
+        json.dumps({name: value for name, value in edited.items() if name != "checksum"}, indent=4)
+    )
+    assert RunLog(tmp_path).info["notes"] == "mine"
+
+
 def test_a_deeply_nested_section_is_named_or_read(tmp_path, writing):
     record(writing(tmp_path), [1])
     path = tmp_path / "run.json"

@@ -210,6 +210,28 @@ def test_a_logger_of_another_thread_is_flushed_if_one_was_made_in_the_main_threa
     assert steps(tmp_path / "thread") == [1, 2]
 
 
+def test_a_signal_during_a_flush_of_another_thread_waits_for_it_and_wakes_the_main_thread(run, tmp_path):
+    status, _, errors = run(
+        """
+        logger, update = logged(out)
+        update(); update()
+        whole = os.replace
+        def slow(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)  # handled in the main thread, which is asleep
+            time.sleep(0.2)
+            whole(*arguments)
+        os.replace = slow
+        thread = threading.Thread(target=logger.flush)
+        thread.start()
+        threading.Event().wait(100)
+        """,
+        tmp_path,
+    )
+    assert status == -signal.SIGTERM, errors
+    assert steps(tmp_path) == [1, 2]
+    assert len(list(tmp_path.rglob("forces/*.parquet"))) == 1
+
+
 @pytest.mark.parametrize("moment", ["write_bytes", "fsync", "replace", "append"])
 def test_a_signal_inside_a_flush_lets_it_finish_and_stores_every_row_once(run, tmp_path, moment):
     status, _, errors = run(

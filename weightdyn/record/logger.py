@@ -768,7 +768,7 @@ class ForceLogger:
         return table[found.moved.ravel()]
 
     def _flag_non_finite(self, rows: pd.DataFrame) -> None:
-        bad = rows[~np.isfinite(rows[["dot_wu", "u_sq", "norm_sq", "norm_sq_after"]]).all(axis=1)]
+        bad = rows[~np.isfinite(rows[["u_sq", "norm_sq_after"]]).all(axis=1)]
         if len(bad) and "finite" not in self._warned:
             first = {"step": int(bad["step"].iloc[0]), "tensor": str(bad["tensor"].iloc[0])}
             self._describe(flags={"first_non_finite": first})

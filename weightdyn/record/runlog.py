@@ -17,6 +17,7 @@ when they are read (`force_table`), so their formula stands in one place, `weigh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import html
 import json
@@ -24,6 +25,7 @@ import math
 import os
 import platform
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError
@@ -110,7 +112,7 @@ _DEFAULTS = {"span": 1, "norm_sq_audit": math.nan, "m_rms": math.nan, "v_mean": 
 _INFO_BYTES = 1 << 28
 """A run.json is smaller than this."""
 
-_OWN_SECTIONS = ("format", "weightdyn", "created", "versions", "sessions")
+_OWN_SECTIONS = ("checksum", "format", "weightdyn", "created", "versions", "sessions")
 
 
 class RunLogError(ValueError):
@@ -200,8 +202,15 @@ class _Folder:
             )
         try:
             _check_info(info)
+            checksum = info.pop("checksum", None)
+            changed = checksum is not None and checksum != _checksum(info)
         except (ValueError, RecursionError) as error:
             raise self._damaged(error) from None
+        if changed:
+            raise RunLogError(
+                f"{self.info_path} was changed after it was written (its checksum does not fit): copy it again "
+                "from where the run was written. If you changed it yourself, delete its line 'checksum'"
+            )
         return info
 
     def _damaged(self, error: Exception) -> RunLogError:
@@ -215,7 +224,7 @@ class _Folder:
         return os.path.lexists(self.info_path)
 
     def write_info(self, info: dict[str, Any]) -> None:
-        text = json.dumps(info, indent=1) + "\n"
+        text = json.dumps({**info, "checksum": _checksum(info)}, indent=1) + "\n"
         write_file(self.info_path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def parts(self, kind: str) -> list[_Part]:
@@ -283,6 +292,11 @@ class _Folder:
             file.unlink(missing_ok=True)
         for folder in {file.parent for file in files}:
             sync_folder(folder)
+
+
+def _checksum(info: Mapping[str, Any]) -> str:
+    """CRC-32 of the content, however it is laid out."""
+    return f"{zlib.crc32(json.dumps(info, sort_keys=True).encode()):08x}"
 
 
 def _check_info(info: Mapping[str, Any]) -> None:
@@ -592,8 +606,9 @@ class RunWriter:
         if self._overwrite and isinstance(self._store, _Folder):
             self._store.clear()
             self._stored = _new_info()
-            self._undecided = False
-            self._save_info()
+            self._undecided, self._unsaved = False, True
+            with contextlib.suppress(OSError):  # the next flush tries again, and tells
+                self._save_info()
             return
         steps = RunLog._of(self._store)._steps()
         updates = steps[steps > 0]
