@@ -2,6 +2,7 @@
 
 import gc
 import math
+import pickle
 import subprocess
 import sys
 import warnings
@@ -68,13 +69,14 @@ class Loop:
 
     def __init__(self, optimizer, names):
         self.optimizer, self.names, self.rows = optimizer, names, []
+        self.has_gradient = lambda p: p.grad is not None
 
     def step(self, t, step=None):
         old = {p: p.detach().double().clone() for p in self.names}
         (step or self.optimizer.step)()
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                if p.grad is None:
+                if not self.has_gradient(p):
                     continue
                 state = self.optimizer.state[p]
                 lr, decay, count = float(group["lr"]), group["weight_decay"], float(state["step"])
@@ -369,11 +371,95 @@ def test_steps_without_any_gradient_are_not_updates():
 @pytest.mark.parametrize("source", ["moments", "displacement"])
 def test_gradients_that_another_hook_clears_do_not_hide_the_update(source):
     model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.2)
     optimizer.register_step_post_hook(lambda o, args, kwargs: o.zero_grad())
+    loop = Loop(optimizer, {p: name for name, p in model.named_parameters()})
+    loop.has_gradient = lambda p: True
     with wd.ForceLogger(optimizer, model, source=source) as logger:
-        train(model, optimizer, 3)
-    assert len(logger.run.forces()) == 3 * 6
+        for t in range(1, 4):
+            optimizer.zero_grad()
+            loss_of(model, t).backward()
+            loop.step(t)
+    table = logger.run.forces()
+    assert len(table) == 3 * 6
+    agree(table, loop.table())
+
+
+@pytest.mark.parametrize("product", [1.0, 1 - 1e-6, 0.999, 0.6, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decay_that_erases_the_weights_has_the_forces_of_the_loop(product, dtype):
+    # At ηλ = 1 nothing of w is left in w', so the products before the step cannot come from those after it.
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(40, 30).to(dtype))
+    q = nn.Parameter(torch.randn(40, 30).to(dtype))
+    groups = [
+        {"params": [("p", p)], "weight_decay": product / 0.5},
+        {"params": [("q", q)], "weight_decay": 0.1},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.5)
+    loop = Loop(optimizer, {p: "p", q: "q"})
+    with wd.ForceLogger(optimizer) as logger:
+        for t in range(1, 5):
+            p.grad, q.grad = torch.randn(40, 30).to(dtype), torch.randn(40, 30).to(dtype)
+            loop.step(t)
+    table = logger.run.forces()
+    agree(table, loop.table(), matrices=1e-6)
+    want = loop.table()
+    np.testing.assert_allclose(table["norm_sq"], want["norm_sq"], rtol=1e-6)
+
+
+def test_where_the_device_alone_knows_the_rate_erased_weights_are_nan_and_the_log_says_why(monkeypatch):
+    for module in ("logger", "optimizers"):
+        monkeypatch.setattr(
+            f"weightdyn.record.{module}.is_remote", lambda number: isinstance(number, torch.Tensor)
+        )
+    p = nn.Parameter(torch.randn(40, 30))
+    optimizer = torch.optim.AdamW([("p", p)], lr=torch.tensor(0.5), weight_decay=2.0, foreach=False)
+    p.grad = torch.randn(40, 30)
+    logger = wd.ForceLogger(optimizer)
+    optimizer.step()
+    with pytest.warns(RuntimeWarning) as caught:
+        row = logger.latest().iloc[0]
+    assert [("ηλ = 1" in str(each.message)) for each in caught] == [True]  # and no word of divergence
+    assert row[["norm_sq", "alignment", "decay"]].isna().all()
+    u = optimizer.state[p]["exp_avg"] / 0.1 / ((optimizer.state[p]["exp_avg_sq"] / 0.001).sqrt() + 1e-8)
+    assert row["injection"] == pytest.approx(float(0.25 * u.double().square().sum()), rel=1e-5)
+    assert row["norm_sq_after"] == pytest.approx(float(p.detach().double().square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [{"foreach": True}, {"fused": True}, {"foreach": False}])
+def test_rows_go_on_when_the_float32_count_of_updates_stops(kind, tmp_path):
+    # 2²⁴ + 1 is rounded to 2²⁴: torch's own count, and its t, stay there.
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.2, **kind)
+    train(model, optimizer, 1)
+    for state in optimizer.state.values():
+        state["step"].fill_(2**24 - 2)
+    loop = Loop(optimizer, {p: name for name, p in model.named_parameters()})
+    with wd.ForceLogger(optimizer, model, out=tmp_path) as logger:
+        for t in range(2**24 - 1, 2**24 + 4):
+            optimizer.zero_grad()
+            loss_of(model, t).backward()
+            if t == 2**24 + 2:
+                model[0].weight.grad = None  # rests, and has no row
+            loop.step(t)
+        assert logger.step == 2**24 + 3
+        saved = optimizer.state_dict(), logger.state_dict()
+    table = logger.run.forces()
+    assert table.groupby("step").size().to_dict() == dict(
+        zip(range(2**24 - 1, 2**24 + 4), [6, 6, 6, 5, 6], strict=True)
+    )
+    agree(table, loop.table())
+
+    # The optimizer's state alone does not tell where it stands; the logger's own does.
+    again = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.2, **kind)
+    logger = wd.ForceLogger(again, model, out=tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"counts its updates in float32, which ends at 16,777,216"):
+        again.load_state_dict(saved[0])
+    logger.load_state_dict(saved[1])
+    train(model, again, 1, start=2**24 + 3)
+    logger.close()
+    assert wd.RunLog(tmp_path).forces()["step"].unique().tolist() == list(range(2**24 - 1, 2**24 + 5))
 
 
 def test_heads_are_found_through_a_wrapper_and_missed_ones_are_told():
@@ -469,8 +555,7 @@ def test_a_new_optimizer_goes_on_counting_where_it_is_told(tmp_path):
         FileExistsError, match=r"1–6: .*start_step= the step of the checkpoint that you loaded"
     ):
         train(model, optimizer, 1)
-    with pytest.warns(RuntimeWarning, match="no update of this AdamW to log"):
-        logger.close()
+    logger.close()
     assert wd.RunLog(tmp_path / "run").forces().equals(table)  # nothing was lost
 
 
@@ -750,6 +835,141 @@ def test_a_forgotten_logger_keeps_its_rows_and_frees_the_model(tmp_path):
     assert wd.RunLog(tmp_path).forces()["step"].max() == 3
 
 
+def test_a_checkpoint_never_knows_of_an_update_that_the_log_does_not(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    logger = wd.ForceLogger(optimizer, model, out=tmp_path)
+    train(model, optimizer, 3)
+    assert len(wd.RunLog(tmp_path).forces()) == 0
+    optimizer.state_dict()
+    assert wd.RunLog(tmp_path).forces()["step"].max() == 3
+    train(model, optimizer, 2, start=3)
+    assert logger.state_dict() == {"step": 5}
+    assert wd.RunLog(tmp_path).forces()["step"].max() == 5
+    logger.close()
+
+
+def test_the_loggers_state_resumes_an_optimizer_that_counts_nothing(tmp_path):
+    model = mlp()
+    for start, updates in ((0, 6), (4, 3)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        with wd.ForceLogger(optimizer, model, source="displacement", out=tmp_path) as logger:
+            if start:
+                logger.load_state_dict({"step": start})
+            train(model, optimizer, updates, start=start)
+            assert logger.step == start + updates
+    table = wd.RunLog(tmp_path).forces()
+    assert table["step"].unique().tolist() == list(range(1, 8))
+    assert not table.duplicated(["step", "tensor"]).any()
+    for wrong in ({}, {"step": -1}, 3):
+        with pytest.raises((ValueError, TypeError), match="state"):
+            logger.load_state_dict(wrong)
+
+
+def test_a_checkpoint_on_a_full_disk_is_saved_all_the_same_with_a_word_of_warning(tmp_path, monkeypatch):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    logger = wd.ForceLogger(optimizer, model, out=tmp_path)
+    train(model, optimizer, 2)
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logger._writer, "flush", full)
+        with pytest.warns(RuntimeWarning, match="No space left on device"):
+            assert optimizer.state_dict()["state"]
+        with pytest.raises(OSError, match="No space"):
+            logger.state_dict()
+    logger.close()
+    assert wd.RunLog(tmp_path).forces()["step"].max() == 2
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_to_look_at_a_run_writes_nothing_and_its_tables_are_up_to_date(tmp_path, out):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with wd.ForceLogger(optimizer, model, out=tmp_path / "run" if out else None) as logger:
+        run = logger.run
+        train(model, optimizer, 2)
+        assert logger.run.path == (tmp_path / "run" if out else None)
+        assert not list(tmp_path.rglob("*.parquet"))
+        assert run.forces(by="model")["step"].tolist() == [1, 2]
+        train(model, optimizer, 1, start=2, after=lambda t: logger.record(loss=1.0))
+        assert run.metrics()["step"].tolist() == [3]
+        train(model, optimizer, 1, start=3)
+    assert run.forces(by="model")["step"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_a_run_can_be_sent_to_another_process_while_it_is_written(tmp_path, out):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with wd.ForceLogger(optimizer, model, out=tmp_path if out else None) as logger:
+        train(model, optimizer, 2)
+        sent = pickle.loads(pickle.dumps(logger.run))
+        pd.testing.assert_frame_equal(sent.forces(), logger.run.forces())
+
+
+def test_a_run_of_a_logger_does_not_keep_the_model_alive():
+    def forget():
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters())
+        logger = wd.ForceLogger(optimizer, model)
+        train(model, optimizer, 3)
+        return weakref.ref(model[0].weight), logger.run
+
+    weight, run = forget()
+    gc.collect()
+    assert weight() is None
+    assert run.forces()["step"].max() == 3
+
+
+@pytest.mark.parametrize("how", ["never", "no gradient"])
+def test_a_logger_that_saw_no_update_says_what_is_likely_wrong(how):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    logger = wd.ForceLogger(optimizer, model)
+    if how == "never":
+        another = torch.optim.AdamW(model.parameters())
+        train(model, another, 2)
+        why = r"its step\(\) was never called: does another optimizer make the updates"
+    else:
+        optimizer.step()
+        why = r"its parameters had no gradient at any step\(\)"
+    with pytest.warns(RuntimeWarning, match=f"no update of this AdamW to log; {why}"):
+        logger.close()
+    logger.close()  # says it once
+
+
+def test_an_error_of_the_training_is_not_followed_by_a_word_about_missing_updates():
+    model = mlp()
+    with (
+        pytest.raises(KeyError, match="mine"),
+        wd.ForceLogger(torch.optim.AdamW(model.parameters()), model),
+    ):
+        raise KeyError("mine")
+
+
+def test_the_cell_of_a_notebook_that_is_run_again_overwrites_its_run(tmp_path):
+    for updates in (5, 3):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters())
+        with wd.ForceLogger(optimizer, model, out=tmp_path, overwrite=True, snapshot_every=updates) as logger:
+            train(model, optimizer, updates)
+            (tmp_path / "notes.txt").write_text("mine")
+    assert logger.run.forces()["step"].unique().tolist() == [1, 2, 3]
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-000003.safetensors"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    # A job that is requeued loads its checkpoint and goes on, with the same line of code.
+    state = optimizer.state_dict()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with wd.ForceLogger(optimizer, model, out=tmp_path, overwrite=True) as logger:
+        optimizer.load_state_dict(state)
+        train(model, optimizer, 2, start=3)
+    assert logger.run.forces()["step"].unique().tolist() == [1, 2, 3, 4, 5]
+
+
 def test_closing_takes_the_hooks_off():
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -761,6 +981,8 @@ def test_closing_takes_the_hooks_off():
     assert logger.run.forces()["step"].max() == 2
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_state_dict_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_post_hooks
 
 
 def test_counts_rates_and_skips_that_only_the_device_knows_give_the_same_rows(monkeypatch):
@@ -824,6 +1046,14 @@ def test_nothing_waits_for_the_device_between_flushes():
         ({"start_step": "3"}, ValueError, "start_step.*got '3'"),
         ({"tensors": "["}, ValueError, r"tensors must be a regular expression, got '\['"),
         ({"params": 3}, TypeError, r"\(name, parameter\) pairs"),
+        (
+            {"out": ""},
+            ValueError,
+            "out must be a directory's path, or None to keep the log in memory.*got ''",
+        ),
+        ({"out": 3}, ValueError, "out must be a directory's path.*got 3"),
+        ({"overwrite": "yes"}, ValueError, "overwrite must be True or False, got 'yes'"),
+        ({"start_step": True}, ValueError, "start_step.*got True"),
     ],
 )
 def test_wrong_arguments_are_named_at_construction(arguments, error, message):

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import json
 import math
+import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -14,12 +16,14 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import weightdyn
 from weightdyn.core.tables import FORCE_TABLE, WEIBULL_TABLE
 from weightdyn.files import durable
+from weightdyn.files.parquet import write_parquet
 from weightdyn.record import runlog
 from weightdyn.record.runlog import KINDS, RunLog, RunLogError, RunWriter
 
@@ -831,7 +835,307 @@ def test_a_parquet_file_of_someone_else_is_named(tmp_path, writing):
         RunLog(tmp_path).forces()
 
 
+def test_a_run_json_that_was_deleted_is_written_back_at_the_next_flush(tmp_path, writing):
+    writer = writing(tmp_path, info={"tensors": TENSORS})
+    record(writer, [1])
+    content = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").unlink()
+    record(writer, [2])
+    assert json.loads((tmp_path / "run.json").read_text()) == content
+    assert list(seen(RunLog(tmp_path))[1]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sessions": 3}, "'sessions' must be a list, got 3"),
+        ({"sessions": [{}]}, "'start_step'"),
+        ({"sessions": [{"start_step": "x"}]}, "'start_step'"),
+        ({"sessions": [{"start_step": -1}]}, "'start_step'"),
+        ({"sessions": [{"start_step": True}]}, "'start_step'"),
+        ({"sessions": [{"start_step": 2**63}]}, "'start_step'"),
+        ({"tensors": ["a"]}, "'tensors'"),
+        ({"tensors": {"a": 3}}, "entry of a"),
+        ({"tensors": {"a": {"layer": "first"}}}, "layer of a must be a whole number or null, got 'first'"),
+        ({"tensors": {"a": {"layer": 0.5}}}, "layer of a"),
+        ({"tensors": {"a": {"numel": 1e30}}}, "numel of a"),
+        ({"tensors": {"a": {"numel": 10**30}}}, "numel of a"),
+        ({"tensors": {"a": {"role": None}}}, "role of a must be a string"),
+        ({"tensors": {"a": {"stack": ["encoder"]}}}, "stack of a must be a string"),
+    ],
+)
+def test_a_run_json_of_wrong_types_is_named_with_what_is_wrong(tmp_path, writing, change, says):
+    record(writing(tmp_path / "run"), [1])
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for opening in (RunLog, RunWriter):
+        with pytest.raises(RunLogError, match=r"run\.json is cut short or damaged .*copy it again") as caught:
+            opening(path.parent)
+        assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "\xff\xfe",
+        "<html>Please log in</html>",
+        '{"format": ' + "9" * 5000 + "}",
+    ],
+    ids=["lists", "objects", "bytes", "html", "digits"],
+)
+def test_a_run_json_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content.encode("latin-1"))
+    for opening in (RunLog, RunWriter):
+        with pytest.raises(RunLogError, match=r"run\.json is cut short or damaged"):
+            opening(tmp_path)
+
+
+def test_five_hundred_mutated_run_jsons_are_named_and_none_gives_a_wrong_number(tmp_path, writing):
+    record(writing(tmp_path, info={"tensors": TENSORS}), range(1, 4))
+    run = RunLog(tmp_path)
+    want, info = run.forces(), run.info
+    path = tmp_path / "run.json"
+    data, chance = path.read_bytes(), random.Random(0)
+    for _ in range(500):
+        at, damaged = chance.randrange(len(data)), bytearray(data)
+        how = chance.choice(["bit", "digit", "cut", "gone"])
+        if how == "bit":
+            damaged[at] ^= 1 << chance.randrange(8)
+        elif how == "digit":
+            digits = [i for i, byte in enumerate(data) if chr(byte).isdigit()]
+            damaged[chance.choice(digits)] = ord(str(chance.randrange(10)))
+        elif how == "cut":
+            del damaged[at:]
+        else:
+            del damaged[at : at + chance.randrange(1, 40)]
+        path.write_bytes(damaged)
+        try:
+            run = RunLog(tmp_path)
+        except RunLogError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:  # white space, or the word "checksum" itself
+            assert {name: run.info.get(name) for name in info} == info
+            assert run.forces().equals(want)
+
+
+def test_a_run_json_that_was_edited_says_how_to_keep_the_edit(tmp_path, writing):
+    record(writing(tmp_path), [1])
+    path = tmp_path / "run.json"
+    edited = json.loads(path.read_text()) | {"notes": "mine"}
+    path.write_text(json.dumps(edited))
+    for opening in (RunLog, RunWriter):
+        with pytest.raises(RunLogError, match=r"run\.json was changed after .*delete its line 'checksum'"):
+            opening(tmp_path)
+    path.write_text(
+        json.dumps({name: value for name, value in edited.items() if name != "checksum"}, indent=4)
+    )
+    assert RunLog(tmp_path).info["notes"] == "mine"
+
+
+def test_a_deeply_nested_section_is_named_or_read(tmp_path, writing):
+    record(writing(tmp_path), [1])
+    path = tmp_path / "run.json"
+    for depth in (500, 900, 5000, 100_000):
+        path.write_text(
+            '{"format": 1, "weightdyn": "0", "sessions": [], "tensors": '
+            + '{"a": ' * depth
+            + "1"
+            + "}" * depth
+            + "}"
+        )
+        try:
+            assert repr(RunLog(tmp_path)).startswith("RunLog(")
+        except RunLogError as error:
+            assert "run.json is cut short or damaged" in str(error)  # noqa: PT017
+
+
+def test_pipes_and_folders_in_the_place_of_files_are_refused_at_once(tmp_path, writing):
+    record(writing(tmp_path / "run"), [1])
+    part = tmp_path / "run/forces/part-0000-000000.parquet"
+    for place, says in ((part, "not a regular file"), (tmp_path / "run/run.json", "not a regular file")):
+        for make in (os.mkfifo, os.mkdir):
+            place.rename(tmp_path / "aside")
+            make(place)
+            with pytest.raises(RunLogError, match=says) as caught:
+                RunLog(tmp_path / "run").forces()
+            assert place.name in str(caught.value)
+            place.rmdir() if place.is_dir() else place.unlink()
+            (tmp_path / "aside").rename(place)
+    (tmp_path / "run/weibull").write_text("")
+    with pytest.raises(RunLogError, match="weibull is a file, where a run has a folder"):
+        RunLog(tmp_path / "run").weibull()
+
+
+def rewritten(path, change):
+    """Put a changed table in the place of a part."""
+    write_parquet(path, change(pq.read_table(path)))
+
+
+def _retype(name, kind):
+    return lambda table: table.set_column(
+        table.column_names.index(name), name, pa.chunked_array([pa.array([None] * len(table), kind)])
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("forces", _retype("lr", pa.string()), r"has string in the column 'lr', which must hold double"),
+        ("forces", _retype("lr", pa.float64()), r"has missing values in the column 'lr'"),
+        ("forces", _retype("step", pa.float64()), r"has double in the column 'step'"),
+        ("forces", _retype("tensor", pa.string()), r"has string in the column 'tensor'"),
+        ("forces", lambda table: table.drop_columns(["u_sq"]), r"lacks the columns \['u_sq'\]"),
+        ("metrics", lambda table: table.drop_columns(["step"]), r"lacks the column 'step'"),
+        ("metrics", _retype("loss", pa.list_(pa.int64())), r"has list<.*> in the column 'loss'"),
+        ("metrics", _retype("step", pa.int64()), r"has missing values in the column 'step'"),
+    ],
+)
+def test_a_part_of_wrong_columns_is_named_with_the_column(tmp_path, writing, kind, change, says):
+    record(writing(tmp_path), [1])
+    rewritten(tmp_path / kind / "part-0000-000000.parquet", change)
+    with pytest.raises(RunLogError, match=rf"{kind}/part-0000-000000\.parquet {says}.*move it out"):
+        getattr(RunLog(tmp_path), kind)()
+
+
+def test_a_part_of_an_unknown_session_that_does_not_say_its_start_is_named(tmp_path, writing):
+    record(writing(tmp_path), [1])
+    stray = tmp_path / "forces/part-0007-000000.parquet"
+    shutil.copy(tmp_path / "forces/part-0000-000000.parquet", stray)
+    for metadata in ({}, {"start_step": "soon"}, {"start_step": "-3"}, {"start_step": "9" * 40}):
+        rewritten(stray, lambda table, metadata=metadata: table.replace_schema_metadata(metadata))
+        with pytest.raises(RunLogError, match=r"part-0007-000000\.parquet does not say .* move it out"):
+            RunLog(tmp_path).metrics()
+
+
+def test_a_part_that_claims_more_rows_than_its_bytes_can_mean_is_refused(tmp_path, writing):
+    record(writing(tmp_path), [1])
+    path = tmp_path / "forces/part-0000-000000.parquet"
+    many = 20_000_000
+    same = pa.DictionaryArray.from_arrays(pa.array(np.zeros(many, np.int32)), ["a"])
+    zeros = {"tensor": same, "step": pa.array(np.ones(many, np.int64))}
+    write_parquet(path, pa.table(zeros))
+    with pytest.raises(RunLogError, match=r"part-0000-000000\.parquet .*20,000,000 rows in"):
+        RunLog(tmp_path).forces()
+
+
+def test_five_hundred_mutated_parts_are_named_and_none_gives_a_wrong_number(tmp_path, writing):
+    record(writing(tmp_path), range(1, 4))
+    want = RunLog(tmp_path).forces()
+    path = tmp_path / "forces/part-0000-000000.parquet"
+    data, chance = path.read_bytes(), random.Random(0)
+    for _ in range(500):
+        at, damaged = chance.randrange(len(data)), bytearray(data)
+        how = chance.choice(["bit", "byte", "cut", "zeros", "more"])
+        if how == "bit":
+            damaged[at] ^= 1 << chance.randrange(8)
+        elif how == "byte":
+            damaged[at] = chance.randrange(256)
+        elif how == "cut":
+            del damaged[at:]
+        elif how == "zeros":
+            damaged[at : at + 16] = bytes(len(damaged[at : at + 16]))
+        else:
+            damaged[at:at] = bytes([chance.randrange(256)])
+        path.write_bytes(damaged)
+        try:
+            table = RunLog(tmp_path).forces()
+        except RunLogError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:
+            assert bytes(damaged) == data
+            assert table.equals(want)
+
+
+# --- beginning anew -----------------------------------------------------------------------------------------
+
+
+def test_overwriting_removes_the_old_run_with_the_first_row_and_nothing_else(tmp_path, writing):
+    first = writing(tmp_path, info={"train": {"seed": 1}, "tensors": TENSORS})
+    record(first, range(1, 8))
+    first.close()
+    others = [
+        tmp_path / "notes.txt",
+        tmp_path / "forces/notes.parquet",
+        tmp_path / "snapshots/mine.safetensors",
+    ]
+    (tmp_path / "snapshots").mkdir()
+    for file in others:
+        file.write_text("not ours")
+    (tmp_path / "snapshots/step-000003.safetensors").write_text("of the old run")
+    before = (tmp_path / "run.json").read_text()
+    second = writing(tmp_path, info={"optimizer": {"name": "SGD"}}, overwrite=True)
+    assert (tmp_path / "run.json").read_text() == before
+    second.close()  # no row came: all is as it was
+    assert RunLog(tmp_path).forces()["step"].max() == 7
+    third = writing(tmp_path, info={"optimizer": {"name": "SGD"}}, overwrite=True)
+    with pytest.raises(RunLogError, match="is being written by another logger"):
+        RunWriter(tmp_path, overwrite=True)
+    assert RunLog(tmp_path).forces()["step"].max() == 7
+    record(third, [1, 2], tensor="b")
+    run = RunLog(tmp_path)
+    assert run.forces()["step"].tolist() == [1, 2]
+    assert run.metrics()["step"].tolist() == [1, 2]
+    assert set(run.info) == {"format", "weightdyn", "versions", "created", "sessions", "optimizer"}
+    assert run.info["sessions"] == [{"start_step": 0}]
+    assert all(file.read_text() == "not ours" for file in others)
+    assert not (tmp_path / "snapshots/step-000003.safetensors").exists()
+
+
+def test_overwriting_leaves_a_run_that_is_resumed(tmp_path, writing):
+    first = writing(tmp_path, info={"train": {"seed": 1}})
+    record(first, range(1, 8), tensor="a", u_sq=1.0)
+    first.close()
+    second = writing(tmp_path, 5, overwrite=True)
+    record(second, [6], tensor="a", u_sq=2.0)
+    second.close()
+    third = writing(tmp_path, overwrite=True)
+    third.restart(6)  # the optimizer's state was loaded later
+    record(third, [7], tensor="a", u_sq=3.0)
+    assert seen(RunLog(tmp_path))[0] == {**dict.fromkeys(range(1, 6), 1.0), 6: 2.0, 7: 3.0}
+    assert RunLog(tmp_path).info["train"] == {"seed": 1}
+
+
+@pytest.mark.parametrize("start_step", [0, 2])
+def test_an_overwriting_that_was_interrupted_leaves_no_run_with_holes(
+    tmp_path, writing, monkeypatch, start_step
+):
+    first = writing(tmp_path)
+    record(first, [1])
+    record(first, [2])
+    first.close()
+    second = writing(tmp_path, overwrite=True)
+    whole, removed = Path.unlink, []
+
+    def killed(self, missing_ok=False):
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+        removed.append(self)
+        whole(self, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            second.append("forces", products(1))
+    second._release()
+    with pytest.raises(FileNotFoundError, match=r"run\.json does not exist"):
+        RunLog(tmp_path)
+    with pytest.raises(RunLogError, match="overwrite=True to remove it"):
+        writing(tmp_path)
+    third = writing(tmp_path, overwrite=True)
+    if start_step:
+        third.restart(start_step)
+    record(third, [start_step + 1])
+    assert RunLog(tmp_path).metrics()["step"].tolist() == [start_step + 1]
+
+
 def test_wrong_arguments_are_named(writing, logged):
+    for opening in (RunLog, RunWriter):
+        with pytest.raises(ValueError, match=r"path must be .* got ''"):
+            opening("")
+    with pytest.raises(ValueError, match="overwrite must be True or False, got 1"):
+        RunWriter(None, overwrite=1)
     with pytest.raises(ValueError, match=r"start_step .* -1"):
         RunWriter(None, start_step=-1)
     with pytest.raises(ValueError, match="at must be 'before' or 'after', got 'during'"):

@@ -410,9 +410,9 @@ class ForceLogger:
     @uninterrupted
     @torch.no_grad()
     def _on_step_begin(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._called = True
         if not self._begun:
             self._begin()
-        self._called = True
         self._before = None
         self._had_gradient = with_gradient(optimizer)  # before and after: another hook may clear them
         t = self._step + 1
@@ -507,7 +507,7 @@ class ForceLogger:
 
     def _warn_of_no_update(self) -> None:
         kind = type(self._optimizer).__name__
-        if self._made:
+        if self._made or (self._called and not self._begun):  # refused at the first one, which was told
             return
         if self._called:
             why = (
@@ -768,7 +768,7 @@ class ForceLogger:
         return table[found.moved.ravel()]
 
     def _flag_non_finite(self, rows: pd.DataFrame) -> None:
-        bad = rows[~np.isfinite(rows[["dot_wu", "u_sq", "norm_sq", "norm_sq_after"]]).all(axis=1)]
+        bad = rows[~np.isfinite(rows[["u_sq", "norm_sq_after"]]).all(axis=1)]
         if len(bad) and "finite" not in self._warned:
             first = {"step": int(bad["step"].iloc[0]), "tensor": str(bad["tensor"].iloc[0])}
             self._describe(flags={"first_non_finite": first})

@@ -137,7 +137,7 @@ def warn_of_coupled_decay(optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__} adds weight_decay={decay} to the gradient: it is "
             "part of u, shows as alignment and injection, and the decay column is 0",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

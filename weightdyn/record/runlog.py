@@ -17,12 +17,15 @@ when they are read (`force_table`), so their formula stands in one place, `weigh
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import html
 import json
 import math
 import os
 import platform
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError
@@ -94,6 +97,11 @@ _SCHEMAS = {
     ),
 }
 
+_METRICS = pa.schema([_SCHEMAS["forces"].field("step")])  # and whatever was recorded, of these types:
+
+_METRIC_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+"""Types of a metric, each wide enough for those before it."""
+
 STORED = {kind: tuple(schema.names) for kind, schema in _SCHEMAS.items()}
 """Names of the stored columns of each kind with a fixed schema."""
 
@@ -104,7 +112,7 @@ _DEFAULTS = {"span": 1, "norm_sq_audit": math.nan, "m_rms": math.nan, "v_mean": 
 _INFO_BYTES = 1 << 28
 """A run.json is smaller than this."""
 
-_OWN_SECTIONS = ("format", "weightdyn", "created", "versions", "sessions")
+_OWN_SECTIONS = ("checksum", "format", "weightdyn", "created", "versions", "sessions")
 
 
 class RunLogError(ValueError):
@@ -194,8 +202,15 @@ class _Folder:
             )
         try:
             _check_info(info)
-        except ValueError as error:
+            checksum = info.pop("checksum", None)
+            changed = checksum is not None and checksum != _checksum(info)
+        except (ValueError, RecursionError) as error:
             raise self._damaged(error) from None
+        if changed:
+            raise RunLogError(
+                f"{self.info_path} was changed after it was written (its checksum does not fit): copy it again "
+                "from where the run was written. If you changed it yourself, delete its line 'checksum'"
+            )
         return info
 
     def _damaged(self, error: Exception) -> RunLogError:
@@ -209,7 +224,7 @@ class _Folder:
         return os.path.lexists(self.info_path)
 
     def write_info(self, info: dict[str, Any]) -> None:
-        text = json.dumps(info, indent=1) + "\n"
+        text = json.dumps({**info, "checksum": _checksum(info)}, indent=1) + "\n"
         write_file(self.info_path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def parts(self, kind: str) -> list[_Part]:
@@ -217,6 +232,10 @@ class _Folder:
             names = os.listdir(self.path / kind)
         except FileNotFoundError:
             return []
+        except NotADirectoryError:
+            raise RunLogError(
+                f"{self.path / kind} is a file, where a run has a folder: move it out of the directory"
+            ) from None
         matches = filter(None, map(self._PART.fullmatch, names))
         return sorted(_Part(int(match[1]), int(match[2]), kind) for match in matches)
 
@@ -225,20 +244,21 @@ class _Folder:
 
     def read(self, part: _Part, columns: Sequence[str] | None = None) -> pa.Table:
         path = self.path / part.name
-        schema = _SCHEMAS.get(part.kind, pa.schema([_SCHEMAS["forces"].field("step")]))
+        schema = _SCHEMAS.get(part.kind, _METRICS)
+        names = [] if part.kind == "metrics" else schema.names
         try:
-            table = read_parquet(
-                path, columns if columns or part.kind == "metrics" else schema.names, schema=schema
-            )
+            table = read_parquet(path, columns or names or None, schema=schema)
+            if "step" not in table.column_names:
+                raise ValueError(f"{path} lacks the column 'step'")
             if part.kind == "metrics":
-                _widest(table.schema.types)
-                table.column("step")
+                for field in table.schema:
+                    if field.type not in _METRIC_TYPES.values():
+                        raise ValueError(f"{path} has {field.type} in the column {field.name!r}")
         except FileNotFoundError:
             raise RunLogError(f"{path} was removed while the run was read: read it again") from None
-        except (ValueError, KeyError) as error:
-            message = error.args[0] if isinstance(error, ValueError) else f"{path} lacks the column {error}"
+        except ValueError as error:
             raise RunLogError(
-                f"{message}: copy it again from where the run was written, or move it out of the directory to read "
+                f"{error}: copy it again from where the run was written, or move it out of the directory to read "
                 "the run without its rows"
             ) from None
         return table
@@ -272,6 +292,11 @@ class _Folder:
             file.unlink(missing_ok=True)
         for folder in {file.parent for file in files}:
             sync_folder(folder)
+
+
+def _checksum(info: Mapping[str, Any]) -> str:
+    """CRC-32 of the content, however it is laid out."""
+    return f"{zlib.crc32(json.dumps(info, sort_keys=True).encode()):08x}"
 
 
 def _check_info(info: Mapping[str, Any]) -> None:
@@ -319,6 +344,7 @@ def _lock(folder: Path) -> filelock.BaseFileLock | None:
         ) from None
 
 
+@functools.cache
 def _version(name: str) -> str:
     try:
         return _installed(name)
@@ -416,10 +442,6 @@ def _text(value: str) -> str:
     return value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-_METRIC_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
-"""Types of a metric, each wide enough for those before it."""
-
-
 def _widest(types: Iterable[pa.DataType]) -> pa.DataType:
     return max(types, key=list(_METRIC_TYPES.values()).index)
 
@@ -501,7 +523,8 @@ class RunWriter:
             self._stored = self._opened()  # what run.json had before
             # A start at 0 may still become a resume (the optimizer's state is often loaded later), so whether
             # it is allowed on top of stored rows is decided when the first row comes.
-            self._undecided = self._start == 0 and bool(_all_parts(self._store))
+            used = bool(_all_parts(self._store)) or (self._overwrite and self._store.has_info())
+            self._undecided = self._start == 0 and used
             self.describe(**(info or {}))
         except BaseException:
             self._release()
@@ -583,8 +606,9 @@ class RunWriter:
         if self._overwrite and isinstance(self._store, _Folder):
             self._store.clear()
             self._stored = _new_info()
-            self._undecided = False
-            self._save_info()
+            self._undecided, self._unsaved = False, True
+            with contextlib.suppress(OSError):  # the next flush tries again, and tells
+                self._save_info()
             return
         steps = RunLog._of(self._store)._steps()
         updates = steps[steps > 0]
@@ -626,6 +650,8 @@ class RunWriter:
         """
         self._check_open()
         self._open_session(start_step)
+        if self._undecided and isinstance(self._store, _Folder) and not self._store.has_info():
+            self._store.clear()  # what an interrupted overwriting left
         self._undecided = False
         for kind, chunks in self._buffers.items():
             kept = (
@@ -793,6 +819,11 @@ class RunLog:
         run = cls.__new__(cls)
         run._store, run._refresh = store, refresh
         return run
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to another process: the run as it is now, without the logger."""
+        self._catch_up()
+        return {"_store": self._store, "_refresh": None}
 
     def _catch_up(self) -> None:
         """Let the logger that writes the run store what it has, where the run is its own."""

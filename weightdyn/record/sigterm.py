@@ -84,6 +84,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_to_parent)
 
 
+def _send_again() -> None:
+    """To the main thread, which handles signals and may be asleep."""
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main, signal.SIGTERM)
+    else:
+        signal.raise_signal(signal.SIGTERM)
+
+
 def uninterrupted(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let a SIGTERM that comes during the function wait for its end."""
 
@@ -100,6 +109,6 @@ def uninterrupted(function: Callable[_P, _R]) -> Callable[_P, _R]:
                 del _busy[thread]
             if _late and not _busy:
                 _late = False
-                signal.raise_signal(signal.SIGTERM)
+                _send_again()
 
     return whole
