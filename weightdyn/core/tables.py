@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import check_choice
 from weightdyn.core.forces import (
     At,
     Order,
@@ -465,8 +466,7 @@ def force_table(
        norm_sq  alignment  injection  residual
     0      7.0        1.0        1.0       0.0
     """
-    if at not in ("before", "after"):
-        raise ValueError(f"at must be 'before' or 'after', got {at!r}")
+    check_choice("at", at, ("before", "after"))
     tensor = pd.Categorical(products["tensor"])
     tensor = tensor.set_categories(in_model_order(tensor.categories, tensors))
     lr, weight_decay, dot_wu, u_sq, w_sq, after, audit = (

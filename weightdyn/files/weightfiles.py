@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 from torch._weights_only_unpickler import Unpickler  # what torch.load(weights_only=True) is
 
+from weightdyn.core.checks import check_path
+
 MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 """The float types that weights are measured in, and the bits of their mantissas."""
 
@@ -595,6 +597,7 @@ def read_matrices(source: Any, config: Any = None) -> tuple[list[Matrix], Any]:
     elif isinstance(source, Mapping):
         found = _of_mapping(source)
     elif isinstance(source, str | PathLike):
+        check_path("source", source)
         path = newest_checkpoint(source)
         files = checkpoint_files(path)
         config = config_beside(path) if config is None else config

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import check_choice, check_text
 from weightdyn.core.tables import (
     FORCES,
     By,
     aggregate,
     budget,
+    check_columns,
     check_force_table,
     check_weibull_table,
     table_of,
@@ -93,8 +95,7 @@ def force_budget(
     Raises:
         TypeError, ValueError: an argument that is not one of the above; more panels than a figure holds.
     """
-    if kind not in ("forces", "shares"):
-        raise ValueError(f"kind must be 'forces' or 'shares', got {kind!r}")
+    check_choice("kind", kind, ("forces", "shares"))
     table = check_force_table(run_or_table, argument="run_or_table", empty=False, unique=True)
     table = budget(aggregate(table, by))
     panels = split_groups(table, by)
@@ -156,8 +157,7 @@ def weibull_trajectory(
     Raises:
         TypeError, ValueError: an argument that is not one of the above.
     """
-    if value not in ("lam", "k", None):
-        raise ValueError(f"value must be 'lam', 'k' or None for both, got {value!r}")
+    check_choice("value", value, ("lam", "k", None))
     table = check_weibull_table(run_or_table, argument="run_or_table", empty=False, unique=True)
     pooled = pool_weibull(table, by)
     if pooled.empty:
@@ -221,10 +221,13 @@ def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Ax
     Raises:
         TypeError, ValueError: not a run or a table; nothing in it is called a loss.
     """
+    if unit is not None:
+        check_text("unit", unit, "a string, such as 'nats per byte', or None")
     table = table_of(run_or_table, "metrics", argument="run_or_table")
     names = [name for name in table if "loss" in str(name).lower() and table[name].notna().any()]
     if "step" not in table or not names:
         raise ValueError(f"run_or_table holds no losses by step: its columns are {list(table.columns)}")
+    check_columns(table, ("step", *names), "table of losses", argument="run_or_table")
     axes = make_axes(ax, 1)
     colors = (DARK, *ROLE_COLORS.values())
     for i, name in enumerate(names):
@@ -232,7 +235,7 @@ def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Ax
         sparse = 2 * len(rows) < len(table)
         label = str(name).replace("_", " ")
         draw_line(axes[0], rows["step"], rows[name], color=colors[i % len(colors)], label=label, dots=sparse)
-    label_axes(axes, [f"loss ({unit})" if unit else "loss"])
+    label_axes(axes, ["loss" if unit is None else f"loss ({unit})"])
     if len(names) > 1:
         legend_above(axes[0])
     return axes[0]

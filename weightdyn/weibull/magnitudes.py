@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weightdyn.core.checks import check_instance, check_path, shown
+from weightdyn.core.checks import check_instance, check_number, check_numbers, check_path, refuse, shown
 from weightdyn.files.durable import write_file
 from weightdyn.files.weightfiles import open_regular
 
@@ -212,6 +212,15 @@ def sum_magnitudes(x: Tensor) -> Tensor:
     return total
 
 
+def _checked_sums(sums: Any) -> Sums:
+    """The three sums beside a count, as numbers."""
+    dense = isinstance(sums, Tensor) and sums.layout == torch.strided and not sums.is_meta
+    values = sums.tolist() if dense or isinstance(sums, np.ndarray) else sums
+    if isinstance(values, list | tuple) and len(values) == len(Sums._fields):
+        return Sums(*(check_number("sums", value) for value in values))
+    raise refuse("sums", "three numbers, as sum_magnitudes returns them, or None", sums)
+
+
 @dataclass(frozen=True, eq=False)
 class MagnitudeHistogram:
     """Counts of |x| over the leading bits of a float type, populated bins only.
@@ -292,6 +301,7 @@ class MagnitudeHistogram:
             ValueError: `counts` is not of the length that belongs to dtype.
         """
         name, form = _format(dtype, "dtype")
+        counts = check_numbers("counts", counts)
         counts = counts.cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
         if counts.shape != (form.keys,):
             raise ValueError(
@@ -301,7 +311,7 @@ class MagnitudeHistogram:
         if counts.dtype.kind not in "iu" or counts.min() < 0:
             raise ValueError(f"counts must be whole numbers >= 0, got {shown(counts)} from {counts.min()} on")
         keys = np.flatnonzero(counts)
-        measured = None if sums is None else Sums(*(float(value) for value in sums))
+        measured = None if sums is None else _checked_sums(sums)
         return cls._apart(name, keys, counts[keys], measured, exact=form.shift == 0)
 
     @classmethod

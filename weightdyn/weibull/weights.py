@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from weightdyn.core.checks import check_pattern, check_whole
+from weightdyn.core.checks import check_choice, check_jobs, check_pattern
 from weightdyn.core.naming import TensorRow, Views, describe
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, check_weibull_table, group_columns, group_numbers
@@ -71,8 +71,8 @@ def fit_weights(
 
     Returns:
         The columns of `FIT_TABLE`, one row per matrix or part of one, in the model's order (of a safetensors
-        file: by name). Pooled: one row per group, with the group's columns (`layer`; `component` and `role`;
-        `role`; none) and `tensors`, the number of matrices in it, for `tensor`, `layer`, `component`, `role`.
+        file: by name). With `by`: one row per group, with the group's columns and `tensors`, the number of rows in
+        it, for those of `IDENTITY`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,8 +82,8 @@ def fit_weights(
     >>> fit_weights(model)["numel"].tolist()
     [4096, 2048]
     """
-    if check_whole("n_jobs", n_jobs, None) == 0:
-        raise ValueError("n_jobs must be a number of threads, or -1 (as many as there are cores), got 0")
+    check_jobs("n_jobs", n_jobs)
+    check_choice("method", method, get_args(Method))
     matrices, config = read_matrices(source, config)
     if tensors is not None:
         listed, pattern = [m.name for m in matrices], check_pattern("tensors", tensors)
