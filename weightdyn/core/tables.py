@@ -104,7 +104,7 @@ FIT_TABLE = {
     "kurtosis": "mean w⁴ over squared mean w²; 3 for a normal law",
     "top_share": "share of ‖w‖² in the largest 0.01 % of the weights",
     "second_share": "share of the weights in a second population; 0 if there is none",
-    "note": "what makes the fit doubtful or impossible; empty if nothing",
+    "note": "what makes the fit doubtful or impossible, ‖W‖² that is not finite or absurd; empty if nothing",
 }
 """Columns of a table of the fits of one model, and their meaning."""
 

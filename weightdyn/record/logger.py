@@ -797,10 +797,10 @@ class ForceLogger:
                 continue
             for row, part in zip(each.rows, each.name.views or (None,), strict=True):
                 fit = fit_weibull(weights if part is None else part.of(weights))
-                fits.append((list(self._labels)[row], fit.k, fit.lam, fit.r_squared, fit.ks, fit.n))
+                fits.append((list(self._labels)[row], fit.lam, fit.k, fit.r_squared, fit.ks, fit.n))
         if fits:
             columns = zip(
-                ("tensor", "k", "lam", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
+                ("tensor", "lam", "k", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
             )
             self._writer.append(
                 "weibull", {"step": self._step, **{name: list(each) for name, each in columns}}

@@ -14,7 +14,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from weightdyn.core.checks import check_instance, check_number, check_numbers, check_path, refuse, shown
 from weightdyn.files.durable import write_file
-from weightdyn.files.weightfiles import open_regular
+from weightdyn.files.weightfiles import open_regular, open_zip
 
 PIECE = 1 << 16
 """Elements that are counted at a time on the CPU: what is made of them stays in the cache."""
@@ -409,6 +409,28 @@ class MagnitudeHistogram:
         """Let `sum(histograms)` start from 0."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    def widened(self, dtype: str, *, exact: bool) -> MagnitudeHistogram:
+        """The same sample in the bins of `dtype`, which can be merged with others that have them.
+
+        Args:
+            dtype: float32 or float64, if that holds every magnitude of this one's type; or this one itself.
+            exact: keep the magnitudes apart.
+
+        Raises:
+            ValueError: it is in bins, and not in these.
+        """
+        if (dtype, exact) == (self.dtype, self.exact):
+            return self
+        if not self.exact:
+            raise ValueError(f"bins of {self.dtype} can neither be parted nor put into those of {dtype}")
+        bits = _bits(self.edges[0].astype(dtype))
+        shift = 0 if exact else _FORMATS[dtype].shift
+        # As when they are counted: a magnitude too small for key 1 is no zero.
+        keys, where = np.unique(np.maximum(bits >> shift, 1).astype(np.int64), return_inverse=True)
+        counts = np.zeros(len(keys), dtype=np.int64)
+        np.add.at(counts, where, self.counts)
+        return replace(self, dtype=dtype, keys=keys, counts=counts, exact=exact)
+
     def quantile(self, q: Any) -> Any:
         """Magnitude below which the fraction q of the sample lies; linear inside a bin.
 
@@ -480,7 +502,7 @@ class MagnitudeHistogram:
         path = check_path("path", path)
         try:
             file = io.BufferedReader(open_regular(path))  # type: ignore[arg-type]
-            with file, zipfile.ZipFile(file) as archive:
+            with file, open_zip(file, _DIRECTORY) as archive:
                 return cls(**_stored(archive, os.fstat(file.fileno()).st_size))
         except FileNotFoundError:
             raise
@@ -497,6 +519,8 @@ class MagnitudeHistogram:
             f"n_zero={self.n_zero}, n_nonfinite={self.n_nonfinite})"
         )
 
+
+_DIRECTORY = 4096  # bytes that a histogram's directory may have; its five arrays take 270
 
 _KEYS_PER_BYTE = 16 / 8
 """Keys that a byte of a compressed file can hold at most: ascending numbers compress by 4 to 8, a bomb by 1,000."""
