@@ -41,7 +41,7 @@ def shown(value: Any) -> str:
 
 
 def refuse(argument: str, accepted: str, value: Any) -> ValueError | TypeError:
-    """The error of an argument that is not accepted: a ValueError for a wrong value, a TypeError for a wrong kind."""
+    """The error of an argument that is not accepted: a ValueError for a wrong value, a TypeError for a kind."""
     plain = value is not None and isinstance(value, int | float | str | np.generic)
     return (ValueError if plain else TypeError)(f"{argument} must be {accepted}, got {shown(value)}")
 

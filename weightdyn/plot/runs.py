@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import check_choice
 from weightdyn.core.tables import (
     FORCES,
     By,
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 
 Kind = Literal["forces", "shares"]
+
+_OVERVIEW = ("transmission", "selection", "value", "other")  # the first that a run has is looked at
 
 
 @overload
@@ -238,7 +241,7 @@ def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Ax
     return axes[0]
 
 
-def overview(run: RunLog, *, role: str = "transmission", ax: Sequence[Axes] | None = None) -> np.ndarray:
+def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Draw the Weibull scale of one role above the forces that move it: rise, overshoot and relaxation.
 
     λ is pooled over the role's tensors inside the blocks; the forces are summed over all of its tensors. Where
@@ -247,7 +250,8 @@ def overview(run: RunLog, *, role: str = "transmission", ax: Sequence[Axes] | No
 
     Args:
         run: a `RunLog` with forces and Weibull fits (`weibull_every=…`).
-        role: "selection", "transmission", "value" or "other".
+        role: "selection", "transmission", "value" or "other"; None takes transmission, or the next that the run has
+            (a model whose names say nothing has "other" alone).
         ax: two Axes to draw on; None makes a figure.
 
     Returns:
@@ -258,9 +262,8 @@ def overview(run: RunLog, *, role: str = "transmission", ax: Sequence[Axes] | No
     """
     weibull = check_weibull_table(run, argument="run", empty=False)
     forces = check_force_table(run, argument="run", empty=False)
-    for table in (weibull, forces):
-        if role not in set(table["role"]):
-            raise ValueError(f"role must be one that the run has, {sorted(set(table['role']))}, got {role!r}")
+    roles = [name for name in _OVERVIEW if name in set(weibull["role"]) & set(forces["role"])]
+    role = check_choice("role", role or roles[0], roles)
     weibull, forces = weibull[weibull["role"] == role], forces[forces["role"] == role]
     inside = weibull["layer"].notna()
     axes = make_axes(ax, 2)
