@@ -20,7 +20,7 @@ SOURCES = {
 
 
 def package_imports(source: str, module: str) -> list[tuple[str, str | None]]:
-    """(module, name) of each import of the package in a source, wherever it stands; None for a whole module."""
+    """(module, name) of each import of the package in a source, wherever it stands; a whole module has None."""
     found: list[tuple[str, str | None]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -129,20 +129,12 @@ def train_command(
     """Train a small language model on text, with the forces of every tensor on record."""
     with _told():
         _check_folder("--out", out)
-        config = TrainConfig(
-            model=model,
-            corpus=tuple(corpus or ()),
-            steps=steps,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            lr=lr,
-            schedule=schedule,  # type: ignore[arg-type]  # checked by TrainConfig
-            warmup=min(warmup, steps),
+        config = replace(
+            _config(model, corpus, steps, batch_size, seq_len, lr, schedule, warmup, weight_decay),
             floor=floor,
             betas=betas,
             eps=eps,
-            weight_decay=weight_decay,
-            decayed=decayed,  # type: ignore[arg-type]
+            decayed=cast(Any, decayed),  # checked by TrainConfig
             clip=clip or None,
             seed=seed,
             device=device,
@@ -152,6 +144,31 @@ def train_command(
             save_every=save_every,
         )
         typer.echo(train(config, out))
+
+
+def _config(
+    model: str,
+    corpus: list[str] | None,
+    steps: int,
+    batch_size: int,
+    seq_len: int,
+    lr: float,
+    schedule: str,
+    warmup: int,
+    weight_decay: float,
+) -> TrainConfig:
+    """The options that both training commands have, as the trainer takes them."""
+    return TrainConfig(
+        model=model,
+        corpus=tuple(corpus or ()),
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        lr=lr,
+        schedule=cast(Any, schedule),  # checked by TrainConfig
+        warmup=min(warmup, steps),
+        weight_decay=weight_decay,
+    )
 
 
 @app.command()
@@ -518,19 +535,9 @@ def wisca_compare(
         _check_folder("--out", out)
         try:
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch's, of a device that it does not have
+        except (RuntimeError, AssertionError) as error:  # torch's, of a word or a device that it lacks
             raise ValueError(f"--device {device} cannot be used: {error}") from error
-        config = TrainConfig(
-            model=model,
-            corpus=tuple(corpus or ()),
-            steps=steps,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            lr=lr,
-            schedule=cast(Any, schedule),  # checked by TrainConfig
-            warmup=min(warmup, steps),
-            weight_decay=weight_decay,
-        )
+        config = _config(model, corpus, steps, batch_size, seq_len, lr, schedule, warmup, weight_decay)
         text, recipe = Corpus.read(*config.corpus), config.recipe
 
         def make_optimizer(network: torch.nn.Module) -> torch.optim.AdamW:

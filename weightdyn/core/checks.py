@@ -41,7 +41,7 @@ def shown(value: Any) -> str:
 
 
 def refuse(argument: str, accepted: str, value: Any) -> ValueError | TypeError:
-    """The error of an argument that is not accepted: a ValueError for a wrong value, a TypeError for a kind."""
+    """The error of an argument that is not accepted: a ValueError of a wrong value, a TypeError of a wrong kind."""
     plain = value is not None and isinstance(value, int | float | str | np.generic)
     return (ValueError if plain else TypeError)(f"{argument} must be {accepted}, got {shown(value)}")
 
@@ -88,7 +88,7 @@ def check_whole(
         return None
     accepted = f"a whole number{_range(low, high)}" + (f", or None ({none})" if none is not None else "")
     try:
-        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+        number = None if value is None or isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         number = None
     if number is None or (low is not None and number < low) or (high is not None and number > high):
@@ -151,7 +151,7 @@ def check_numbers(argument: str, value: Any) -> Any:
     Traceback (most recent call last):
     ValueError: lr must be a number or an array of numbers, got 'fast'
     """
-    if isinstance(value, int | float | np.number) and not isinstance(value, np.complexfloating):
+    if isinstance(value, int | float | np.integer | np.floating):
         return value
     kind = getattr(value, "dtype", None)
     if isinstance(value, np.ndarray) or type(value).__name__ in ("Series", "Index"):
