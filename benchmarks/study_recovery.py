@@ -2,8 +2,9 @@
 
 Each run is trained with every update logged and a checkpoint every 25 updates. Its forces are then recovered
 from some of the checkpoints (gaps of 25 to 400 updates, or log-spaced), stored in float32 or rounded to float16,
-and held against the log. Four runs were used to fit the constants of `weightdyn.recovery`; the eight others were
-used for nothing but the report. Writes data/recovery_accuracy.csv, data/recovery_accuracy.png, data/recovery.md.
+and held against the log. Four runs were used to fit the constants of `weightdyn.checkpoints.recovery`; the
+eight others were used for nothing but the report. Writes data/recovery_accuracy.csv, data/recovery_accuracy.png,
+data/recovery.md.
 
     OMP_NUM_THREADS=1 python benchmarks/study_recovery.py --runs runs/recovery
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from weightdyn.cli import app
 from weightdyn.explain.summary import summarize
 from weightdyn.record.runlog import RunLog, RunWriter
-from weightdyn.train import trainer as selftrain
+from weightdyn.train import trainer
 from weightdyn.train.trainer import DEMO, TrainConfig
 
 FIGURES = ["force_budget.png", "force_shares.png", "loss.png", "overview.png", "weibull_trajectory.png"]
@@ -27,7 +27,7 @@ def _small_and_alone():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of small tensors, more threads only wait for each other
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selftrain, "EVAL_SEQUENCES", 4)
+        patch.setattr(trainer, "EVAL_SEQUENCES", 4)
         yield
     torch.set_num_threads(threads)
 

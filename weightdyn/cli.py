@@ -221,7 +221,7 @@ def _draw(run: RunLog, folder: Path, by: By | list[str] | None = "role", option:
     # Embeddings have scales of their own, that would flatten the blocks' lines.
     inside = weibull["layer"].notna()
     weibull = weibull[inside] if inside.any() else weibull
-    both = weibull[weibull["role"].isin(set(forces["role"])) & weibull["role"].eq("transmission")]
+    both = weibull[weibull["role"].isin(set(forces["role"]))]
     losses = metrics if any("loss" in name for name in metrics) else metrics.iloc[:0]
     figures: dict[str, tuple[pd.DataFrame, Callable[[pd.DataFrame], Any]]] = {
         "overview": (both, lambda _: plot.overview(run)),
@@ -301,6 +301,7 @@ def fit(
             shown = pd.DataFrame({name: table[name].map(form.format) for name, form in forms.items()})
             keys = ["tensor"] if "tensor" in table else [name for name in IDENTITY if name in table]
             names = table[keys].astype("string").fillna("").agg(" ".join, axis=1).str.strip()
+            names = names.replace("", "outside the blocks")
             shown.index = pd.Index(names.str.ljust(names.str.len().max())).rename(None)
             typer.echo(shown.to_string())
         elif out.suffix == ".csv":

@@ -555,3 +555,13 @@ def test_the_overview_stands_lambda_over_the_forces_of_its_role():
     assert any(set(line.get_xdata()) == {peak} for line in forces.lines)  # marked in both panels
     with pytest.raises(ValueError, match=r"role must be one that the run has.*got 'gate'"):
         plot.overview(run, role="gate")
+
+
+def test_the_overview_takes_transmission_or_what_a_run_with_names_of_its_own_has():
+    run = SimpleNamespace(forces=force_table, weibull=weibull_table)
+    assert "transmission" in {text.get_text() for text in plot.overview(run)[0].texts}
+    unnamed = SimpleNamespace(
+        forces=lambda: force_table().assign(role="other"),
+        weibull=lambda: weibull_table().assign(role="other"),
+    )
+    assert "other" in {text.get_text() for text in plot.overview(unnamed)[0].texts}

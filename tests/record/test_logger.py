@@ -1038,7 +1038,12 @@ def test_nothing_waits_for_the_device_between_flushes():
         ({"weibull_every": 2.5}, ValueError, r"weibull_every must be.*got 2\.5"),
         ({"params": mlp()}, ValueError, "params has none of the optimizer's parameters"),
         ({"params": [torch.ones(2)]}, TypeError, r"\(name, parameter\) pairs"),
-        ({"tensors": "attention"}, ValueError, "tensors: selects none"),
+        ({"every": None}, ValueError, "every must be a positive int.*number, got None"),
+        (
+            {"tensors": "attention"},
+            ValueError,
+            r"tensors='attention' selects none .* 6 parameters: \S+weight",
+        ),
         ({"tensors": 3}, TypeError, "tensors must be a regular expression or a function, got int"),
         ({"snapshot_every": 2}, ValueError, "snapshot_every.*out="),
         ({"source": "gradient"}, ValueError, "source must be 'moments' or 'displacement', got 'gradient'"),
@@ -1112,3 +1117,13 @@ def test_the_repr_says_what_is_logged_and_where(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     logger = wd.ForceLogger(optimizer, model, out=tmp_path / "r")
     assert repr(logger) == f"ForceLogger(AdamW, 6 tensors, at update 0, into {tmp_path / 'r'})"
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "last", True])
+def test_a_step_to_record_at_is_a_whole_number(step):
+    model = mlp()
+    with wd.ForceLogger(torch.optim.AdamW(model.parameters()), model) as logger:
+        train(model, logger._optimizer, 1)
+        with pytest.raises((TypeError, ValueError), match="step must be a whole number >= 0, or None"):
+            logger.record(step, loss=1.0)
+    assert logger.run.metrics().empty

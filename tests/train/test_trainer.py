@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from weightdyn.cli import app
 from weightdyn.files.durable import write_file
 from weightdyn.record.runlog import RunLog, RunLogError, RunWriter
-from weightdyn.train import trainer as selftrain
+from weightdyn.train import trainer
 from weightdyn.train.corpus import HELD_OUT, Corpus
 from weightdyn.train.models import MODELS, make_model
 from weightdyn.train.trainer import DEMO, TrainConfig, train
@@ -33,7 +33,7 @@ def _small_and_alone():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of small tensors, more threads only wait for each other
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selftrain, "EVAL_SEQUENCES", 4)
+        patch.setattr(trainer, "EVAL_SEQUENCES", 4)
         yield
     torch.set_num_threads(threads)
 
@@ -326,7 +326,7 @@ def test_everything_decays_and_nothing_is_clipped_on_request(tmp_path):
 
 
 def test_where_nobody_watches_nothing_of_the_bar_is_printed_or_computed(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(selftrain, "_alignment_share", lambda logger: pytest.fail("no bar needs it"))
+    monkeypatch.setattr(trainer, "_alignment_share", lambda logger: pytest.fail("no bar needs it"))
     train(dataclasses.replace(SMALL, steps=3), tmp_path)  # under pytest stderr is no terminal
     assert capfd.readouterr().err == ""
 
@@ -341,16 +341,16 @@ def test_the_bar_shows_loss_and_alignment(tmp_path, capfd):
 KILLED = """
 import os, signal, sys
 import torch
-from weightdyn.train import trainer as selftrain
+from weightdyn.train import trainer
 torch.set_num_threads(1)
-selftrain.EVAL_SEQUENCES = 4
-batch = selftrain.Corpus.batch
+trainer.EVAL_SEQUENCES = 4
+batch = trainer.Corpus.batch
 def kill(self, seed, update, *shape):
     if update == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     return batch(self, seed, update, *shape)
-selftrain.Corpus.batch = kill
-selftrain.train(selftrain.TrainConfig(**eval(sys.argv[3])), sys.argv[1], progress=False)
+trainer.Corpus.batch = kill
+trainer.train(trainer.TrainConfig(**eval(sys.argv[3])), sys.argv[1], progress=False)
 """
 
 
@@ -367,14 +367,14 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, whole):
 def test_a_run_that_dies_between_its_rows_and_its_state_continues_bit_for_bit(
     tmp_path, whole, monkeypatch, update
 ):
-    save = selftrain.save_state
+    save = trainer.save_state
 
     def die(path, step, *rest):
         if step == update:
             raise KeyboardInterrupt
         save(path, step, *rest)
 
-    monkeypatch.setattr(selftrain, "save_state", die)
+    monkeypatch.setattr(trainer, "save_state", die)
     with pytest.raises(KeyboardInterrupt):
         train(SMALL, tmp_path, progress=False)
     monkeypatch.undo()

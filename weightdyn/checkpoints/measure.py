@@ -28,6 +28,19 @@ Gram = Literal["none", "band", "full"]
 CHUNK = 1 << 24
 """Weights of one tensor that are read at a time; a larger tensor falls into several pieces of work."""
 _GRAM = 1 << 22  # float64 numbers of all steps that inner products hold at a time, and once more in a copy
+_TILE = 32  # steps whose inner products are taken in one product ...
+_PRODUCT = 1 << 18  # ... of so many multiplications
+
+FORMAT = 4
+"""Version of the stored measurements; others are measured again."""
+
+_TYPES = {
+    **dict.fromkeys(
+        ("tensor", "stack", "component", "role", "dtype", "precision", "hash", "note"), pa.string()
+    ),
+    "layer": pa.int64(),
+    "numel": pa.int64(),
+}
 
 
 # What is computed of them.
@@ -82,9 +95,8 @@ def _cut(rows: Tensor, view: View | None, start: int) -> Tensor | None:
     cuts = [rows[low:high].reshape(-1) for low, high in inside if low < high]
     if len(cuts) < 2:
         return cuts[0] if cuts else None
-    joined = np.concatenate(
-        [cut.view(torch.uint8).numpy() for cut in cuts]
-    )  # torch.cat would wake its threads
+    # torch.cat would wake its threads.
+    joined = np.concatenate([cut.view(torch.uint8).numpy() for cut in cuts])
     return torch.from_numpy(joined).view(rows.dtype)
 
 
@@ -229,10 +241,6 @@ def _outer(x: np.ndarray, y: np.ndarray, lower: bool = False) -> np.ndarray:
     return out
 
 
-_TILE = 32  # steps whose inner products are taken in one product ...
-_PRODUCT = 1 << 18  # ... of so many multiplications
-
-
 def layout_of(contents: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
     """Name -> shape."""
     return {name: stored.shape for name, stored in contents.items()}
@@ -340,22 +348,8 @@ class Measured:
             }
             rows = table.drop_columns(["step", "dots"]).to_pandas()
             return cls(step, about["fingerprint"], about["weibull"], layout, rows, partners)
-        except (
-            Exception
-        ):  # whatever is wrong with what was stored: the checkpoint is there to be measured again
+        except Exception:  # whatever is wrong with it, the checkpoint can be measured again
             return None
-
-
-FORMAT = 4
-"""Version of the stored measurements; others are measured again."""
-
-_TYPES = {
-    **dict.fromkeys(
-        ("tensor", "stack", "component", "role", "dtype", "precision", "hash", "note"), pa.string()
-    ),
-    "layer": pa.int64(),
-    "numel": pa.int64(),
-}
 
 
 def wanted_dots(steps: Sequence[int], gram: Gram) -> dict[int, list[int]]:

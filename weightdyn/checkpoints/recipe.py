@@ -53,7 +53,7 @@ def constant(peak: float, warmup: int = 0, *, first: int = 1) -> LearningRate:
     Args:
         peak: the largest learning rate.
         warmup: length of the warm-up, in updates; 0 for none.
-        first: what the schedule's counter n shows at update 1: 1, as in `selftrain`, or 0 in trainers that
+        first: what the schedule's counter n shows at update 1: 1, as in `weightdyn train`, or 0 in trainers that
             take their first update before the schedule's first step, as transformers' and GPT-NeoX do.
 
     Returns:

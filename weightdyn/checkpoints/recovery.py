@@ -40,6 +40,8 @@ RHO_RANGE = {"displacement": (0.55, 1.65), "noise": (0.45, 3.35)}
 """Where ρ lies in logged runs, as multiples of the estimate that knows the displacements and of the one that does
 not: the 5th and 95th percentile over the weight matrices of four runs, at the gaps where they are widest."""
 
+_CANCEL, _CANCEL_AT, _FADE = 0.75, 32.0, 32.0  # of `injection_scale`
+
 _KURTOSIS = 3.0
 """Of the weights: a float's rounding error grows with the weight, so large weights carry more of it."""
 
@@ -86,9 +88,6 @@ def injection_scale(
         cancelled = np.exp(-_CANCEL * (count - 1) / (count - 1 + _CANCEL_AT))
         factor = (q / (rho * kept * cancelled)) ** (1 / np.sqrt(1 + (count - 1) / _FADE))
     return np.where(np.isfinite(factor) & (q > 0), factor, 1.0)
-
-
-_CANCEL, _CANCEL_AT, _FADE = 0.75, 32.0, 32.0
 
 
 # --- one tensor --------------------------------------------------------------------------------------------
@@ -162,9 +161,7 @@ def spline_forces(gram: np.ndarray, steps: np.ndarray, lr: np.ndarray, weight_de
 
     basis = CubicSpline(steps, np.eye(len(steps))).c[::-1]  # (4, gaps, K), ascending powers
     width = np.diff(steps).astype(float)
-    basis = (
-        basis * width[None, :, None] ** np.arange(4)[:, None, None]
-    )  # of the fraction of the gap: no overflow
+    basis = basis * width[:, None] ** np.arange(4)[:, None, None]  # of the fraction of the gap: no overflow
     q = np.einsum("agk,kl,bgl->gab", basis, gram, basis, optimize=True)
     gap = np.repeat(np.arange(len(width)), np.diff(steps))
     step = 1 / width[gap]

@@ -213,7 +213,7 @@ def check_betas(argument: str, value: Any) -> tuple[float, float]:
 
 
 def check_jobs(argument: str, value: Any, *, none: str | None = None) -> Any:
-    """Return `value` if it is a number of jobs as joblib counts: 1 or more, or −1 for as many as there are cores."""
+    """Return `value` if it is a number of jobs as joblib counts: 1 or more, −1 for as many as there are cores."""
     accepted = "a whole number >= 1, or -1 (as many as there are cores)"
     number = check_whole(argument, value, -(1 << 16), 1 << 16, none=none)
     if number == 0:

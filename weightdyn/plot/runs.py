@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["forces", "shares"]
 
+_OVERVIEW = ("transmission", "selection", "value", "other")  # the first that a run has is looked at
+
 
 @overload
 def force_budget(
@@ -241,7 +243,7 @@ def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Ax
     return axes[0]
 
 
-def overview(run: RunLog, *, role: str = "transmission", ax: Sequence[Axes] | None = None) -> np.ndarray:
+def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None = None) -> np.ndarray:
     """Draw the Weibull scale of one role above the forces that move it: rise, overshoot and relaxation.
 
     λ is pooled over the role's tensors inside the blocks; the forces are summed over all of its tensors. Where
@@ -250,7 +252,8 @@ def overview(run: RunLog, *, role: str = "transmission", ax: Sequence[Axes] | No
 
     Args:
         run: a `RunLog` with forces and Weibull fits (`weibull_every=…`).
-        role: "selection", "transmission", "value" or "other".
+        role: "selection", "transmission", "value" or "other"; None takes transmission, or the next that the run has
+            (a model whose names say nothing has "other" alone).
         ax: two Axes to draw on; None makes a figure.
 
     Returns:
@@ -261,9 +264,10 @@ def overview(run: RunLog, *, role: str = "transmission", ax: Sequence[Axes] | No
     """
     weibull = check_weibull_table(run, argument="run", empty=False)
     forces = check_force_table(run, argument="run", empty=False)
-    for table in (weibull, forces):
-        if role not in set(table["role"]):
-            raise ValueError(f"role must be one that the run has, {sorted(set(table['role']))}, got {role!r}")
+    roles = [name for name in _OVERVIEW if name in set(weibull["role"]) & set(forces["role"])]
+    if not roles:
+        raise ValueError("run: no role has both forces and Weibull fits (weibull_every=…)")
+    role = check_choice("role", roles[0] if role is None else role, roles)
     weibull, forces = weibull[weibull["role"] == role], forces[forces["role"] == role]
     inside = weibull["layer"].notna()
     axes = make_axes(ax, 2)
@@ -275,5 +279,5 @@ def overview(run: RunLog, *, role: str = "transmission", ax: Sequence[Axes] | No
     if (legend := axes[0].get_legend()) is not None:  # it would name the role, which the strip does
         legend.remove()
     axes[0].set_xlabel("")
-    name_panel(axes[0], role)
+    name_panel(axes[0], str(role))
     return np.array(axes)

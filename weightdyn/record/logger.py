@@ -255,14 +255,14 @@ class ForceLogger:
         if snapshot_every is not None and out is None:
             raise ValueError("snapshot_every writes files: give it a run directory with out=")
         start_step = check_whole("start_step", start_step, none="what the optimizer's state says")
-        self._every = _schedule("every", every)
+        self._every = _schedule("every", every, none=False)
         self._weibull_every = _schedule("weibull_every", weibull_every)
         self._snapshot_every = _schedule("snapshot_every", snapshot_every)
         self._audit_every = _schedule("audit_every", audit_every)
         self._source = source
         self._optimizer = optimizer
         self._given = _names(_given_pairs(optimizer, params))
-        self._select = _selector(tensors)
+        self._wanted, self._select = tensors, _selector(tensors)
         self._views: Views = check_views(views)
         self._config = config if config is not None else _config(params)
         self._rules = rules
@@ -325,6 +325,7 @@ class ForceLogger:
 
         Tensors of one element are read with `.item()`, which waits for a GPU.
         """
+        step = check_whole("step", step, none="the present update")
         values = {name: _number(name, value) for name, value in metrics.items()}
         if step is None and self._skipped is not None:
             self._notes.append(("metrics", {"step": self._step, **values}, self._skipped))
@@ -537,7 +538,8 @@ class ForceLogger:
         self._labels: dict[str, dict[str, Any]] = {}
         self._plans.clear()
         self._names = {**_names(own_names(self._optimizer)), **self._given}
-        for index, group in enumerate(self._optimizer.param_groups):
+        groups = self._optimizer.param_groups
+        for index, group in enumerate(groups):
             for position, parameter in enumerate(group["params"]):
                 shape = "x".join(map(str, parameter.shape))
                 name = self._names.get(parameter, f"group{index}.{position}({shape})")
@@ -552,7 +554,11 @@ class ForceLogger:
                 "config", f"q, k and v of {whole[0]} stay together: pass config= to tell its heads"
             )
         if not self._tracked:
-            raise ValueError("tensors: selects none of the optimizer's parameters")
+            names = [self._names.get(p, "one without a name") for group in groups for p in group["params"]]
+            raise ValueError(
+                f"tensors={self._wanted!r} selects none of the optimizer's {len(names)} parameters: "
+                f"{', '.join(names[:3])} …"
+            )
         sizes = [len(each.rows) for each in self._tracked]
         self._row_group = np.repeat([each.group for each in self._tracked], sizes)
         self._describe(tensors=self._labels)
@@ -887,16 +893,17 @@ def _selector(tensors: Tensors | None) -> Callable[[str, Tensor], bool]:
     raise TypeError(f"tensors must be a regular expression or a function, got {type(tensors).__name__}")
 
 
-def _schedule(argument: str, every: Any) -> Every | None:
-    if every is None or callable(every):
+def _schedule(argument: str, every: Any, none: bool = True) -> Every | None:
+    if callable(every) or (every is None and none):
         return cast("Every | None", every)
     try:
-        number = 0 if isinstance(every, bool) else operator.index(every)
+        number = 0 if isinstance(every, bool) else operator.index(cast(Any, every))
     except TypeError:
         number = 0
     if number < 1:
         raise ValueError(
-            f"{argument} must be a positive int or a function of the update's number, got {every!r}"
+            f"{argument} must be a positive int or a function of the update's number"
+            f"{', or None (never)' if none else ''}, got {every!r}"
         )
     return number
 

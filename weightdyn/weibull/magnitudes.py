@@ -145,9 +145,8 @@ def _count_on_cpu(x: Tensor | np.ndarray, form: _Format, sums: bool) -> tuple[np
 
 def _sums_of_array(magnitude: np.ndarray) -> tuple[float, float, float]:
     a = magnitude.astype(np.float64, copy=False)
-    with np.errstate(
-        over="ignore", under="ignore", divide="ignore"
-    ):  # the squares of float64 can leave its range
+    # The squares of float64 can leave its range.
+    with np.errstate(over="ignore", under="ignore", divide="ignore"):
         magnitudes = float(a.sum())
         if not math.isfinite(magnitudes):
             a = a[np.isfinite(a)]

@@ -152,16 +152,16 @@ def _row_factors(model: nn.Module, factors: dict[str, dict[int, Tensor]], labels
     known: dict[str, float] = {}
     for name, axes in factors.items():
         shape = tuple(model.get_parameter(name).shape)
-        known[name] = _common(list(axes.values()))
-        for views in (True, "head"):
-            for view in describe(name, shape, config, views=views).views:
+        for views in (False, True, "head"):
+            for row in describe(name, shape, config, views=views).rows(shape):
+                view = row.view
                 inside = [
                     torch.cat([factor[start:stop] for start, stop in view.ranges])
-                    if axis == view.axis
+                    if view is not None and axis == view.axis
                     else factor
                     for axis, factor in axes.items()
                 ]
-                known[f"{name}[{view.name}]"] = _common(inside)
+                known[row.label] = _common(inside)
     return wanted.map(known).where(wanted.isin(list(known)), 1.0).to_numpy(float)
 
 
