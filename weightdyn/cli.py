@@ -517,10 +517,7 @@ def wisca_compare(
         _check_folder("--out", out)
         try:
             torch.empty(0, device=device)
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # torch's, of a word or a device that it does not have
+        except (RuntimeError, AssertionError) as error:  # torch's, of a word or a device that it does not have
             raise ValueError(f"--device {device} cannot be used: {error}") from error
         config = TrainConfig(
             model=model,

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -167,6 +168,20 @@ def test_models_state_dicts_and_files_give_one_table(llama, tmp_path):
         pd.testing.assert_frame_equal(
             by_name(table), by_name(fit_weights(llama, views="head")), check_categorical=False
         )
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(math.nan, "‖W‖² is nan"), (math.inf, "‖W‖² is nan"), (1e30, "rms is .*e\\+28")],
+)
+def test_weights_that_cannot_be_sound_are_named_with_their_file(tmp_path, bad, message):
+    state = {"a.weight": torch.randn(40, 40), "b.weight": torch.randn(40, 40)}
+    state["b.weight"][3, 3] = bad
+    save_file(state, tmp_path / "model.safetensors")
+    table = fit_weights(tmp_path).set_index("tensor")
+    assert table.loc["a.weight", "note"] == ""
+    assert re.search(message + r" in model\.safetensors", table.loc["b.weight", "note"])
+    assert re.search(message, fit_weights(state).set_index("tensor").loc["b.weight", "note"])
 
 
 def test_a_safetensors_file_is_read_in_the_order_of_its_layers(tmp_path):
