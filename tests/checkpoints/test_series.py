@@ -127,6 +127,24 @@ def test_tensors_that_are_read_in_pieces_give_the_same(folder, monkeypatch):
     np.testing.assert_allclose(band["dots"].iloc[-1], whole["dots"].iloc[-1][-2:], rtol=1e-12)
 
 
+@pytest.mark.parametrize("grid", ["float16", "bfloat16", "integers", "half of it", "none"])
+def test_fits_of_large_tensors_in_pieces_are_those_of_the_whole(tmp_path, monkeypatch, grid):
+    x = torch.randn(1200, 1000, generator=torch.Generator().manual_seed(0)) * 0.02
+    if grid == "integers":
+        x = (x * 2000).round() * 0.003
+    elif grid == "half of it":  # the pieces that are exact join those in bins
+        x[:600] = x[:600].half().float()
+    elif grid != "none":
+        x = x.to(getattr(torch, grid)).float()
+    safetensors.torch.save_file({UP: x}, tmp_path / "step1.safetensors")
+    monkeypatch.setattr(measuring, "CHUNK", 400_000)
+    row = measure(tmp_path, cache=False).iloc[0]
+    fit = fit_weibull(x.numpy().ravel())
+    accuracy = 2e-4 if grid == "half of it" else 1e-9
+    assert row["n"] == fit.n
+    np.testing.assert_allclose([row["lam"], row["k"]], [fit.lam, fit.k], rtol=accuracy)
+
+
 def test_heads_have_rows_of_their_own_for_norms_and_inner_products(folder):
     table = measure(folder, "band", views="head")
     rows = table[table["tensor"] == f"{QKV}[k.1]"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -148,6 +149,14 @@ class Hub:
                     request.wfile.flush()
                     if self.stall.wait(0.05):
                         break
+            request.close_connection = True
+            return None
+        if fault == "endless":
+            request.send_response(200)
+            request.end_headers()
+            with contextlib.suppress(OSError):
+                while not self.stall.is_set():
+                    request.wfile.write(bytes(1 << 16))
             request.close_connection = True
             return None
         if fault == "503":
@@ -421,6 +430,18 @@ def test_a_server_that_trickles_ends_in_an_error_that_names_the_file(hub, tmp_pa
     monkeypatch.setattr(hub_module, "TIME_LIMIT", 600.0)
     check(series(hub).measure(cache=tmp_path / "cache"), STEPS[:5])
     assert [entry[:2] for entry in hub.served].count(("step0", "model.safetensors")) == 1, "it was stored"
+
+
+def test_a_server_that_sends_without_end_is_cut_off_at_the_announced_size(hub, tmp_path):
+    if "tqdm_class" not in inspect.signature(huggingface_hub.hf_hub_download).parameters:
+        pytest.skip("this client takes no bar that counts")
+    fill(hub, STEPS[:5])
+    hub.faults = {("step8", "model.safetensors"): ["endless"] * 10}
+    with pytest.raises(CheckpointError, match=r"step8/model.safetensors .* sends more than the [\d,]+ bytes"):
+        series(hub).measure(cache=tmp_path / "cache")
+    assert [entry[0] for entry in hub.served].count("step8") == 1, "it is not asked again"
+    hub.faults = {}
+    check(series(hub).measure(cache=tmp_path / "cache"), STEPS[:5])
 
 
 def test_a_step_beyond_what_tables_hold_is_refused_by_its_branch(hub):

@@ -373,12 +373,45 @@ def test_zips_with_the_headers_of_large_files_are_read(tmp_path):
         assert torch.equal(stored.read(), weights()[name])
 
 
+HEADERS = {
+    "lists": b"[" + b"[]," * 5_000_000 + b"[]]",
+    "dicts": b"{" + b",".join(b'"%06x":{}' % i for i in range(1_200_000)) + b"}",
+    "large": b'{"' + b"a" * (1 << 26) + b'":0}',
+    "few": b"[" + b"{}," * 300_000 + b"{}]",
+}
+PICKLES = {
+    "sets": b"\x8f" * 10_000_000,
+    "more": b"}" * 10_000_000,
+    "huge": b"X\xff\xff\xff\x7f" + b"a" * (1 << 25),
+}
+
+
+def test_a_file_of_twenty_thousand_tensors_is_no_hostile_one(tmp_path):
+    state = {
+        f"model.layers.{i // 100}.mlp.experts.{i}.up_proj.weight": torch.ones(1, 1) for i in range(20_000)
+    }
+    torch.save(state, tmp_path / "a.pt")
+    safetensors.torch.save_file(state, tmp_path / "b.safetensors")
+    index = {"weight_map": {f"{name}{i}": "b.safetensors" for name in state for i in range(7)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert list_tensors([tmp_path / "a.pt"]).keys() == list_tensors([tmp_path / "b.safetensors"]).keys()
+    assert weightfiles.checkpoint_files(tmp_path) == [tmp_path / "b.safetensors"], "of 140,000 names"
+
+
 def test_reading_hostile_files_takes_no_memory(tmp_path):
     torch.save({"w": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "a.bin")
     legacy({"w": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "b.pt")
     data = (tmp_path / "b.pt").read_bytes()
     (tmp_path / "c.pt").write_bytes(data.replace(b"K\x01", b"\x8a\x04\xff\xff\xff\x7f"))  # storages of 8 GB
     (tmp_path / "d.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    for name, header in HEADERS.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    for name, pickled in PICKLES.items():
+        with zipfile.ZipFile(tmp_path / f"{name}.pt", "w") as file:
+            file.writestr("archive/data.pkl", b"\x80\x02(" + pickled)
+    with zipfile.ZipFile(tmp_path / "directory.pt", "w") as file:
+        for i in range(200_000):
+            file.writestr(zipfile.ZipInfo(f"a/{i}"), b"")
     script = (
         "import resource, sys\n"
         "from pathlib import Path\n"

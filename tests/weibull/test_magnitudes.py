@@ -518,3 +518,27 @@ def test_it_says_what_it_holds():
     assert repr(MagnitudeHistogram.from_tensor(torch.tensor([0.0, 1.0, 1.0]))) == (
         "MagnitudeHistogram(float32, n=2, bins=1, n_zero=1, n_nonfinite=0)"
     )
+
+
+def test_a_histogram_with_a_large_directory_is_refused_before_it_is_listed(tmp_path):
+    path = tmp_path / "h.npz"
+    MagnitudeHistogram.from_tensor(torch.randn(100)).save(path)
+    with zipfile.ZipFile(path, "a") as file:
+        for i in range(1000):
+            file.writestr(f"{i}", b"")
+    with pytest.raises(ValueError, match=r"h\.npz .*directory has [\d,]+ bytes"):
+        MagnitudeHistogram.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_exact_histograms_widen_to_what_float32_is_counted_in(dtype):
+    x = (torch.randn(5000) * 10.0 ** torch.randint(-7, 3, (5000,))).to(dtype)
+    narrow, wide = MagnitudeHistogram.from_tensor(x), x.float()
+    for exact in (True, False):
+        truth = MagnitudeHistogram.from_tensor(wide, exact=exact)
+        found = narrow.widened("float32", exact=exact)
+        np.testing.assert_array_equal(found.keys, truth.keys)
+        np.testing.assert_array_equal(found.counts, truth.counts)
+        assert (found.n_zero, found.exact) == (truth.n_zero, exact)
+    with pytest.raises(ValueError, match="neither be parted"):
+        MagnitudeHistogram.from_tensor(wide).widened("float32", exact=True)

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -134,7 +135,8 @@ def test_a_row_holds_the_fit_and_the_tails_of_its_matrix():
     x[4, 4] = math.nan
     row = fit_weights({"layers.3.up_proj.weight": x}, method="mle", trim=(0.2, 0.8)).iloc[0]
     fit, measures = fit_weibull(x, "mle", (0.2, 0.8)), tails(x)
-    assert (row["k"], row["lam"], row["r_squared"], row["note"]) == (fit.k, fit.lam, fit.r_squared, fit.note)
+    assert (row["k"], row["lam"], row["r_squared"]) == (fit.k, fit.lam, fit.r_squared)
+    assert row["note"].startswith(f"{fit.note}; ‖W‖² is nan")
     assert [row[name] for name in measures._fields] == list(measures)
     assert (row["numel"], row["n"]) == (8000, 8000 - 300 - 1)
     rms = math.sqrt(float((x.double().nan_to_num() ** 2).sum()) / 7999)
@@ -167,6 +169,20 @@ def test_models_state_dicts_and_files_give_one_table(llama, tmp_path):
         pd.testing.assert_frame_equal(
             by_name(table), by_name(fit_weights(llama, views="head")), check_categorical=False
         )
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(math.nan, "‖W‖² is nan"), (math.inf, "‖W‖² is nan"), (1e30, "rms is .*e\\+28")],
+)
+def test_weights_that_cannot_be_sound_are_named_with_their_file(tmp_path, bad, message):
+    state = {"a.weight": torch.randn(40, 40), "b.weight": torch.randn(40, 40)}
+    state["b.weight"][3, 3] = bad
+    save_file(state, tmp_path / "model.safetensors")
+    table = fit_weights(tmp_path).set_index("tensor")
+    assert table.loc["a.weight", "note"] == ""
+    assert re.search(message + r" in model\.safetensors", table.loc["b.weight", "note"])
+    assert re.search(message, fit_weights(state).set_index("tensor").loc["b.weight", "note"])
 
 
 def test_a_safetensors_file_is_read_in_the_order_of_its_layers(tmp_path):
