@@ -263,8 +263,10 @@ def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None 
     weibull = check_weibull_table(run, argument="run", empty=False)
     forces = check_force_table(run, argument="run", empty=False)
     roles = [name for name in _OVERVIEW if name in set(weibull["role"]) & set(forces["role"])]
-    role = check_choice("role", role or roles[0], roles)
-    weibull, forces = weibull[weibull["role"] == role], forces[forces["role"] == role]
+    if not roles:
+        raise ValueError("run has no role with both forces and Weibull fits")
+    chosen: str = roles[0] if role is None else check_choice("role", role, roles)
+    weibull, forces = weibull[weibull["role"] == chosen], forces[forces["role"] == chosen]
     inside = weibull["layer"].notna()
     axes = make_axes(ax, 2)
     weibull_trajectory(weibull[inside] if inside.any() else weibull, value="lam", by="role", ax=axes[0])
@@ -275,5 +277,5 @@ def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None 
     if (legend := axes[0].get_legend()) is not None:  # it would name the role, which the strip does
         legend.remove()
     axes[0].set_xlabel("")
-    name_panel(axes[0], role)
+    name_panel(axes[0], chosen)
     return np.array(axes)

@@ -897,7 +897,7 @@ def _schedule(argument: str, every: Any, none: bool = True) -> Every | None:
     if callable(every) or (every is None and none):
         return cast("Every | None", every)
     try:
-        number = 0 if isinstance(every, bool) else operator.index(every)
+        number = 0 if every is None or isinstance(every, bool) else operator.index(every)
     except TypeError:
         number = 0
     if number < 1:
