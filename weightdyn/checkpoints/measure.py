@@ -6,21 +6,21 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from weightdyn.core.naming import TensorRow, View
 from weightdyn.core.tables import CHECKPOINT_TABLE
-from weightdyn.files.durable import write_file
-from weightdyn.files.weightfiles import MANTISSA, CheckpointError, Stored, refused
-from weightdyn.weibull.fit import SORTED, fit_weibull
+from weightdyn.files.parquet import read_parquet, write_parquet
+from weightdyn.files.weightfiles import MANTISSA, CheckpointError, Stored, doubt, refused
+from weightdyn.weibull.fit import as_histogram, fit_weibull
 from weightdyn.weibull.magnitudes import PIECE, MagnitudeHistogram
 
 Gram = Literal["none", "band", "full"]
@@ -31,7 +31,7 @@ _GRAM = 1 << 22  # float64 numbers of all steps that inner products hold at a ti
 _TILE = 32  # steps whose inner products are taken in one product ...
 _PRODUCT = 1 << 18  # ... of so many multiplications
 
-FORMAT = 3
+FORMAT = 4
 """Version of the stored measurements; others are measured again."""
 
 _TYPES = {
@@ -64,8 +64,16 @@ class Sums(NamedTuple):
             self.half_spacing + other.half_spacing,
             self.low | other.low,
             self.odd + other.odd,
-            mine + theirs if mine and theirs else mine or theirs,
+            _merged(mine, theirs) if mine and theirs else mine or theirs,
         )
+
+
+def _merged(mine: MagnitudeHistogram, theirs: MagnitudeHistogram) -> MagnitudeHistogram:
+    """Both together: exact if both are, else in bins, of the type that holds the values of both."""
+    exact = mine.exact and theirs.exact
+    types = {getattr(torch, each.dtype) for each in (mine, theirs)}
+    dtype = str(reduce(torch.promote_types, types)).removeprefix("torch.")
+    return mine.widened(dtype, exact=exact) + theirs.widened(dtype, exact=exact)
 
 
 class Task(NamedTuple):
@@ -102,7 +110,7 @@ def run_tasks(tasks: Sequence[Task], weibull: bool) -> list[tuple[list[Sums], by
                 sums = []
                 for part in task.parts:
                     cut = _cut(rows, part.view, task.rows[0])
-                    sums.append(Sums() if cut is None else _sums(cut, weibull, part.numel <= SORTED))
+                    sums.append(Sums() if cut is None else _sums(cut, weibull))
                 data = rows.reshape(-1).view(torch.uint8).numpy().data
                 done.append((sums, hashlib.sha256(data).digest()))
         except CheckpointError as error:
@@ -110,7 +118,7 @@ def run_tasks(tasks: Sequence[Task], weibull: bool) -> list[tuple[list[Sums], by
     return done
 
 
-def _sums(flat: Tensor, weibull: bool, exact: bool) -> Sums:
+def _sums(flat: Tensor, weibull: bool) -> Sums:
     total = Sums()
     with np.errstate(all="ignore"):  # weights may be infinite
         for start in range(0, len(flat), PIECE):
@@ -120,8 +128,7 @@ def _sums(flat: Tensor, weibull: bool, exact: bool) -> Sums:
             else:
                 total += _sums_of_single(_single(piece), halves=not total.low & 0x1FFF)
     if weibull:
-        histogram = MagnitudeHistogram.from_tensor(flat, sums=False, exact=exact)
-        total = total._replace(histogram=histogram)
+        total = total._replace(histogram=as_histogram(flat))
     return total
 
 
@@ -157,20 +164,6 @@ def _squares(x: np.ndarray) -> float:
 
 _SURE = 64
 """Weights with a mantissa whose low bits must all be zero before float32 counts as a copy of something coarser."""
-
-
-ABSURD = 1e4
-"""Root mean square of a tensor's weights from which on they are taken for damaged: a bit of an exponent that flips
-makes a weight 2^16 to 2^128 times as large."""
-
-
-def doubt(norm_sq: float, numel: int, file: Path) -> str:
-    """What makes the content of a tensor doubtful; empty if nothing does."""
-    if not math.isfinite(norm_sq):
-        return f"‖W‖² is {norm_sq} in {file.name}: the training diverged, or the file is damaged"
-    if norm_sq > ABSURD**2 * numel:
-        return f"the weights' rms is {math.sqrt(norm_sq / numel):.1e} in {file.name}: is it damaged?"
-    return ""
 
 
 def table_row(part: TensorRow, sums: Sums, stored: Stored, digest: str) -> dict[str, Any]:
@@ -336,18 +329,14 @@ class Measured:
             pa.field("dots", arrays[-1].type, metadata={"meaning": "⟨W_i, W_j⟩ with each partner j"})
         )
         schema = pa.schema(fields, metadata={"weightdyn": json.dumps(about)})
-        path = self.path(folder, self.step)
-        table = pa.Table.from_arrays(arrays, schema=schema)
-        write_file(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+        write_parquet(self.path(folder, self.step), pa.Table.from_arrays(arrays, schema=schema))
 
     @classmethod
     def read(cls, folder: Path, step: int) -> Measured | None:
         """What was stored of a step; None if nothing was, or nothing that can be read."""
         path = cls.path(folder, step)
-        if not path.is_file():
-            return None
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            table = read_parquet(path)
             about = json.loads(table.schema.metadata[b"weightdyn"])
             if about["format"] != FORMAT:
                 return None
@@ -391,7 +380,7 @@ def series_table(parts: Sequence[Measured], gram: Gram, weibull: bool) -> pd.Dat
     for name in ("tensor", "stack", "component", "role"):
         table[name] = pd.Categorical(table[name], categories=list(dict.fromkeys(table[name])))
     if not weibull:
-        table[["k", "lam", "r_squared", "ks", "n"]] = np.nan
+        table[["lam", "k", "r_squared", "ks", "n"]] = np.nan
     return table
 
 

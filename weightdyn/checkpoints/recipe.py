@@ -23,7 +23,9 @@ import numpy as np
 from weightdyn.core.checks import (
     check_betas,
     check_choice,
+    check_flag,
     check_number,
+    check_numbers,
     check_path,
     check_text,
     check_whole,
@@ -291,7 +293,10 @@ class Recipe:
             ValueError: an update that is no whole number from 1 on, or behind the end of an array of learning
                 rates; a function that does not give each update a finite learning rate >= 0.
         """
-        given, updates = updates, np.asarray(updates)
+        given = updates
+        updates = np.asarray(
+            updates if isinstance(updates, list | tuple | range) else check_numbers("updates", updates)
+        )
         if updates.dtype.kind not in "iu":
             whole = updates.dtype.kind == "f" and np.isfinite(updates).all() and np.all(updates % 1 == 0)
             if updates.size and not whole:
@@ -397,6 +402,7 @@ class Recipe:
         check_choice("schedule", schedule, ("cosine", "constant"))
         check_choice("decayed", decayed, ("matrices", "all"))
         check_whole("steps", steps, 1, MAX_UPDATES)
+        check_number("lr", lr, 0)
         turns = schedule == "cosine" and check_whole("warmup", warmup) < steps
         rates = cosine(lr, steps, warmup, floor) if turns else constant(lr, warmup)
         return cls(rates, weight_decay, betas, eps, all_decay if decayed == "all" else matrices_decay, steps)
@@ -447,6 +453,7 @@ class Recipe:
 
         Source: github.com/huggingface/transformers, pull request 36973.
         """
+        check_flag("ahead", ahead)
         remedy = "copy it again, or give the schedule instead, Recipe(lr=linear(…))"
         if isinstance(state, Mapping):
             where, content = "state", state

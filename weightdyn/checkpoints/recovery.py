@@ -315,7 +315,7 @@ def recover_forces(
     0    10    10     0.0151
     """
     check_choice("method", method, METHODS)
-    check_whole("every", every, 1, none="one row for each gap")
+    check_whole("every", every, 1, MAX_UPDATES, none="one row for each gap")
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {shown(recipe)}")
     measured = _measured(source, method, views, progress)
@@ -496,7 +496,7 @@ def compare_recovery(
     tables = recovered if isinstance(recovered, Mapping) else {"recovered": recovered}
     found = []
     for name, table in tables.items():
-        check_force_table(table, argument=f"recovered ({name})")
+        table = check_force_table(table, argument=f"recovered ({name})", unique=True)
         check_columns(
             table, ("alignment_low", "alignment_high"), "recovered force table", argument="recovered"
         )
@@ -535,7 +535,7 @@ def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame) -> pd.Seri
         is the mean over what was logged.
     """
     log = check_force_table(truth, argument="truth", unique=True)
-    table = check_force_table(table, argument="table")
+    table = check_force_table(table, argument="table", unique=True)
     for each, argument in ((log, "truth"), (table, "table")):
         check_columns(each, ("tensor",), "force table of tensors", argument=argument)
     out = pd.Series(np.nan, index=table.index)

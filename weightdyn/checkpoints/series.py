@@ -41,6 +41,7 @@ from weightdyn.checkpoints.measure import (
     table_row,
     wanted_dots,
 )
+from weightdyn.core.checks import check_choice, check_flag, check_jobs, check_text, check_whole, refuse
 from weightdyn.core.naming import TensorRow, Views, check_views, describe
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.files.hub import Hub, RevisionError
@@ -201,8 +202,7 @@ class Checkpoints:
         keep: bool = False,
         endpoint: str | None = None,
     ) -> None:
-        if errors not in ("raise", "skip"):
-            raise ValueError(f"errors must be 'raise' or 'skip', got {errors!r}")
+        check_choice("errors", errors, ("raise", "skip"))
         self.errors = errors
         self.rules = rules
         self.skipped: dict[int, str] = {}
@@ -210,6 +210,8 @@ class Checkpoints:
         self._store: _Folder | Hub = self._open(source, keep, endpoint)
         self.steps: list[int] = sorted(self._store.places)
         if steps is not None:
+            if isinstance(steps, str) or not isinstance(steps, Iterable):
+                raise refuse("steps", "step numbers, such as [0, 1000], or None for all", steps)
             wanted = sorted({_checked_step(step, "steps") for step in steps})
             if not wanted:
                 raise ValueError("steps is empty; None takes all")
@@ -334,13 +336,16 @@ class Checkpoints:
 
         Raises:
             KeyError: there is no such step or tensor.
+            TypeError, ValueError: `step` is no whole number, or `name` no string.
             CheckpointError: the checkpoint is damaged.
         """
+        check_whole("step", step)
+        check_text("name", name, "the name of a tensor")
         if step not in self.steps:
             raise KeyError(f"step {step} is not in the series; it has {self.steps[:5]} … {self.steps[-1:]}")
         found = list_tensors(self._store.fetch(step))
         if name not in found:
-            raise KeyError(f"step {step} has no tensor {name!r}; it has {list(found)[:5]} …")
+            raise KeyError(f"name: step {step} has no tensor {name!r}; it has {list(found)[:5]} …")
         return found[name].read()
 
     # Measuring.
@@ -383,6 +388,7 @@ class Checkpoints:
         """
         from joblib import Parallel  # where it is used: it is slow to load
 
+        check_jobs("n_jobs", n_jobs)
         state = self._state(gram, weibull, views, cache, progress)
         folder, parts, todo = state.folder, state.stored, state.todo
         sizes = self._sizes(todo)
@@ -454,8 +460,8 @@ class Checkpoints:
 
     def _state(self, gram: Gram, weibull: bool, views: Views, cache: Any, progress: Progress) -> _State:
         """Check the arguments of `measure`, and find what is stored and what is to be done."""
-        if gram not in ("none", "band", "full"):
-            raise ValueError(f"gram must be 'none', 'band' or 'full', got {gram!r}")
+        check_choice("gram", gram, ("none", "band", "full"))
+        check_flag("weibull", weibull)
         check_views(views)
         if gram == "full" and not self._store.keep:
             raise ValueError(

@@ -9,7 +9,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +210,19 @@ def check_betas(argument: str, value: Any) -> tuple[float, float]:
     except (TypeError, ValueError):
         raise ValueError(f"{argument} must be {accepted}, got {shown(value)}") from None
     return first, second
+
+
+def check_jobs(argument: str, value: Any, *, none: str | None = None) -> Any:
+    """Return `value` if it is a number of jobs as joblib counts: 1 or more, −1 for as many as there are cores."""
+    accepted = "a whole number >= 1, or -1 (as many as there are cores)"
+    number = check_whole(argument, value, -(1 << 16), 1 << 16, none=none)
+    if number == 0:
+        raise refuse(argument, accepted, value)
+    return number
+
+
+def check_mapping(argument: str, value: Any, what: str) -> Any:
+    """Return `value` if it is a mapping, or None; `what` says in words what is accepted."""
+    if value is None or isinstance(value, Mapping):
+        return value
+    raise refuse(argument, f"{what}, or None", value)

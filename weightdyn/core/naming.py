@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from weightdyn.core.checks import check_mapping, refuse
+
 if TYPE_CHECKING:
     import torch
 
@@ -223,6 +225,8 @@ def split_label(label: str) -> tuple[str, str | None]:
     >>> split_label("h.0.attn.c_attn.weight[k.1]"), split_label("blocks[0].weight")
     (('h.0.attn.c_attn.weight', 'k.1'), ('blocks[0].weight', None))
     """
+    if not isinstance(label, str):
+        raise refuse("label", "a string", label)
     match = _LABEL.fullmatch(label)
     return (match["name"], match["view"]) if match else (label, None)
 
@@ -277,8 +281,13 @@ def describe(
     [('q', ((0, 6), (18, 24))), ('k', ((6, 12), (24, 30))), ('v', ((12, 18), (30, 36)))]
     """
     check_views(views)
+    if not isinstance(name, str):
+        raise refuse("name", "a string", name)
     if len(name) > _LONGEST:
         return TensorName(name, None, "other")
+    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
+        raise refuse("shape", "a tensor's shape, such as (512, 512)", shape)
+    check_mapping("rules", rules, "{regular expression: component}")
     short = _WRAPPER.sub("", name)
     component, layout = _look_up(short, len(shape))
     stack, layer = _place(short)
@@ -327,8 +336,8 @@ def _look_up(short: str, ndim: int) -> tuple[str, str | None]:
 
 
 def _check_component(component: str, argument: str) -> str:
-    if component not in COMPONENTS:
-        raise ValueError(f"{argument} must be one of {COMPONENTS}, got {component!r}")
+    if not isinstance(component, str) or component not in COMPONENTS:
+        raise refuse(argument, f"one of {COMPONENTS}", component)
     return component
 
 

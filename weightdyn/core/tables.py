@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import check_choice
 from weightdyn.core.forces import (
     At,
     Order,
@@ -103,7 +104,7 @@ FIT_TABLE = {
     "kurtosis": "mean w⁴ over squared mean w²; 3 for a normal law",
     "top_share": "share of ‖w‖² in the largest 0.01 % of the weights",
     "second_share": "share of the weights in a second population; 0 if there is none",
-    "note": "what makes the fit doubtful or impossible; empty if nothing",
+    "note": "what makes the fit doubtful or impossible, ‖W‖² that is not finite or absurd; empty if nothing",
 }
 """Columns of a table of the fits of one model, and their meaning."""
 
@@ -465,8 +466,7 @@ def force_table(
        norm_sq  alignment  injection  residual
     0      7.0        1.0        1.0       0.0
     """
-    if at not in ("before", "after"):
-        raise ValueError(f"at must be 'before' or 'after', got {at!r}")
+    check_choice("at", at, ("before", "after"))
     tensor = pd.Categorical(products["tensor"])
     tensor = tensor.set_categories(in_model_order(tensor.categories, tensors))
     lr, weight_decay, dot_wu, u_sq, w_sq, after, audit = (

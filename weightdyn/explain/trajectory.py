@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import check_text
 from weightdyn.core.tables import (
     CLOSURE_TABLE,
     FORCE_TABLE,
@@ -226,8 +227,12 @@ def phases(table: pd.DataFrame | RunLog, value: str = "lam") -> pd.DataFrame:
     >>> phases(t)[["half_step", "peak_step", "peak", "end_step", "end", "overshoot"]].to_dict("records")
     [{'half_step': 3, 'peak_step': 5, 'peak': 3.5, 'end_step': 8, 'end': 3.0, 'overshoot': True}]
     """
+    check_text("value", value, "the name of a column")
     kind = "forces" if value in FORCE_TABLE else "weibull"
-    rows = check_columns(table_of(table, kind), ("step", value), "trajectory")
+    rows = check_columns(table_of(table, kind), ("step",), "trajectory")
+    if value not in rows:
+        raise ValueError(f"value must be one of the table's columns {list(rows.columns)}, got {value!r}")
+    check_columns(rows, (value,), "trajectory")
     keys = group_columns(rows, None)
     rows = rows[rows[value].notna()].sort_values("step", kind="stable")
     groups = group_numbers(rows, keys)

@@ -1,8 +1,9 @@
 """Checkpoints in the branches of a repository on the hub: listed, fetched one at a time, checked, deleted.
 
 The network fails in passing, so a request is made a bounded number of times; and it may crawl, so each file has
-one time limit over all attempts, `TIME_LIMIT` seconds and one more for each `SLOWEST` bytes. What the hub gives a
-digest of is held against it, and what does not agree is deleted, in the shared cache too.
+one time limit over all attempts, `TIME_LIMIT` seconds and one more for each `SLOWEST` bytes. A server that sends
+more than the hub announced is cut off. What the hub gives a digest of is held against it, and what does not agree
+is deleted, in the shared cache too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightdyn.core.progress import Progress, is_watched
+from weightdyn.files.durable import lock_folder
 from weightdyn.files.weightfiles import CheckpointError, choose_files, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -176,18 +179,14 @@ class Hub:
             self._lock = None
 
     def _acquire(self) -> None:
-        import filelock  # where it is used: whoever reads from disks alone does without
-
         if self._lock is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.folder / ".lock", timeout=0, thread_local=False)
             try:
-                lock.acquire()
-            except filelock.Timeout:
+                self._lock = lock_folder(self.folder)
+            except BlockingIOError:
                 raise FileExistsError(
                     f"another process is downloading to {self.folder}: wait for it, or give another cache"
                 ) from None
-            self._lock = lock
 
     def _download(self, step: int, name: str, folder: Path | None) -> Path:
         """Download a file, whole and sound; a file that is neither is fetched again, a few times."""
@@ -207,6 +206,7 @@ class Hub:
                         endpoint=self._endpoint,
                         force_download=fresh,
                         **place,
+                        **self._bounded(remote.size),
                     )
                 )
             fresh = True
@@ -222,6 +222,29 @@ class Hub:
             raise OSError(fault)
 
         return self._again(attempt, f"{self.where(step)}/{name}", TIME_LIMIT + remote.size / SLOWEST)
+
+    def _bounded(self, size: int) -> dict[str, Any]:
+        """What makes the client stop when a server sends more than it announced: a bar that counts.
+
+        Clients that take no bar of ours see it when the server is done, or the time is over.
+        """
+        if "tqdm_class" not in inspect.signature(self._hub.hf_hub_download).parameters:
+            return {}
+
+        class Bar(self._hub.utils.tqdm):
+            """The client's own, which is told of each block before it is written."""
+
+            def __init__(self, *args: Any, **options: Any) -> None:
+                self.seen = options.get("initial") or 0  # the base keeps none where it is not shown
+                super().__init__(*args, **options)
+
+            def update(self, n: float | None = 1) -> bool | None:
+                self.seen += n or 0
+                if self.seen > size:
+                    raise _TooLong(f"it sends more than the {size:,} bytes that it announced")
+                return super().update(n)
+
+        return {"tqdm_class": Bar}
 
     @contextlib.contextmanager
     def _bars(self) -> Iterator[None]:
@@ -287,6 +310,8 @@ class Hub:
                     raise CheckpointError(
                         f"{what} was not there after {limit:,.0f} seconds, the server is too slow; {_LATER}"
                     ) from error
+                if isinstance(error, _TooLong):
+                    raise CheckpointError(f"{what} is not to be had from the hub: {error}") from error
                 if status is not None and 400 <= status < 500 and status not in (408, 429):
                     raise CheckpointError(
                         f"{what} is not to be had from the hub, it answers {status} ({type(error).__name__}): look "
@@ -312,6 +337,10 @@ _LATER = "what was measured before is stored, and a later call goes on from ther
 
 
 class _TooSlow(Exception):
+    pass
+
+
+class _TooLong(Exception):
     pass
 
 

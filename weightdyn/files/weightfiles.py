@@ -27,11 +27,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._weights_only_unpickler import Unpickler  # what torch.load(weights_only=True) is
+
+from weightdyn.core.checks import check_path
 
 MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 """The float types that weights are measured in, and the bits of their mantissas."""
@@ -47,7 +49,14 @@ _SAFETENSORS = {
     "I64": "int64", "U64": "uint64", "C64": "complex64", "I32": "int32", "U32": "uint32",
     "I16": "int16", "U16": "uint16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-_HEADER = 1 << 26  # bytes of a header, index or config; no real one comes near it
+HEADER = 1 << 24
+"""Bytes of a header, an index or a config beyond which it is refused: of 20,000 tensors it has 3 MB."""
+
+_MARKS = (
+    1_000_000  # marks of JSON beyond which it is refused, each of which may make 80 bytes; a tensor has 12
+)
+_READS = 1_200_000  # reads of an unpickler beyond which a pickle is refused; a tensor has 55
+_DIRECTORY = 1 << 23  # bytes of a zip's directory: of 20,000 tensors 1.4 MB
 _BLOCK = 1 << 20
 
 
@@ -89,6 +98,28 @@ class Matrix(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    file: Path | None = None
+
+
+ABSURD = 1e4
+"""Root mean square of a tensor's weights from which on they are taken for damaged: a bit of an exponent that flips
+makes a weight 2^16 to 2^128 times as large."""
+
+
+def doubt(norm_sq: float, numel: int, file: Path | None = None) -> str:
+    """What makes the content of a tensor doubtful; empty if nothing does.
+
+    Args:
+        norm_sq: ‖W‖² of all its weights; NaN or infinite if one is.
+        numel: how many they are.
+        file: where they were read.
+    """
+    where = f" in {file.name}" if file else ""
+    if not math.isfinite(norm_sq):
+        return f"‖W‖² is {norm_sq}{where}: the training diverged, or the weights are damaged"
+    if norm_sq > ABSURD**2 * numel:
+        return f"the weights' rms is {math.sqrt(norm_sq / numel):.1e}{where}: are they damaged?"
+    return ""
 
 
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
@@ -147,8 +178,11 @@ def read_text(file: Path) -> str:
         CheckpointError: it is no regular file, too large, or no UTF-8.
     """
     with open_regular(file) as opened:
-        if (size := os.fstat(opened.fileno()).st_size) > _HEADER:
-            raise CheckpointError(f"{file} has {size:,} bytes, which no index or config has: fetch it again")
+        if (size := os.fstat(opened.fileno()).st_size) > HEADER:
+            raise CheckpointError(
+                f"{file} has {size:,} bytes, which no index or config has; up to {HEADER:,} are read: "
+                "fetch it again"
+            )
         try:
             return opened.read().decode("utf-8")
         except UnicodeDecodeError as error:
@@ -169,7 +203,7 @@ def parse_json(
         CheckpointError: it is no JSON, nested too deeply, or something else than an object.
     """
     try:
-        found = json.loads(text)
+        found = _loaded(text)
     except (ValueError, RecursionError) as error:
         what = (
             "a web page, such as a login puts in a file's place," if text.lstrip()[:1] == "<" else str(error)
@@ -178,6 +212,13 @@ def parse_json(
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} holds a {type(found).__name__}, where {{…}} was expected: {remedy}")
     return found
+
+
+def _loaded(text: str, **options: Any) -> Any:
+    """What a JSON text holds, unless it could take much more memory than text: each mark may make an object."""
+    if (marks := sum(text.count(mark) for mark in "[{:,")) > _MARKS:
+        raise ValueError(f"it holds some {marks:,} values, and up to {_MARKS:,} are read")
+    return json.loads(text, **options)
 
 
 def choose_files(names: Iterable[str], where: str, read: Callable[[str], str]) -> list[str]:
@@ -372,9 +413,9 @@ def _of_safetensors(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]
     length = int.from_bytes(opened.read(8), "little")
     if size < 8 or length > size - 8:
         raise ValueError(f"its header of {length:,} bytes does not fit into its {size:,}")
-    if length > _HEADER:
-        raise ValueError(f"its header has {length:,} bytes")
-    header = json.loads(opened.read(length).decode("utf-8"), object_pairs_hook=_once)
+    if length > HEADER:
+        raise ValueError(f"its header has {length:,} bytes, and up to {HEADER:,} are read")
+    header = _loaded(opened.read(length).decode("utf-8"), object_pairs_hook=_once)
     if not isinstance(header, dict):
         raise TypeError(f"its header is a {type(header).__name__}")
     header.pop("__metadata__", None)
@@ -418,7 +459,7 @@ class _Record(NamedTuple):
 
 def _of_zip(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]:
     """What torch.save writes since 1.6: a zip of a pickle and of each storage, with their CRC-32."""
-    with zipfile.ZipFile(opened) as archive:
+    with open_zip(opened, _DIRECTORY) as archive:
         entries = archive.infolist()
     pickles = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].count("/") != 1:
@@ -453,8 +494,28 @@ def _of_zip(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]:
     if prefix + "byteorder" in records and bytes_of("byteorder", 16) != b"little":
         raise ValueError("it was written on a big-endian machine; save it again on a common one")
     storages = _Storages(lambda key: records[f"{prefix}data/{key}"])
-    found = _unpickled(io.BytesIO(bytes_of("data.pkl", _HEADER)), storages)
+    found = _unpickled(io.BytesIO(bytes_of("data.pkl", HEADER)), storages)
     yield from _of_state(file, found, storages, size)
+
+
+def open_zip(opened: IO[bytes], limit: int) -> zipfile.ZipFile:
+    """Open a zip whose directory has at most `limit` bytes; each of them may cost ten bytes of memory.
+
+    Raises:
+        ValueError: its directory is larger, or not at the file's end, where torch and numpy write it.
+    """
+    size = opened.seek(0, os.SEEK_END)
+    opened.seek(max(0, size - 98))
+    tail = opened.read(98)
+    end = tail[-22:]
+    if end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
+        raise ValueError("its zip's directory is not at its end")
+    length = int.from_bytes(end[12:16], "little")
+    if tail[-42:-38] == b"PK\x06\x07":  # of a large zip: its length stands in the record before
+        length = int.from_bytes(tail[-58:-50], "little") if tail[-98:-94] == b"PK\x06\x06" else limit + 1
+    if length > limit:
+        raise ValueError(f"its zip's directory has {length:,} bytes, and up to {limit:,} are read")
+    return zipfile.ZipFile(opened)
 
 
 def _crc32(opened: BinaryIO, record: _Record) -> int:
@@ -523,8 +584,39 @@ class _Storages:
         return torch.storage.TypedStorage(wrap_storage=self._made[key], dtype=dtype, _internal=True)
 
 
+class _Bounded:
+    """A pickle of which so many bytes are read, in so many pieces: each piece may make an object."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._bytes, self._reads = HEADER, _READS
+
+    def read(self, count: int) -> bytes:
+        self._spend(count)
+        found = self._stream.read(count)
+        if (
+            found == b"\x8f"
+        ):  # an empty set, which takes four times the memory of anything else, and no tensor has
+            self._reads -= 4
+        return found
+
+    def readline(self) -> bytes:
+        line = self._stream.readline(self._bytes + 1)
+        self._spend(len(line))
+        return line
+
+    def _spend(self, count: int) -> None:
+        self._bytes -= count
+        self._reads -= 1
+        if count < 0 or self._bytes < 0 or self._reads < 0:
+            raise ValueError(
+                f"its pickle holds more than {HEADER:,} bytes or {_READS:,} numbers, strings and marks, as of "
+                f"{_READS // 55:,} tensors; save fewer in a file, or as safetensors"
+            )
+
+
 def _unpickled(stream: Any, storages: _Storages | None = None) -> Any:
-    unpickler = Unpickler(stream, encoding="utf-8")
+    unpickler = Unpickler(_Bounded(stream), encoding="utf-8")
     if storages is not None:
         unpickler.persistent_load = storages.persistent_load  # type: ignore[method-assign,assignment]
     return unpickler.load()
@@ -595,6 +687,7 @@ def read_matrices(source: Any, config: Any = None) -> tuple[list[Matrix], Any]:
     elif isinstance(source, Mapping):
         found = _of_mapping(source)
     elif isinstance(source, str | PathLike):
+        check_path("source", source)
         path = newest_checkpoint(source)
         files = checkpoint_files(path)
         config = config_beside(path) if config is None else config
@@ -602,7 +695,7 @@ def read_matrices(source: Any, config: Any = None) -> tuple[list[Matrix], Any]:
         if files[0].suffix == ".safetensors":  # which sorts its tensors by their names' letters
             listed.sort(key=lambda stored: _natural(stored.name))
         found = [
-            Matrix(stored.name, stored.shape, getattr(torch, stored.dtype), stored.read)
+            Matrix(stored.name, stored.shape, getattr(torch, stored.dtype), stored.read, stored.file)
             for stored in listed
             if len(stored.shape) > 1
         ]

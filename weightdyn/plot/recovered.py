@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.tables import check_columns
+from weightdyn.core.tables import check_columns, check_force_table
 from weightdyn.plot.style import DARK, DASHES, FORCE_COLORS, GREY, label_axes, legend_above, make_axes
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ def recovery(
     tables = recovered if isinstance(recovered, Mapping) else {"recovered": recovered}
     if not tables:
         raise ValueError("recovered must hold a table of recover_forces, got none")
+    tables = {
+        name: check_force_table(table, argument=f"recovered ({name})", unique=True)
+        for name, table in tables.items()
+    }
     means = {name: interval_means(truth, table) for name, table in tables.items()}
     for name, table in tables.items():
         check_columns(table, ("alignment_low", "alignment_high"), "recovered table", argument="recovered")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.checks import check_choice
+from weightdyn.core.checks import check_choice, check_text
 from weightdyn.core.tables import (
     FORCES,
     By,
     aggregate,
     budget,
+    check_columns,
     check_force_table,
     check_weibull_table,
     table_of,
@@ -96,8 +97,7 @@ def force_budget(
     Raises:
         TypeError, ValueError: an argument that is not one of the above; more panels than a figure holds.
     """
-    if kind not in ("forces", "shares"):
-        raise ValueError(f"kind must be 'forces' or 'shares', got {kind!r}")
+    check_choice("kind", kind, ("forces", "shares"))
     table = check_force_table(run_or_table, argument="run_or_table", empty=False, unique=True)
     table = budget(aggregate(table, by))
     panels = split_groups(table, by)
@@ -159,8 +159,7 @@ def weibull_trajectory(
     Raises:
         TypeError, ValueError: an argument that is not one of the above.
     """
-    if value not in ("lam", "k", None):
-        raise ValueError(f"value must be 'lam', 'k' or None for both, got {value!r}")
+    check_choice("value", value, ("lam", "k", None))
     table = check_weibull_table(run_or_table, argument="run_or_table", empty=False, unique=True)
     pooled = pool_weibull(table, by)
     if pooled.empty:
@@ -224,10 +223,13 @@ def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Ax
     Raises:
         TypeError, ValueError: not a run or a table; nothing in it is called a loss.
     """
+    if unit is not None:
+        check_text("unit", unit, "a string, such as 'nats per byte', or None")
     table = table_of(run_or_table, "metrics", argument="run_or_table")
     names = [name for name in table if "loss" in str(name).lower() and table[name].notna().any()]
     if "step" not in table or not names:
         raise ValueError(f"run_or_table holds no losses by step: its columns are {list(table.columns)}")
+    check_columns(table, ("step", *names), "table of losses", argument="run_or_table")
     axes = make_axes(ax, 1)
     colors = (DARK, *ROLE_COLORS.values())
     for i, name in enumerate(names):
@@ -235,7 +237,7 @@ def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Ax
         sparse = 2 * len(rows) < len(table)
         label = str(name).replace("_", " ")
         draw_line(axes[0], rows["step"], rows[name], color=colors[i % len(colors)], label=label, dots=sparse)
-    label_axes(axes, [f"loss ({unit})" if unit else "loss"])
+    label_axes(axes, ["loss" if unit is None else f"loss ({unit})"])
     if len(names) > 1:
         legend_above(axes[0])
     return axes[0]
@@ -264,9 +266,9 @@ def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None 
     forces = check_force_table(run, argument="run", empty=False)
     roles = [name for name in _OVERVIEW if name in set(weibull["role"]) & set(forces["role"])]
     if not roles:
-        raise ValueError("run has no role with both forces and Weibull fits")
-    chosen: str = roles[0] if role is None else check_choice("role", role, roles)
-    weibull, forces = weibull[weibull["role"] == chosen], forces[forces["role"] == chosen]
+        raise ValueError("run: no role has both forces and Weibull fits (weibull_every=…)")
+    role = check_choice("role", roles[0] if role is None else role, roles)
+    weibull, forces = weibull[weibull["role"] == role], forces[forces["role"] == role]
     inside = weibull["layer"].notna()
     axes = make_axes(ax, 2)
     weibull_trajectory(weibull[inside] if inside.any() else weibull, value="lam", by="role", ax=axes[0])
@@ -277,5 +279,5 @@ def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None 
     if (legend := axes[0].get_legend()) is not None:  # it would name the role, which the strip does
         legend.remove()
     axes[0].set_xlabel("")
-    name_panel(axes[0], chosen)
+    name_panel(axes[0], str(role))
     return np.array(axes)

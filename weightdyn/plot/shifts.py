@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.tables import FORCES, IDENTITY
+from weightdyn.core.tables import FORCES, IDENTITY, check_columns
 from weightdyn.plot.style import (
     DARK,
     FORCE_COLORS,
@@ -97,6 +97,7 @@ def _groups(shift: Any) -> pd.Series | None:
         )
     if missing := [name for name in ("step", "quantity", "difference", "low", "high") if name not in shift]:
         raise ValueError(f"shift lacks the columns {missing}; Comparison.shift() returns them")
+    check_columns(shift, ("step", "difference", "low", "high"), "table of shifts", argument="shift")
     keys = [name for name in IDENTITY if name in shift]
     if "stack" in keys and shift.loc[shift["layer"].notna(), "stack"].nunique() < 2:
         keys.remove("stack")

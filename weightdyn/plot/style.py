@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import shown
 from weightdyn.core.naming import COMPONENTS, ROLES, role_of
 from weightdyn.core.tables import By, group_columns, group_numbers
 
@@ -165,9 +166,14 @@ def make_axes(ax: Any, n: int, height: float | None = None) -> list[Axes]:
             panel.spines[["top", "right"]].set_visible(False)
             panel.spines[["left", "bottom"]].set_linewidth(0.6)
         return list(grid[:, 0])
-    given = list(np.asarray(ax, dtype=object).ravel())
-    if len(given) != n or not all(hasattr(one, "plot") for one in given):
-        raise ValueError(f"ax must be {'Axes' if n == 1 else f'a sequence of {n} Axes'} or None, got {ax!r}")
+    given = (
+        list(ax.ravel()) if isinstance(ax, np.ndarray) else list(ax) if isinstance(ax, list | tuple) else [ax]
+    )
+    if len(given) != n or not all(
+        callable(getattr(one, "plot", None)) and hasattr(one, "figure") for one in given
+    ):
+        accepted = "Axes" if n == 1 else f"a sequence of {n} Axes"
+        raise ValueError(f"ax must be {accepted} or None, got {shown(ax)}")
     return given
 
 

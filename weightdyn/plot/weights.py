@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import pandas as pd
 
+from weightdyn.core.checks import check_choice, refuse
 from weightdyn.core.naming import COMPONENTS
-from weightdyn.core.tables import check_columns, table_of
+from weightdyn.core.tables import check_columns, check_weibull_table, table_of
 from weightdyn.explain.trajectory import pool_weibull
 from weightdyn.plot.style import DASHES, SYMBOLS, make_axes, small_size, stack_names
 from weightdyn.weibull.fit import K0, Method, as_histogram, cloglog, fit_weibull
@@ -73,6 +74,8 @@ def weibull(
     if sample.n == 0:
         raise ValueError("x must hold non-zero finite weights to draw, got none")
     laws = [name for name in LAW_COLORS if name != "weibull"]
+    if not isinstance(rivals, bool | Sequence) or isinstance(rivals, str | bytes):
+        raise refuse("rivals", f"True, False or some of {laws}", rivals)
     chosen = laws if rivals is True else list(rivals or ())
     if unknown := [name for name in chosen if name not in laws]:
         raise ValueError(f"rivals must be True or some of {laws}, got {unknown[0]!r}")
@@ -167,8 +170,7 @@ def weights_map(
     import matplotlib as mpl
     from matplotlib.colors import CenteredNorm, Normalize
 
-    if value not in ("lam", "k", None):
-        raise ValueError(f"value must be 'lam', 'k' or None for both, got {value!r}")
+    check_choice("value", value, ("lam", "k", None))
     if not isinstance(run_or_table, pd.DataFrame) and not hasattr(run_or_table, "weibull"):
         raise TypeError(
             "run_or_table must be a table of fits or a RunLog, "
@@ -190,7 +192,9 @@ def weights_map(
         for layer in range(own.min(), own.max() + 1)
     ]
     names = [name for name in COMPONENTS if name in set(table["component"])]
-    pooled = pool_weibull(table, ["layer", "component"]).set_index(["component", "stack", "layer"])
+    pooled = pool_weibull(
+        check_weibull_table(table, argument="run_or_table", unique=True), ["layer", "component"]
+    ).set_index(["component", "stack", "layer"])
 
     values = ("lam", "k") if value is None else (value,)
     axes = make_axes(ax, len(values))

@@ -803,10 +803,10 @@ class ForceLogger:
                 continue
             for row, part in zip(each.rows, each.name.views or (None,), strict=True):
                 fit = fit_weibull(weights if part is None else part.of(weights))
-                fits.append((list(self._labels)[row], fit.k, fit.lam, fit.r_squared, fit.ks, fit.n))
+                fits.append((list(self._labels)[row], fit.lam, fit.k, fit.r_squared, fit.ks, fit.n))
         if fits:
             columns = zip(
-                ("tensor", "k", "lam", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
+                ("tensor", "lam", "k", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
             )
             self._writer.append(
                 "weibull", {"step": self._step, **{name: list(each) for name, each in columns}}
@@ -897,7 +897,7 @@ def _schedule(argument: str, every: Any, none: bool = True) -> Every | None:
     if callable(every) or (every is None and none):
         return cast("Every | None", every)
     try:
-        number = 0 if every is None or isinstance(every, bool) else operator.index(every)
+        number = 0 if isinstance(every, bool) else operator.index(cast(Any, every))
     except TypeError:
         number = 0
     if number < 1:

@@ -825,11 +825,6 @@ class RunLog:
         if self._refresh is not None:
             self._refresh()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What another process gets: the rows that are stored by now, without the logger that writes them."""
-        self._catch_up()
-        return {"_store": self._store, "_refresh": None}
-
     @property
     def path(self) -> Path | None:
         """The run directory, or None for a run in memory."""

@@ -16,13 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy
 import torch
 from torch import Tensor
 
+from weightdyn.core.checks import check_choice
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
 
 Method = Literal["plot", "mle", "moments"]
@@ -149,8 +150,7 @@ def fit_weibull(
     >>> round(fit.lam, 6), round(fit.k, 5)
     (0.02, 1.2)
     """
-    if method not in ("plot", "mle", "moments"):
-        raise ValueError(f"method must be 'plot', 'mle' or 'moments', got {method!r}")
+    check_choice("method", method, get_args(Method))
     low, high = _check_trim(trim)
     sample = as_histogram(x, (low, high))
     line = _fit_plot(sample, (low, high))

@@ -14,6 +14,7 @@ import pandas as pd
 import scipy
 from torch import Tensor
 
+from weightdyn.core.checks import check_choice, check_numbers
 from weightdyn.weibull.fit import as_histogram, find_root, fit_likelihood, ks_distance
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
 
@@ -53,8 +54,9 @@ def law_cdf(law: str, shape: float, scale: float, x: Any) -> Any:
     >>> law_cdf("exponential", math.nan, 2.0, np.array([-1.0, 2.0])).round(4).tolist()
     [0.0, 0.6321]
     """
-    if law not in _CDF:
-        raise ValueError(f"law must be one of {tuple(_CDF)}, got {law!r}")
+    check_choice("law", law, _CDF)
+    for argument, value in (("shape", shape), ("scale", scale), ("x", x)):
+        check_numbers(argument, value)
     with np.errstate(over="ignore", under="ignore"):
         scaled = np.asarray(x, dtype=np.float64) / scale
         return _CDF[law](np.maximum(scaled, np.finfo(np.float64).tiny), shape)

@@ -14,7 +14,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weightdyn.core.checks import check_instance, check_path, shown
+from weightdyn.core.checks import check_instance, check_number, check_numbers, check_path, refuse, shown
 from weightdyn.files.durable import write_file
-from weightdyn.files.weightfiles import open_regular
+from weightdyn.files.weightfiles import open_regular, open_zip
 
 PIECE = 1 << 16
 """Elements that are counted at a time on the CPU: what is made of them stays in the cache."""
@@ -211,6 +211,15 @@ def sum_magnitudes(x: Tensor) -> Tensor:
     return total
 
 
+def _checked_sums(sums: Any) -> Sums:
+    """The three sums beside a count, as numbers."""
+    dense = isinstance(sums, Tensor) and sums.layout == torch.strided and not sums.is_meta
+    values = sums.tolist() if dense or isinstance(sums, np.ndarray) else sums
+    if isinstance(values, list | tuple) and len(values) == len(Sums._fields):
+        return Sums(*(check_number("sums", value) for value in values))
+    raise refuse("sums", "three numbers, as sum_magnitudes returns them, or None", sums)
+
+
 @dataclass(frozen=True, eq=False)
 class MagnitudeHistogram:
     """Counts of |x| over the leading bits of a float type, populated bins only.
@@ -291,6 +300,7 @@ class MagnitudeHistogram:
             ValueError: `counts` is not of the length that belongs to dtype.
         """
         name, form = _format(dtype, "dtype")
+        counts = check_numbers("counts", counts)
         counts = counts.cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
         if counts.shape != (form.keys,):
             raise ValueError(
@@ -300,7 +310,7 @@ class MagnitudeHistogram:
         if counts.dtype.kind not in "iu" or counts.min() < 0:
             raise ValueError(f"counts must be whole numbers >= 0, got {shown(counts)} from {counts.min()} on")
         keys = np.flatnonzero(counts)
-        measured = None if sums is None else Sums(*(float(value) for value in sums))
+        measured = None if sums is None else _checked_sums(sums)
         return cls._apart(name, keys, counts[keys], measured, exact=form.shift == 0)
 
     @classmethod
@@ -398,6 +408,28 @@ class MagnitudeHistogram:
         """Let `sum(histograms)` start from 0."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    def widened(self, dtype: str, *, exact: bool) -> MagnitudeHistogram:
+        """The same sample in the bins of `dtype`, which can be merged with others that have them.
+
+        Args:
+            dtype: float32 or float64, if that holds every magnitude of this one's type; or this one itself.
+            exact: keep the magnitudes apart.
+
+        Raises:
+            ValueError: it is in bins, and not in these.
+        """
+        if (dtype, exact) == (self.dtype, self.exact):
+            return self
+        if not self.exact:
+            raise ValueError(f"bins of {self.dtype} can neither be parted nor put into those of {dtype}")
+        bits = _bits(self.edges[0].astype(dtype))
+        shift = 0 if exact else _FORMATS[dtype].shift
+        # As when they are counted: a magnitude too small for key 1 is no zero.
+        keys, where = np.unique(np.maximum(bits >> shift, 1).astype(np.int64), return_inverse=True)
+        counts = np.zeros(len(keys), dtype=np.int64)
+        np.add.at(counts, where, self.counts)
+        return replace(self, dtype=dtype, keys=keys, counts=counts, exact=exact)
+
     def quantile(self, q: Any) -> Any:
         """Magnitude below which the fraction q of the sample lies; linear inside a bin.
 
@@ -469,7 +501,7 @@ class MagnitudeHistogram:
         path = check_path("path", path)
         try:
             file = io.BufferedReader(open_regular(path))  # type: ignore[arg-type]
-            with file, zipfile.ZipFile(file) as archive:
+            with file, open_zip(file, _DIRECTORY) as archive:
                 return cls(**_stored(archive, os.fstat(file.fileno()).st_size))
         except FileNotFoundError:
             raise
@@ -486,6 +518,8 @@ class MagnitudeHistogram:
             f"n_zero={self.n_zero}, n_nonfinite={self.n_nonfinite})"
         )
 
+
+_DIRECTORY = 4096  # bytes that a histogram's directory may have; its five arrays take 270
 
 _KEYS_PER_BYTE = 16 / 8
 """Keys that a byte of a compressed file can hold at most: ascending numbers compress by 4 to 8, a bomb by 1,000."""

@@ -7,10 +7,12 @@ such fits say how far k drifted, and whether λ or k made the weights grow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from os import PathLike
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,11 +20,11 @@ import scipy
 import torch
 from torch import Tensor
 
-from weightdyn.core.checks import check_pattern, check_whole
+from weightdyn.core.checks import check_choice, check_jobs, check_pattern
 from weightdyn.core.naming import TensorRow, Views, describe
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import FIT_TABLE, IDENTITY, By, check_weibull_table, group_columns, group_numbers
-from weightdyn.files.weightfiles import Matrix, read_matrices
+from weightdyn.files.weightfiles import Matrix, doubt, read_matrices
 from weightdyn.weibull.fit import SORTED, Method, as_histogram, fit_weibull
 from weightdyn.weibull.laws import Tails, tails
 from weightdyn.weibull.magnitudes import MagnitudeHistogram
@@ -55,7 +57,9 @@ def fit_weights(
     Args:
         source: a model, a state dict, a checkpoint file (safetensors, or what torch.save wrote), a folder with
             one checkpoint, sharded or not, or a run directory, of which the last checkpoint is taken. Norms,
-            biases and everything that is not float are left out.
+            biases and everything that is not float are left out. No code of a file ever runs, and the checksums of
+            what torch.save wrote are verified; safetensors and the format of torch before 1.6 have none, so a
+            changed bit among their weights shows at best in the column `note`.
         config: the model's config (of transformers, or a dict), which says how fused matrices are split. None:
             that of the model, the config.json beside the checkpoint, or the record of the run it belongs to.
         rules: {regular expression: component} for names that are not known, as in `naming.describe`.
@@ -71,8 +75,8 @@ def fit_weights(
 
     Returns:
         The columns of `FIT_TABLE`, one row per matrix or part of one, in the model's order (of a safetensors
-        file: by name). Pooled: one row per group, with the group's columns (`layer`; `component` and `role`;
-        `role`; none) and `tensors`, the number of matrices in it, for `tensor`, `layer`, `component`, `role`.
+        file: by name). With `by`: one row per group, with the group's columns and `tensors`, the number of rows in
+        it, for those of `IDENTITY`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,8 +86,8 @@ def fit_weights(
     >>> fit_weights(model)["numel"].tolist()
     [4096, 2048]
     """
-    if check_whole("n_jobs", n_jobs, None) == 0:
-        raise ValueError("n_jobs must be a number of threads, or -1 (as many as there are cores), got 0")
+    check_jobs("n_jobs", n_jobs)
+    check_choice("method", method, get_args(Method))
     matrices, config = read_matrices(source, config)
     if tensors is not None:
         listed, pattern = [m.name for m in matrices], check_pattern("tensors", tensors)
@@ -139,23 +143,28 @@ def _measure(
             {"histogram": MagnitudeHistogram.from_tensor(part.to(common.dtype), exact=common.exact)}
             for part in parts
         ]
-    return [_summary(as_histogram(part, trim, sums=True), method, trim) for part in parts]
+    return [_summary(as_histogram(part, trim, sums=True), method, trim, matrix.file) for part in parts]
 
 
-def _summary(histogram: MagnitudeHistogram, method: Method, trim: tuple[float, float]) -> dict[str, Any]:
+def _summary(
+    histogram: MagnitudeHistogram, method: Method, trim: tuple[float, float], file: Path | None = None
+) -> dict[str, Any]:
     """The columns of `FIT_TABLE` from `numel` on."""
     fit = fit_weibull(histogram, method, trim)
     finite = histogram.n + histogram.n_zero
     squares = histogram.sums.squares if histogram.sums else np.nan
     rms = float(np.sqrt(squares / finite)) if finite else np.nan
     measures = tails(histogram)
+    numel = finite + histogram.n_nonfinite
+    # The sums leave out what is not finite.
+    notes = fit.note, doubt(math.nan if histogram.n_nonfinite else squares, numel, file) if numel else ""
     return {
-        "numel": finite + histogram.n_nonfinite,
+        "numel": numel,
         **{name: getattr(fit, name) for name in ("lam", "k", "r_squared", "ks", "n")},
         "rms": rms,
         "lam_over_rms": fit.lam / rms if rms else np.nan,
         **{name: getattr(measures, name) for name in Tails._fields},
-        "note": fit.note,
+        "note": "; ".join(filter(None, notes)),
     }
 
 

@@ -23,7 +23,15 @@ import pandas as pd
 import scipy
 from torch import nn
 
-from weightdyn.core.checks import check_choice, check_number, check_path, check_whole, refuse, shown
+from weightdyn.core.checks import (
+    check_choice,
+    check_jobs,
+    check_number,
+    check_path,
+    check_whole,
+    refuse,
+    shown,
+)
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import FORCES, By, aggregate, budget, group_columns
 from weightdyn.explain.trajectory import pool_weibull
@@ -158,11 +166,7 @@ def compare(
     for argument, number in {"steps": steps, **every, "save_every": save_every}.items():
         check_whole(argument, number, 1)
     check_number("clip", clip, 0, open_low=True, none="no clipping")
-    check_whole("n_jobs", n_jobs, None, none="as joblib.parallel_config says")
-    if n_jobs == 0:
-        raise ValueError(
-            "n_jobs must be a number of runs at a time, or -1 for as many as there are cores, got 0"
-        )
+    check_jobs("n_jobs", n_jobs, none="as joblib.parallel_config says")
     inspect.signature(rescale_).bind(None, **options)
     check_choices(**{name: options[name] for name in CHOICES if name in options})
     settings = {
