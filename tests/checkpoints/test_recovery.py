@@ -16,6 +16,7 @@ from weightdyn.checkpoints.published import NUMEL, read_published_forces, read_p
 from weightdyn.checkpoints.recipe import Recipe, all_decay
 from weightdyn.checkpoints.recovery import (
     METHODS,
+    RHO_RANGE,
     Course,
     Method,
     balance_forces,
@@ -689,3 +690,13 @@ def test_alignment_of_pythia_stays_positive_only_with_the_decay_of_its_configura
     recipe = Recipe.preset("pythia-70m", weight_decay=decay)
     late = recover_forces(measured, recipe, progress=False).query("step > 20000")
     assert set(np.sign(late["alignment"])) == signs
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_the_interval_is_the_budget_with_the_injection_at_both_ends_of_its_range(every):
+    measured = pd.DataFrame({"step": [0, 10], "tensor": "w", "numel": 100, "norm_sq": [4.0, 4.1]})
+    table = recover_forces(measured, Recipe(lr=1e-2, weight_decay=0.1), every=every)
+    low, high = RHO_RANGE["noise"]
+    change = table["alignment"] + table["injection"] + table["decay"]
+    for end, rho in (("alignment_low", high), ("alignment_high", low)):
+        np.testing.assert_allclose(table[end], change - rho * table["injection"] - table["decay"], rtol=1e-12)

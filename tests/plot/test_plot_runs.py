@@ -553,7 +553,7 @@ def test_the_overview_stands_lambda_over_the_forces_of_its_role():
         np.testing.assert_allclose(by_label[force].get_ydata(), table[force])
     peak = only.idxmax()
     assert any(set(line.get_xdata()) == {peak} for line in forces.lines)  # marked in both panels
-    with pytest.raises(ValueError, match=r"role must be one that the run has.*got 'gate'"):
+    with pytest.raises(ValueError, match=r"role must be 'transmission', .*got 'gate'"):
         plot.overview(run, role="gate")
 
 
