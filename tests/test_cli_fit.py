@@ -136,7 +136,7 @@ def test_diagnose_prints_what_the_library_finds(model, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["fit"], "path"),
+        (["fit"], "Missing argument"),
         (["fit", "nowhere"], "no file or folder nowhere"),
         (["fit", "MODEL", "-o", "table.xlsx"], "must end in .parquet or .csv, got table.xlsx"),
         (["fit", "MODEL", "-o", "nowhere/table.csv"], "the folder nowhere does not exist"),

@@ -27,11 +27,11 @@ def train(model, optimizer):
 @pytest.fixture
 def names(tmp_path, monkeypatch):
     """What a reader has by the time of the first example: a model, an optimizer and a loop."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     monkeypatch.chdir(tmp_path)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, **shape))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape))
     return {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "train": train}
 
 

@@ -1018,7 +1018,7 @@ def test_counts_rates_and_skips_that_only_the_device_knows_give_the_same_rows(mo
 def test_nothing_waits_for_the_device_between_flushes():
     # On the meta device there are no values: a copy to the host would raise.
     with torch.device("meta"):
-        # No length with the divisor 1 alone: the meta norm of torch 2.10 keeps an axis of one.
+        # Sizes with a common divisor: the norm of torch 2.10 on this device keeps an axis of one element.
         model = nn.Sequential(nn.Linear(400, 300), nn.Linear(300, 4))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     logger = wd.ForceLogger(optimizer, model, audit_every=2)

@@ -215,7 +215,8 @@ def test_memory_is_bounded_whatever_the_size(contiguous):
 values = hnp.arrays(
     np.float32,
     st.integers(0, 60),
-    elements=st.floats(width=32, allow_nan=True) | st.sampled_from([0.0, 1.0, 1.001, 1e-45, math.inf, 1e-40]),
+    elements=st.floats(width=32, allow_nan=True)
+    | st.sampled_from([float(np.float32(value)) for value in (0, 1, 1.001, 1e-45, math.inf, 1e-40)]),
 )
 
 

@@ -862,8 +862,9 @@ def call(*arguments):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_command_takes_a_folder_and_leaves_one_of_the_same_format(dtype, tmp_path):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, __version__
 
+    as_stored = {"dtype" if int(__version__.split(".")[0]) >= 5 else "torch_dtype": "auto"}
     model = make("llama", dtype=dtype)
     model.save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
@@ -872,9 +873,9 @@ def test_the_command_takes_a_folder_and_leaves_one_of_the_same_format(dtype, tmp
     assert "max |Δlogit| 0.0e+00" in result.output
     names = [{file.name for file in (tmp_path / each).iterdir()} for each in ("in", "out")]
     assert names[0] == names[1]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **as_stored).eval()
     assert loaded.dtype == dtype
-    original = AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype="auto").eval()
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "in", **as_stored).eval()
     assert torch.equal(logits(loaded), logits(original))
     expected = copy.deepcopy(model)
     wisca.rescale_(expected, granularity="head", power_of_two=True)
