@@ -487,6 +487,7 @@ OTHERS_WORD = {
     ("compare", "make_optimizer", "class"): "a function of the user's",
     ("compare", "batches", "class"): "a function of the user's",
     ("check_equivalence", "batch", "mapping"): "arguments of the model, which names its own",
+    ("check_equivalence", "batch", "complex tensor"): "tokens of the model, which says what it takes",
 }
 """Errors that are another's to word."""
 

@@ -25,10 +25,10 @@ from weightdyn.core.checks import (
     check_choice,
     check_flag,
     check_number,
-    check_numbers,
     check_path,
     check_text,
     check_whole,
+    refuse,
     shown,
 )
 from weightdyn.core.forces import timescale
@@ -294,9 +294,10 @@ class Recipe:
                 rates; a function that does not give each update a finite learning rate >= 0.
         """
         given = updates
-        updates = np.asarray(
-            updates if isinstance(updates, list | tuple | range) else check_numbers("updates", updates)
-        )
+        try:
+            updates = np.asarray(updates)
+        except (TypeError, ValueError, RuntimeError):  # ragged; a tensor that is not on the CPU
+            raise refuse("updates", "whole numbers", given) from None
         if updates.dtype.kind not in "iu":
             whole = updates.dtype.kind == "f" and np.isfinite(updates).all() and np.all(updates % 1 == 0)
             if updates.size and not whole:

@@ -820,6 +820,11 @@ class RunLog:
         run._store, run._refresh = store, refresh
         return run
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process gets: the rows that are stored by now, without the logger that writes them."""
+        self._catch_up()
+        return {"_store": self._store, "_refresh": None}
+
     def _catch_up(self) -> None:
         """Let the logger that writes the run store what it has, where the run is its own."""
         if self._refresh is not None:
