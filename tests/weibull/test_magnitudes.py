@@ -1,3 +1,4 @@
+import hashlib
 import math
 import os
 import time
@@ -315,6 +316,11 @@ def stored(path, remove=(), compression=zipfile.ZIP_DEFLATED, **changes):
         "apart": np.array([histogram.n_zero, histogram.n_nonfinite, 0]),
         "sums": np.array(histogram.sums),
     }
+    sound = hashlib.sha256()  # as the docstring of the digest has it: name, size and bytes of each
+    for name, array in arrays.items():
+        content = b"float32" if name == "dtype" else array.tobytes()
+        sound.update(f"{name} {array.size} ".encode() + content)
+    arrays["digest"] = np.array(sound.hexdigest()[:32])
     arrays = {name: array for name, array in {**arrays, **changes}.items() if name not in remove}
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, array in arrays.items():
@@ -325,6 +331,15 @@ def stored(path, remove=(), compression=zipfile.ZIP_DEFLATED, **changes):
 
 def test_what_the_mutations_below_start_from_is_a_histogram(tmp_path):
     same(stored(tmp_path / "h.npz"), MagnitudeHistogram.load(tmp_path / "h.npz"))
+
+
+def test_a_number_that_was_changed_is_refused_though_the_archive_is_sound(tmp_path):
+    histogram = MagnitudeHistogram.from_tensor(sample(torch.float32, 1000))
+    counts = histogram.counts.copy()
+    counts[0] += 1
+    stored(tmp_path / "changed.npz", counts=counts)
+    with pytest.raises(ValueError, match=r"changed\.npz .*do not have the digest"):
+        MagnitudeHistogram.load(tmp_path / "changed.npz")
 
 
 KEYS = np.arange(30_000, 30_010)

@@ -9,11 +9,12 @@ so shards merge and layers pool. Everything in `weibull` is computed from it.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -480,15 +481,15 @@ class MagnitudeHistogram:
         write_file(check_path("path", path), self._write)
 
     def _write(self, path: Path) -> None:
+        stored = {
+            "dtype": np.array(self.dtype),
+            "keys": self.keys,
+            "counts": self.counts,
+            "apart": np.array([self.n_zero, self.n_nonfinite, self.exact]),
+            "sums": np.array([] if self.accumulated is None else self.accumulated, dtype=np.float64),
+        }
         with open(path, "wb") as file:
-            np.savez_compressed(
-                file,
-                dtype=np.array(self.dtype),
-                keys=self.keys,
-                counts=self.counts,
-                apart=np.array([self.n_zero, self.n_nonfinite, self.exact]),
-                sums=np.array([] if self.accumulated is None else self.accumulated, dtype=np.float64),
-            )
+            np.savez_compressed(file, **stored, digest=np.array(_digest(stored)))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> MagnitudeHistogram:
@@ -525,6 +526,15 @@ _KEYS_PER_BYTE = 16 / 8
 """Keys that a byte of a compressed file can hold at most: ascending numbers compress by 4 to 8, a bomb by 1,000."""
 
 
+def _digest(stored: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over name, size and bytes of each array: a zip's checksums miss a number that was changed."""
+    digest = hashlib.sha256()
+    for name in ("dtype", "keys", "counts", "apart", "sums"):
+        digest.update(f"{name} {stored[name].size} ".encode())
+        digest.update(str(stored[name]).encode() if name == "dtype" else stored[name].tobytes())
+    return digest.hexdigest()[:32]
+
+
 def _stored(archive: zipfile.ZipFile, size: int) -> dict[str, Any]:
     """The fields of a histogram in a file of `size` bytes, checked; ValueError for what cannot be."""
 
@@ -538,7 +548,9 @@ def _stored(archive: zipfile.ZipFile, size: int) -> dict[str, Any]:
             shape, _, found = np.lib.format.read_array_header_1_0(file)
             count = math.prod(shape)
             # Nothing but these types is unpacked, so no pickle is ever opened, and never more than can be true.
-            if found != np.dtype(dtype) and not (dtype == "U" and found.kind == "U" and found.itemsize <= 64):
+            if found != np.dtype(dtype) and not (
+                dtype == "U" and found.kind == "U" and found.itemsize <= 4 * 32
+            ):
                 raise ValueError(f"{name} is of type {found}")
             if len(shape) > 1 or (count > most if length is None else count != length):
                 raise ValueError(f"{name} has the shape {shape}")
@@ -573,6 +585,10 @@ def _stored(archive: zipfile.ZipFile, size: int) -> dict[str, Any]:
     ]
     if len(sums) not in (0, 3) or not all(good) or min(sums[:2], default=0) < 0:
         raise ValueError(f"sums must be none, or a finite ‖x‖², Σ|x| and Σ ln|x|, got {sums}")
+    apart = np.array([zero, nonfinite, exact])
+    own = {"dtype": np.array(name), "keys": keys, "counts": counts, "apart": apart, "sums": np.array(sums)}
+    if str(read("digest", "U", 1).item()) != _digest(own):
+        raise ValueError("its numbers do not have the digest that was stored with them")
     return {
         "dtype": name, "keys": keys, "counts": counts, "n_zero": zero, "n_nonfinite": nonfinite,
         "accumulated": Sums(*sums) if sums else None, "exact": bool(exact),
