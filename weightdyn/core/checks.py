@@ -151,6 +151,8 @@ def check_numbers(argument: str, value: Any) -> Any:
     Traceback (most recent call last):
     ValueError: lr must be a number or an array of numbers, got 'fast'
     """
+    if isinstance(value, int) and abs(value) >= 1 << 63:  # NumPy would make an object of it
+        raise refuse(argument, "a number of at most 64 bits", value)
     if isinstance(value, int | float | np.integer | np.floating):
         return value
     kind = getattr(value, "dtype", None)

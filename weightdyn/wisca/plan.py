@@ -49,7 +49,7 @@ def plan_rescale(
     model = unwrap(model)
     check_choices(norm=norm, granularity=granularity, errors=errors)
     check_flag("power_of_two", power_of_two)
-    check_number("max_alpha", max_alpha, 1, none="no bound")
+    max_alpha = check_number("max_alpha", max_alpha, 1, none="no bound")
     chosen = _chosen(model, pairs)
     shared = shared_parameters(model)
     # Factors of the pairs before, which a later pair's norms see.

@@ -87,7 +87,7 @@ def predict_shift(
         moments = next(iter(table["moments"].dropna() if "moments" in table else ()), "transport")
     check_choices(moments=moments)
     betas = check_betas("betas", betas)
-    check_whole("at", at, 0, none="just before the first row")
+    check_whole("at", at, 0, (1 << 63) - 1, none="just before the first row")
     is_weibull = {"step", "tensor", "k", "lam"} <= set(getattr(before, "columns", ()))
     check = check_weibull_table if is_weibull else check_force_table
     old = check(before, argument="before", unique=True)
