@@ -121,7 +121,7 @@ def relative_update(u_sq: Any, w_sq: Any, lr: Any) -> Any:
     0.02
     """
     _check(u_sq=u_sq, w_sq=w_sq, lr=lr)
-    return lr * (u_sq**0.5) / (w_sq**0.5)
+    return lr * np.sqrt(u_sq) / np.sqrt(w_sq)
 
 
 def angle(dot_wu: Any, u_sq: Any, w_sq: Any, lr: Any, weight_decay: Any) -> Any:
