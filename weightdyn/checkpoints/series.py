@@ -41,8 +41,16 @@ from weightdyn.checkpoints.measure import (
     table_row,
     wanted_dots,
 )
-from weightdyn.core.checks import check_choice, check_flag, check_jobs, check_text, check_whole, refuse
-from weightdyn.core.naming import TensorRow, Views, check_views, describe
+from weightdyn.core.checks import (
+    check_choice,
+    check_flag,
+    check_jobs,
+    check_mapping,
+    check_text,
+    check_whole,
+    refuse,
+)
+from weightdyn.core.naming import TensorRow, Views, check_config, check_views, describe
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.files.hub import Hub, RevisionError
 from weightdyn.files.weightfiles import (
@@ -203,6 +211,11 @@ class Checkpoints:
         endpoint: str | None = None,
     ) -> None:
         check_choice("errors", errors, ("raise", "skip"))
+        check_flag("keep", keep)
+        check_mapping("rules", rules, "{regular expression: component}")
+        check_config(config)
+        if endpoint is not None:
+            check_text("endpoint", endpoint, "the address of a hub, or None")
         self.errors = errors
         self.rules = rules
         self.skipped: dict[int, str] = {}

@@ -238,6 +238,20 @@ def check_views(views: Any) -> Views:
     raise ValueError(f"views must be True, False or 'head', got {views!r}")
 
 
+def check_config(config: Any) -> Any:
+    """Return `config` if it can be a model's: a mapping, an object with attributes of its own, or None.
+
+    Raises:
+        TypeError, ValueError: it is a number, a string, a sequence, a tensor or a class: no model's config.
+    """
+    plain = isinstance(config, int | float | complex | str | bytes | Sequence | type) or hasattr(
+        config, "shape"
+    )
+    if plain or (type(config) is object):
+        raise refuse("config", "a model's config, a dict such as config.json holds, or None", config)
+    return config
+
+
 def describe(
     name: str,
     shape: Sequence[int],
@@ -288,6 +302,7 @@ def describe(
     if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
         raise refuse("shape", "a tensor's shape, such as (512, 512)", shape)
     check_mapping("rules", rules, "{regular expression: component}")
+    check_config(config)
     short = _WRAPPER.sub("", name)
     component, layout = _look_up(short, len(shape))
     stack, layer = _place(short)

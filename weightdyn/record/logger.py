@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from weightdyn.core.checks import check_choice, check_flag, check_path, check_pattern, check_whole
 from weightdyn.core.forces import before_step
-from weightdyn.core.naming import TensorName, Views, check_views, describe
+from weightdyn.core.naming import TensorName, Views, check_config, check_views, describe
 from weightdyn.core.tables import force_table
 from weightdyn.files.durable import write_file
 from weightdyn.record.moments import PRODUCTS, Plan
@@ -264,7 +264,7 @@ class ForceLogger:
         self._given = _names(_given_pairs(optimizer, params))
         self._wanted, self._select = tensors, _selector(tensors)
         self._views: Views = check_views(views)
-        self._config = config if config is not None else _config(params)
+        self._config = check_config(config) if config is not None else _config(params)
         self._rules = rules
         self._plans: dict[tuple[torch.device | int, ...], Plan] = {}
         self._pending: list[_Record] = []
