@@ -68,6 +68,10 @@ def forces_table():
         decay=-0.01,
         u_sq=1.0,
         dot_wu=-1.0,
+        drift=-0.01,
+        memory=0.1,
+        memory_null=0.11,
+        signal=0.001,
     )
 
 
@@ -146,12 +150,18 @@ def calls(g):
         "relative_update": (wd.relative_update, {"u_sq": 1.0, "w_sq": 4.0, "lr": 0.1}),
         "angle": (wd.angle, step),
         "timescale": (wd.timescale, {"lr": 0.1, "weight_decay": 0.1}),
-        "budget": (wd.budget, {"table": F, "by": "role"}),
+        "drift_from_products": (
+            wd.drift_from_products,
+            {"dot_wg": 1.0, "lr": 0.1, "weight_decay": 0.1, "order": "exact"},
+        ),
+        "memory_null": (wd.memory_null, {"lr": [0.1, 0.1], "beta1": 0.9, "weight_decay": 0.1}),
+        "budget": (wd.budget, {"table": F, "by": "role", "kind": "drift"}),
+        "smooth": (wd.smooth, {"table": F, "by": "role", "windows": 2, "updates": 3}),
         "aggregate": (wd.aggregate, {"table": F, "by": "role"}),
         "closure": (wd.closure, {"table": F, "by": "role"}),
         "integrate": (wd.integrate, {"table": F}),
         "equilibrium": (wd.equilibrium, {"table": F, "by": "role"}),
-        "phases": (wd.phases, {"table": W, "value": "lam"}),
+        "phases": (wd.phases, {"table": W, "value": "lam", "forces": F}),
         "pool_weibull": (wd.pool_weibull, {"table": W, "by": "role"}),
         "shape_drift": (wd.shape_drift, {"table": W}),
         "fit_weibull": (wd.fit_weibull, {"x": x, "method": "plot", "trim": (0.1, 0.9)}),

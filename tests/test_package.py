@@ -15,7 +15,7 @@ import weightdyn as wd
 TABLES = {
     "ACCURACY_TABLE", "BUDGET_TABLE", "CHECKPOINT_TABLE", "CLOSURE_TABLE", "FIT_TABLE", "FORCE_TABLE",
     "INTEGRAL_TABLE", "LOG_TABLE", "PHASE_TABLE", "RECOVERY_TABLE", "RESCALE_TABLE", "SHAPE_TABLE",
-    "SHIFT_TABLE", "SUMMARY_TABLE", "WEIBULL_TABLE",
+    "SHIFT_TABLE", "SMOOTH_TABLE", "SUMMARY_TABLE", "WEIBULL_TABLE",
 }  # fmt: skip
 NAMES = TABLES | {
     # rooms of their own
@@ -24,9 +24,10 @@ NAMES = TABLES | {
     "ForceLogger", "RunLog", "RunLogError",
     # names and the algebra
     "COMPONENTS", "FORCES", "ROLES", "TensorName", "View", "angle", "before_step", "describe",
-    "forces_from_products", "relative_update", "timescale",
+    "drift_from_products", "forces_from_products", "memory_null", "relative_update", "timescale",
     # tables
-    "aggregate", "budget", "closure", "equilibrium", "integrate", "phases", "pool_weibull", "summarize",
+    "aggregate", "budget", "closure", "equilibrium", "integrate", "phases", "pool_weibull", "smooth",
+    "summarize",
     # weights
     "Diagnosis", "MagnitudeHistogram", "Tails", "WeibullFit", "classify", "diagnose", "fit_weibull", "fit_weights",
     "rank_laws", "shape_drift", "tails",

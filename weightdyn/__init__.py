@@ -1,7 +1,8 @@
 """weightdyn: why the weights of a network grow, overshoot and relax, in numbers.
 
 It logs AdamW's moments while a model trains, splits every change of a tensor's squared norm into three forces,
-alignment, injection and decay, fits a Weibull law to the weight magnitudes of every layer, recovers the forces of
+alignment, injection and decay, tells what alignment is made of, the pull of the mean gradient and momentum's memory
+of its noise, fits a Weibull law to the weight magnitudes of every layer, recovers the forces of
 published models from their checkpoints, and measures what an output-preserving rescaling shifts.
 """
 
@@ -18,7 +19,9 @@ from weightdyn.checkpoints.recovery import recover_forces as recover_forces
 from weightdyn.checkpoints.series import Checkpoints as Checkpoints
 from weightdyn.core.forces import angle as angle
 from weightdyn.core.forces import before_step as before_step
+from weightdyn.core.forces import drift_from_products as drift_from_products
 from weightdyn.core.forces import forces_from_products as forces_from_products
+from weightdyn.core.forces import memory_null as memory_null
 from weightdyn.core.forces import relative_update as relative_update
 from weightdyn.core.forces import timescale as timescale
 from weightdyn.core.naming import COMPONENTS as COMPONENTS
@@ -40,6 +43,7 @@ from weightdyn.core.tables import RECOVERY_TABLE as RECOVERY_TABLE
 from weightdyn.core.tables import RESCALE_TABLE as RESCALE_TABLE
 from weightdyn.core.tables import SHAPE_TABLE as SHAPE_TABLE
 from weightdyn.core.tables import SHIFT_TABLE as SHIFT_TABLE
+from weightdyn.core.tables import SMOOTH_TABLE as SMOOTH_TABLE
 from weightdyn.core.tables import SUMMARY_TABLE as SUMMARY_TABLE
 from weightdyn.core.tables import WEIBULL_TABLE as WEIBULL_TABLE
 from weightdyn.core.tables import aggregate as aggregate
@@ -50,6 +54,7 @@ from weightdyn.explain.trajectory import equilibrium as equilibrium
 from weightdyn.explain.trajectory import integrate as integrate
 from weightdyn.explain.trajectory import phases as phases
 from weightdyn.explain.trajectory import pool_weibull as pool_weibull
+from weightdyn.explain.windows import smooth as smooth
 from weightdyn.files.weightfiles import CheckpointError as CheckpointError
 from weightdyn.record.logger import ForceLogger as ForceLogger
 from weightdyn.record.runlog import RunLog as RunLog

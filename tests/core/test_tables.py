@@ -15,8 +15,10 @@ from weightdyn.core.tables import (
     FORCE_TABLE,
     FORCES,
     INTEGRAL_TABLE,
+    PARTS,
     PHASE_TABLE,
     SHAPE_TABLE,
+    SMOOTH_TABLE,
     WEIBULL_TABLE,
     aggregate,
     budget,
@@ -28,6 +30,7 @@ from weightdyn.core.tables import (
     table_of,
 )
 from weightdyn.explain.trajectory import closure, equilibrium, integrate, phases, pool_weibull
+from weightdyn.explain.windows import smooth
 
 TENSORS = [
     ("encoder.0.q", "encoder", 0, "q", "selection", 10, 0.1),
@@ -56,7 +59,7 @@ def force_table(steps=3, seed=0):
             "lr": 0.01,
         }
         | {"norm_sq": rng.random(), "norm_sq_after": rng.random()}
-        | {force: rng.normal() for force in FORCES}
+        | {force: rng.normal() for force in (*FORCES, *PARTS)}
         for step in range(1, steps + 1)
         for tensor in TENSORS
     ]
@@ -164,7 +167,7 @@ def test_the_budget_of_nothing_has_no_shares():
         (lambda source: closure(source, "role"), force_table),
         (lambda source: equilibrium(source, "role"), force_table),
         (integrate, force_table),
-        (phases, weibull_table),
+        (lambda source: phases(source).drop(columns="driven_by"), weibull_table),
         (lambda source: phases(source, "norm_sq"), force_table),
         (lambda source: pool_weibull(source, "role"), weibull_table),
     ],
@@ -263,6 +266,9 @@ def test_what_is_no_table_of_the_kind_is_named():
     [
         (budget(force_table()), BUDGET_TABLE),
         (budget(force_table(), "layer"), BUDGET_TABLE),
+        (budget(force_table(), kind="drift"), BUDGET_TABLE),
+        (smooth(force_table()), SMOOTH_TABLE),
+        (smooth(force_table(), "layer", updates=2), SMOOTH_TABLE),
         (integrate(force_table()), INTEGRAL_TABLE),
         (closure(force_table()), CLOSURE_TABLE),
         (closure(force_table(), "layer"), CLOSURE_TABLE),
@@ -272,7 +278,8 @@ def test_what_is_no_table_of_the_kind_is_named():
 )
 def test_results_have_the_documented_columns_in_their_order(table, columns):
     assert list(table) == [name for name in columns if name in table]
-    assert set(columns) - set(table) <= {*PLACE, "numel", "r_squared", "ks"}
+    of_a_kind = {f"{name}_share" for name in ("alignment", "injection", "drift", "diffusion")} | {"diffusion"}
+    assert set(columns) - set(table) <= {*PLACE, "numel", "r_squared", "ks", *of_a_kind}
 
 
 def test_shape_drift_and_the_accuracy_of_recovery_have_the_documented_columns():

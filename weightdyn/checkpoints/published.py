@@ -95,7 +95,7 @@ def read_published_forces(
             **forces._asdict(),
         }
     )
-    return table[list(FORCE_TABLE)].astype(
+    return table.reindex(columns=list(FORCE_TABLE)).astype(
         dict.fromkeys(("tensor", "stack", "component", "role"), "category")
     )
 

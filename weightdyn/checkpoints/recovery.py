@@ -330,7 +330,7 @@ def recover_forces(
     table = pd.concat(tables, ignore_index=True).sort_values(["step", "place"], ignore_index=True)
     table["layer"] = table["layer"].astype("Int64")
     kinds = dict.fromkeys(("tensor", "stack", "component", "role", "flag"), "category")
-    return table[[*FORCE_TABLE, *RECOVERY_TABLE]].astype(kinds)
+    return table.reindex(columns=[*FORCE_TABLE, *RECOVERY_TABLE]).astype(kinds)
 
 
 def _measured(source: Any, method: str, views: Views, progress: Progress) -> pd.DataFrame:

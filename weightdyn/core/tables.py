@@ -20,9 +20,15 @@ from weightdyn.core.forces import (
     Products,
     after_step,
     angle,
+    drift_from_products,
     forces_from_products,
+    fresh_after_step,
     relative_update,
+    signal_energy,
 )
+
+Kind = Literal["forces", "drift"]
+"""The two budgets: alignment, injection and decay; or drift, diffusion and decay."""
 
 By = Literal["layer", "component", "role", "model"]
 """Groups of tensors; a list of columns names finer ones, None leaves one row per tensor."""
@@ -54,8 +60,19 @@ FORCE_TABLE = {
     "alignment": "−2η(1−ηλ)⟨w,u⟩, change of ‖w‖² per update (mean over the span)",
     "injection": "η²‖u‖², change of ‖w‖² per update (mean over the span)",
     "decay": "−(2ηλ−η²λ²)‖w‖², change of ‖w‖² per update (mean over the span)",
+    "drift": "−2η(1−ηλ)⟨w,g̃⟩, the part of alignment that the mean gradient pulls; NaN where not measured",
+    "memory": "alignment − drift: the noise that u shares with the updates that made w",
+    "memory_null": "memory that white gradient noise alone gives; κ is memory over it",
+    "signal": "η²‖ḡ̃‖², the part of injection that the mean gradient makes",
 }
-"""Columns of a force table and their meaning. Tables may carry more columns behind these."""
+"""Columns of a force table and their meaning. Tables may carry more columns behind these, and lack the last four.
+"""
+
+PARTS = ("drift", "memory", "memory_null", "signal")
+"""What alignment and injection are made of, where it was measured."""
+
+DRIFT_FORCES = ("drift", "diffusion", "decay")
+"""The three forces of the other budget: diffusion = injection + memory, the random walk of gradient noise."""
 
 LOG_TABLE = {
     "u_sq": "‖u‖², u = m̂/(√v̂+ε) of the update",
@@ -66,6 +83,11 @@ LOG_TABLE = {
     "m_rms": "root mean square of m̂, in units of the gradient",
     "v_mean": "mean of v̂, in squared units of the gradient",
     "u_max": "max |u|",
+    "dot_wg": "⟨w,g̃⟩ with w before the update and its gradient in units of u, g̃ = g/(√v̂+ε)",
+    "dot_ug": "⟨u,g̃⟩",
+    "g_sq": "‖g̃‖²",
+    "fresh": "share of g̃ in u: (1−β₁)/(1−β₁ᵗ) for Adam",
+    "lr_memory": "Σ β₁ˢη of the updates before, as white noise is remembered: 2η(1−ηλ)‖u‖² of it are memory_null",
     "residual": "(‖w'‖² − ‖w‖² measured) − (alignment + injection + decay); NaN where not audited",
 }
 """Columns that a logged force table has behind those of `FORCE_TABLE`, and their meaning."""
@@ -129,16 +151,32 @@ BUDGET_TABLE = {
     **FORCE_TABLE,
     "alignment_share": "|alignment|/Σ|F|, a fraction; NaN where all three forces are zero",
     "injection_share": "|injection|/Σ|F|",
-    "decay_share": "|decay|/Σ|F|",
-    "net": "alignment + injection + decay: the change of ‖w‖² per update",
+    "diffusion": 'injection + memory (kind="drift")',
+    "drift_share": '|drift|/(|drift| + |diffusion| + |decay|) (kind="drift")',
+    "diffusion_share": '|diffusion|/(|drift| + |diffusion| + |decay|) (kind="drift")',
+    "decay_share": "|decay|/Σ|F|, of the three forces of the kind",
+    "net": "sum of the three forces: the change of ‖w‖² per update",
 }
-"""Columns of a force table with shares, and their meaning."""
+"""Columns of a force table with shares, and their meaning; those that a kind does not have are not there."""
+
+SMOOTH_TABLE = {
+    **FORCE_TABLE,
+    "rows": "number of rows in the window",
+    "diffusion": "injection + memory",
+    "kappa": "κ = memory/memory_null: 1 where gradient noise is white",
+    "drift_se": "standard error of drift in the window's mean: its noise is new in every update",
+    "memory_se": "standard error of memory, from its autocovariances (Newey and West 1987)",
+    "kappa_se": "memory_se/memory_null",
+}
+"""Columns of a force table that was averaged over windows, and their meaning."""
 
 INTEGRAL_TABLE = {
     "step": FORCE_TABLE["step"],
     **NAMES,
     "norm_sq_after": "‖w‖² measured after the update; NaN where neither this row nor the next has it",
     "norm_sq_predicted": "‖w‖² that the forces add up to from the first row on",
+    **{name: f"what {name} has added to ‖w‖² since the first row" for name in FORCES},
+    **{name: f"what {name} has added, NaN where it was not measured" for name in ("drift", "memory")},
     "gap": "whether the forces of a stretch right before this row are unknown",
 }
 """Columns of an integrated force table, and their meaning."""
@@ -150,6 +188,7 @@ CLOSURE_TABLE = {
     "residual": "Σ|measured change of ‖w‖² less the forces|",
     "change": "Σ|measured change of ‖w‖²|",
     "closure": "residual/change; NaN where nothing is covered",
+    "kappa": "κ = Σ memory/Σ memory_null: 1 where gradient noise is white; NaN where not measured",
 }
 """Columns of a table of closures, and their meaning."""
 
@@ -165,6 +204,7 @@ PHASE_TABLE = {
     "rise": "(peak − start)/start",
     "relaxation": "(peak − end)/peak",
     "overshoot": "whether start and end both lie clearly below the peak",
+    "driven_by": "drift, diffusion or decay: which adds most to ‖w‖² up to the peak; missing if not measured",
 }
 """Columns of a table of phases, and their meaning."""
 
@@ -172,6 +212,11 @@ SUMMARY_TABLE = {
     **PHASE_TABLE,
     "rise_share": "alignment's share |ΣA|/(|ΣA| + |ΣI| + |ΣD|) over the updates up to half_step",
     "end_share": "the same over the last tenth of the run",
+    "rise_drift": "drift/(|drift| + |diffusion| + |decay|), signed, over the updates up to half_step",
+    "rise_diffusion": "diffusion over the same sum",
+    "end_drift": "drift's over the last tenth of the run",
+    "end_diffusion": "diffusion's",
+    "kappa": "κ = Σ memory/Σ memory_null over the run",
     "closure": "the worst closure of the group's tensors",
 }
 """Columns of a summary of a run, and their meaning; the phases are λ's."""
@@ -303,7 +348,8 @@ def check_force_table(
         TypeError, ValueError: it is none, and the message says what is missing.
     """
     table = table_of(source, "forces", argument=argument)
-    check_columns(table, ("step", "span", "norm_sq", *FORCES), "force table", argument=argument)
+    parts = (name for name in PARTS if name in table)
+    check_columns(table, ("step", "span", "norm_sq", *FORCES, *parts), "force table", argument=argument)
     if table.empty and not empty:
         raise ValueError(f"{argument} has no rows: no update was logged")
     return _check_unique(table, argument) if unique else table
@@ -375,7 +421,7 @@ def in_order(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     return table[[name for name in columns if name in table]]
 
 
-_SUMMED = ("numel", "norm_sq", "norm_sq_after", *FORCES)
+_SUMMED = ("numel", "norm_sq", "norm_sq_after", *FORCES, *PARTS)
 
 
 def aggregate(table: Any, by: By | Sequence[str] | None) -> pd.DataFrame:
@@ -405,33 +451,74 @@ def aggregate(table: Any, by: By | Sequence[str] | None) -> pd.DataFrame:
     return in_order(summed.reset_index(), FORCE_TABLE)
 
 
-def budget(table: Any, by: By | Sequence[str] | None = None) -> pd.DataFrame:
-    """Share of each force in the budget: |F| / (|alignment| + |injection| + |decay|), row by row.
+def diffusion(table: pd.DataFrame) -> pd.Series:
+    """injection + memory of each row: the random walk that gradient noise makes of the weights."""
+    return table["injection"] + table["memory"]
+
+
+def check_drift(table: pd.DataFrame, source: Any = None, *, argument: str = "table") -> pd.DataFrame:
+    """Return a force table that knows the drift of some row.
+
+    Args:
+        table: the force table.
+        source: what it came from; a `RunLog` may know why there is none.
+        argument: what to call it in an error.
+
+    Raises:
+        ValueError: it knows none.
+    """
+    if "drift" in table and "memory" in table and (table.empty or table["drift"].notna().any()):
+        return table
+    info = getattr(source, "info", None)
+    why = info.get("no_drift") if isinstance(info, Mapping) else None
+    reason = (
+        "it is measured by ForceLogger(drift=True) while the model trains, from gradients that are there behind "
+        "the step, and estimated by recover_forces and read_published_forces"
+    )
+    if why:
+        reason = f"it was not measured: {why}"
+    raise ValueError(f"{argument} has no drift: {reason}")
+
+
+def budget(table: Any, by: By | Sequence[str] | None = None, *, kind: Kind = "forces") -> pd.DataFrame:
+    """Share of each force in the budget, row by row: |F| / Σ|F|.
 
     Args:
         table: a force table or a `RunLog`.
         by: sum it over the tensors of each "layer", "component", "role", over the "model", or over a list of such
             columns first (`aggregate`); None takes the rows as they are.
+        kind: "forces" shares among alignment, injection and decay; "drift" among drift, diffusion = injection +
+            memory, and decay: what the mean gradient, its noise, and the decay do. Of single updates drift is
+            noisy: `smooth` the table first.
 
     Returns:
-        The table with the columns `alignment_share`, `injection_share`, `decay_share` (fractions that sum to
-        1; NaN where all three forces are zero), `net` (their signed sum, the change of ‖w‖² per update).
+        The table with a column `…_share` for each of the three (fractions that sum to 1; NaN where all three are
+        zero, or one is not known), `net` (their signed sum, the change of ‖w‖² per update), and `diffusion` with
+        kind="drift".
 
     Raises:
-        TypeError, ValueError: not a force table; an unknown `by`.
+        TypeError, ValueError: not a force table; an unknown `by`; kind="drift" of a table that knows no drift.
 
-    Source: arXiv 2606.19367, the force budget.
+    Source: arXiv 2606.19367, the force budget; drift and diffusion as in `drift_from_products`.
 
-    >>> t = pd.DataFrame({"step": [1], "span": [1], "norm_sq": [4.0],
+    >>> t = pd.DataFrame({"step": [1], "span": [1], "norm_sq": [4.0], "drift": [-0.1], "memory": [0.6],
     ...                   "alignment": [0.5], "injection": [0.1], "decay": [-0.4]})
     >>> budget(t)[["alignment_share", "injection_share", "decay_share"]].to_numpy().tolist()
     [[0.5, 0.1, 0.4]]
+    >>> budget(t, kind="drift")[["drift_share", "diffusion_share", "decay_share"]].round(3).to_numpy().tolist()
+    [[0.083, 0.583, 0.333]]
     """
+    check_choice("kind", kind, ("forces", "drift"))
+    source = table
     table = check_force_table(table) if by is None else aggregate(table, by)
-    total = table[list(FORCES)].abs().sum(axis=1, skipna=False)
+    names = FORCES
+    if kind == "drift":
+        names = DRIFT_FORCES
+        table = table.assign(diffusion=diffusion(check_drift(table, source)))
+    total = table[list(names)].abs().sum(axis=1, skipna=False)
     total = total.where(total != 0)
-    shares = {f"{name}_share": table[name].abs() / total for name in FORCES}
-    return table.assign(**shares, net=table[list(FORCES)].sum(axis=1, skipna=False))
+    shares = {f"{name}_share": table[name].abs() / total for name in names}
+    return table.assign(**shares, net=table[list(names)].sum(axis=1, skipna=False))
 
 
 # --- from products to forces --------------------------------------------------------------------------------
@@ -447,8 +534,9 @@ def force_table(
     """Force table of stored inner products, row by row.
 
     Args:
-        products: step, span, tensor, lr, weight_decay, dot_wu ⟨w,u⟩, u_sq ‖u‖², norm_sq ‖w‖², norm_sq_after ‖w'‖²,
-            norm_sq_audit (‖w‖² measured before the step, or NaN), m_rms, v_mean, u_max.
+        products: step, span, tensor, lr, weight_decay, dot_wu ⟨w,u⟩, u_sq ‖u‖², norm_sq ‖w‖², norm_sq_after
+            ‖w'‖², norm_sq_audit (‖w‖² measured before the step, or NaN), m_rms, v_mean, u_max; and where the
+            gradients were measured dot_wg ⟨w,g̃⟩, dot_ug ⟨u,g̃⟩, g_sq ‖g̃‖², lr_memory and fresh (see `Remembered`).
         tensors: label -> {"stack", "layer", "component", "role", "numel"}, as in run.json. A label that is missing
             there gets no layer, and the component and role "other".
         order: "exact", or "leading" without the O(η²λ) terms; see `forces_from_products`.
@@ -473,6 +561,11 @@ def force_table(
         products[name].to_numpy(dtype=float)
         for name in ("lr", "weight_decay", "dot_wu", "u_sq", "norm_sq", "norm_sq_after", "norm_sq_audit")
     )
+    nothing = np.full(len(products), np.nan)
+    dot_wg, dot_ug, g_sq, lr_memory, fresh = (
+        products[name].to_numpy(dtype=float) if name in products else nothing
+        for name in ("dot_wg", "dot_ug", "g_sq", "lr_memory", "fresh")
+    )
     names = named_columns(tensor, tensors)
     numel = names["numel"].to_numpy(dtype=float, na_value=math.nan)
     # A diverged run has inf and NaN, a tensor of zeros no direction: they pass through without a warning.
@@ -481,6 +574,8 @@ def force_table(
         if at == "after":
             products_at = after_step(*products_at, lr, weight_decay)
         forces = forces_from_products(*products_at, lr, weight_decay, order=order)
+        dot_wg_at = dot_wg if at == "before" else fresh_after_step(dot_wg, dot_ug, lr, weight_decay)
+        drift = drift_from_products(dot_wg_at, lr, weight_decay, order=order)
         columns = {
             "step": products["step"].to_numpy(dtype=np.int64),
             "span": products["span"].to_numpy(dtype=np.int64),
@@ -491,12 +586,21 @@ def force_table(
             "norm_sq": w_sq,
             "norm_sq_after": after,
             **forces._asdict(),
+            "drift": drift,
+            "memory": forces.alignment - drift,
+            "memory_null": drift_from_products(-lr_memory * u_sq, lr, weight_decay, order=order),
+            "signal": lr**2 * signal_energy(dot_ug, g_sq, fresh),
             "u_sq": u_sq,
             "dot_wu": dot_wu,
             "u_rms": np.sqrt(u_sq / numel),
             "relative_update": relative_update(u_sq, w_sq, lr),
             "angle": angle(dot_wu, u_sq, w_sq, lr, weight_decay),
             **{name: products[name].to_numpy(dtype=float) for name in ("m_rms", "v_mean", "u_max")},
+            "dot_wg": dot_wg,
+            "dot_ug": dot_ug,
+            "g_sq": g_sq,
+            "fresh": fresh,
+            "lr_memory": lr_memory,
             "residual": (after - audit) - sum(forces),
         }
     return pd.DataFrame(columns, copy=False)

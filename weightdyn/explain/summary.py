@@ -9,26 +9,29 @@ import pandas as pd
 
 from weightdyn.core.naming import ROLES
 from weightdyn.core.tables import (
+    DRIFT_FORCES,
     FORCES,
     SUMMARY_TABLE,
     By,
     aggregate,
     check_force_table,
     check_weibull_table,
+    diffusion,
     group_columns,
     in_order,
 )
-from weightdyn.explain.trajectory import closure, phases, pool_weibull
+from weightdyn.explain.trajectory import closure, phases, pool_weibull, rows_at
 
 if TYPE_CHECKING:
     from weightdyn.record.runlog import RunLog
 
 
 def summarize(run: RunLog, by: By | Sequence[str] | None = "role") -> pd.DataFrame:
-    """The phases of λ, alignment's share in the rise and at the end, and the worst closure, group by group.
+    """The phases of λ, what drove them, κ and the worst closure, group by group.
 
-    The share is |ΣA|/(|ΣA| + |ΣI| + |ΣD|) of the forces summed over the group's tensors and over the updates of the
-    rise (up to `half_step` of `phases`; NaN if λ never rose), or over the last tenth of the run.
+    Shares are of the forces summed over the group's tensors and over the updates of the rise (up to `half_step` of
+    `phases`; NaN if λ never rose), or over the last tenth of the run: alignment's |ΣA|/(|ΣA| + |ΣI| + |ΣD|), and,
+    with their signs, drift's and diffusion's among drift, diffusion and decay.
 
     Args:
         run: a `RunLog` with forces and Weibull fits (`weibull_every=…`).
@@ -42,7 +45,7 @@ def summarize(run: RunLog, by: By | Sequence[str] | None = "role") -> pd.DataFra
         TypeError, ValueError: not such a run; an unknown `by`.
     """
     forces = check_force_table(run, argument="run", empty=False)
-    table = phases(pool_weibull(check_weibull_table(run, argument="run", empty=False), by))
+    table = phases(pool_weibull(check_weibull_table(run, argument="run", empty=False), by), forces=forces)
     keys = group_columns(forces, by)
     if keys == ["role"]:
         table = (
@@ -51,24 +54,35 @@ def summarize(run: RunLog, by: By | Sequence[str] | None = "role") -> pd.DataFra
             .reset_index()
         )
     worst = closure(forces)
+    kappa = closure(forces, by)
     sums = aggregate(forces, by)
+    sums = sums.assign(diffusion=diffusion(sums)) if "memory" in sums else sums
     last = sums["step"].max()
-    rise, end, closures = [], [], []
+    found = []
     for _, row in table.iterrows():
-        own = _rows_of(sums, row[keys])
-        rise.append(_alignment_share(own[own["step"] <= row["half_step"]]))
-        end.append(_alignment_share(own[own["step"] >= 0.9 * last]))
-        closures.append(_rows_of(worst, row[keys])["closure"].max())
-    return in_order(table.assign(rise_share=rise, end_share=end, closure=closures), SUMMARY_TABLE)
+        own = rows_at(sums, row[keys])
+        rise = _shares(own[own["step"] <= row["half_step"]])
+        end = _shares(own[own["step"] >= 0.9 * last])
+        found.append(
+            {
+                "rise_share": abs(rise["alignment"]),
+                "end_share": abs(end["alignment"]),
+                "rise_drift": rise["drift"],
+                "rise_diffusion": rise["diffusion"],
+                "end_drift": end["drift"],
+                "end_diffusion": end["diffusion"],
+                "kappa": rows_at(kappa, row[keys]).get("kappa", pd.Series(dtype=float)).max(),
+                "closure": rows_at(worst, row[keys])["closure"].max(),
+            }
+        )
+    return in_order(pd.concat([table, pd.DataFrame(found, index=table.index)], axis=1), SUMMARY_TABLE)
 
 
-def _rows_of(table: pd.DataFrame, place: pd.Series) -> pd.DataFrame:
-    for key, value in place.items():
-        column = table[key]
-        table = table[column.isna() if pd.isna(value) else column.eq(value).fillna(False).astype(bool)]
-    return table
-
-
-def _alignment_share(rows: pd.DataFrame) -> float:
-    totals = rows[list(FORCES)].mul(rows["span"], axis=0).sum().abs()
-    return float(totals["alignment"] / totals.sum()) if len(rows) else float("nan")
+def _shares(rows: pd.DataFrame) -> dict[str, float]:
+    """Signed shares of sums over rows: of alignment among its forces, of drift and diffusion among theirs."""
+    shares = {}
+    for names in (FORCES, DRIFT_FORCES):
+        known = rows.reindex(columns=list(names)).mul(rows["span"], axis=0)
+        totals = known.sum(skipna=False) if len(rows) else known.sum() * float("nan")
+        shares |= (totals / totals.abs().sum(skipna=False)).to_dict()
+    return shares

@@ -26,10 +26,12 @@ import pandas as pd
 from weightdyn.core.checks import check_text
 from weightdyn.core.tables import (
     CLOSURE_TABLE,
+    DRIFT_FORCES,
     FORCE_TABLE,
     FORCES,
     IDENTITY,
     INTEGRAL_TABLE,
+    PARTS,
     PHASE_TABLE,
     WEIBULL_TABLE,
     By,
@@ -37,6 +39,7 @@ from weightdyn.core.tables import (
     check_columns,
     check_force_table,
     check_weibull_table,
+    diffusion,
     group_columns,
     group_numbers,
     in_order,
@@ -53,8 +56,8 @@ def integrate(table: pd.DataFrame | RunLog) -> pd.DataFrame:
         predicted(t_0) = norm_sq_0 + span_0·F_0
         predicted(t_j) = predicted(t_i) + change from row i to row j, as this module's opening has it
 
-    Across a gap the measured change stands in for the forces
-    that are not known: the error made before the gap is kept, and none is made up.
+    Across a gap the measured change stands in for the forces that are not known: the error made before the gap is
+    kept, and none is made up. What each force has added is summed up in the same way, without what a gap hides.
 
     Args:
         table: a force table or a `RunLog`; each tensor (or group, if it was summed) is integrated on its own.
@@ -80,6 +83,11 @@ def integrate(table: pd.DataFrame | RunLog) -> pd.DataFrame:
     rows = forces.iloc[path.order].reset_index(drop=True)
     predicted = np.concatenate(sums)
     rows = rows.assign(norm_sq_after=path.after, norm_sq_predicted=predicted, gap=path.gap)
+    for name in (*FORCES, *PARTS):
+        if name in INTEGRAL_TABLE and name in rows:
+            values = rows[name].to_numpy(float)
+            added = np.where(path.gap, path.span * values, path.added(values))
+            rows[name] = np.concatenate([np.cumsum(part) for part in np.split(added, starts[1:])])
     return in_order(rows, INTEGRAL_TABLE)
 
 
@@ -140,6 +148,11 @@ def closure(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) 
     sums = terms.groupby(groups).sum()
     identity = rows[keys].iloc[np.unique(groups, return_index=True)[1]].reset_index(drop=True)
     out = pd.concat([identity, sums.reset_index(drop=True)], axis=1)
+    if "memory" in rows and "memory_null" in rows:
+        known = rows["memory"].notna() & rows["memory_null"].notna()
+        parts = rows.loc[known, ["memory", "memory_null"]].mul(path.span[known], axis=0)
+        memory = parts.groupby(groups[known]).sum().reindex(range(len(out)))
+        out["kappa"] = memory["memory"] / memory["memory_null"].where(memory["memory_null"] != 0)
     return in_order(out.assign(closure=out["residual"] / out["change"]), CLOSURE_TABLE)
 
 
@@ -202,7 +215,9 @@ def pool_weibull(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None) ->
     return in_order(sums.assign(lam=lam, k=k, n=sums["n"].astype("int64")), WEIBULL_TABLE)
 
 
-def phases(table: pd.DataFrame | RunLog, value: str = "lam") -> pd.DataFrame:
+def phases(
+    table: pd.DataFrame | RunLog, value: str = "lam", *, forces: pd.DataFrame | RunLog | None = None
+) -> pd.DataFrame:
     """Rise, peak and relaxation of a trajectory, group by group.
 
     The peak is that of a running median over 2·⌊rows/50⌋+1 rows (at least 3; shorter, and centred, towards
@@ -214,6 +229,8 @@ def phases(table: pd.DataFrame | RunLog, value: str = "lam") -> pd.DataFrame:
             its groups apart: `RunLog.weibull()`, `pool_weibull(…)`, a published trajectory, a force table; or a
             `RunLog`, whose Weibull table is taken, and its force table where that has `value`.
         value: the column to follow: "lam", "k", "sigma", "norm_sq", …
+        forces: a force table or a `RunLog` that says what drives the rise, of the same tensors or of finer ones,
+            which are summed. Default: the table itself where it is one or a `RunLog` has one.
 
     Returns:
         One row per group, in the table's order, with the columns of `PHASE_TABLE`. Growth is at its strongest up
@@ -250,8 +267,41 @@ def phases(table: pd.DataFrame | RunLog, value: str = "lam") -> pd.DataFrame:
         firsts.append(own[0])
         found.append(_phases_of(step, x))
     identity = rows[keys].iloc[firsts].reset_index(drop=True)
-    columns = [name for name in PHASE_TABLE if name not in IDENTITY]
-    return pd.concat([identity, pd.DataFrame(found, columns=columns)], axis=1)
+    columns = [name for name in PHASE_TABLE if name not in (*IDENTITY, "driven_by")]
+    out = pd.concat([identity, pd.DataFrame(found, columns=columns)], axis=1)
+    own = set(FORCES) <= set(rows) if isinstance(table, pd.DataFrame) else hasattr(table, "forces")
+    source = table if forces is None and own else forces
+    return out.assign(driven_by=pd.Series(_driven_by(source, out, keys), index=out.index, dtype="object"))
+
+
+def _driven_by(
+    source: pd.DataFrame | RunLog | None, found: pd.DataFrame, keys: list[str]
+) -> list[str | None]:
+    """Of each group's forces, the one that adds most to ‖w‖² up to the peak."""
+    nothing: list[str | None] = [None] * len(found)
+    if source is None:
+        return nothing
+    forces = check_force_table(source, argument="forces", unique=True)
+    if "drift" not in forces or "memory" not in forces:
+        return nothing
+    sums = aggregate(forces, keys or "model")
+    sums = sums.assign(diffusion=diffusion(sums))
+    drivers: list[str | None] = []
+    for _, row in found.iterrows():
+        own = rows_at(sums, row[keys])
+        rise = own.loc[own["step"] <= row["peak_step"]]
+        added = rise[list(DRIFT_FORCES)].mul(rise["span"], axis=0).sum(skipna=False)
+        rose = len(rise) and row["peak"] > row["start"] and added.notna().all()
+        drivers.append(str(added.idxmax()) if rose else None)
+    return drivers
+
+
+def rows_at(table: pd.DataFrame, place: pd.Series) -> pd.DataFrame:
+    """The rows of a table that lie in one group: whose columns have the values of `place`."""
+    for key, value in place.items():
+        column = table[key]
+        table = table[column.isna() if pd.isna(value) else column.eq(value).fillna(False).astype(bool)]
+    return table
 
 
 def _phases_of(step: np.ndarray, x: np.ndarray) -> dict[str, object]:
@@ -302,6 +352,17 @@ class _Path(NamedTuple):
     change: np.ndarray  # of ‖w‖² since the row before by the forces; over its own span for a first row
     bridged: np.ndarray  # the same with the measured change in place of what was not logged
 
+    def added(self, force: np.ndarray) -> np.ndarray:
+        """What a force, one value for each row, has added to ‖w‖² since the row before."""
+        return _added(force, self.span, self.updates - self.span)
+
+
+def _added(force: np.ndarray, span: np.ndarray, unlogged: np.ndarray) -> np.ndarray:
+    """The formula of this module's opening, rows in order of tensor and step; `unlogged` is h, 0 for a first."""
+    force_i, span_i = _shift(force), _shift(span)
+    between = force_i + (force - force_i) * (span_i + unlogged) / (span_i + span + 2 * unlogged)
+    return span * force + np.where(unlogged > 0, unlogged * between, 0.0)
+
 
 def _path(table: pd.DataFrame) -> _Path:
     keys = group_columns(table, None)
@@ -325,10 +386,8 @@ def _path(table: pd.DataFrame) -> _Path:
             f"rows must not overlap; do not join tables of different runs, or of views and their whole"
         )
 
-    span_i, net_i = _shift(span), _shift(net)
-    between = net_i + (net - net_i) * (span_i + unlogged) / (span_i + span + 2 * unlogged)
     own = span * net
-    change = own + np.where(unlogged > 0, unlogged * between, 0.0)
+    change = _added(net, span, unlogged)
 
     after = rows["norm_sq_after"].to_numpy(float) if "norm_sq_after" in rows else np.full(len(rows), np.nan)
     meets_next = np.append(~first[1:] & (unlogged[1:] == 0), False)[: len(rows)]

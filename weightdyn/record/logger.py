@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weightdyn.core.checks import check_choice, check_flag, check_path, check_pattern, check_whole
-from weightdyn.core.forces import before_step
+from weightdyn.core.forces import NoiseMemory, Remembered, before_step, fresh_before_step
 from weightdyn.core.naming import TensorName, Views, check_config, check_views, describe
 from weightdyn.core.tables import force_table
 from weightdyn.files.durable import write_file
-from weightdyn.record.moments import PRODUCTS, Plan
+from weightdyn.record.moments import PRODUCTS, Fresh, Plan
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
     adam_constants,
@@ -42,14 +42,19 @@ from weightdyn.record.optimizers import (
     count_stopped,
     coupled_decay,
     decoupled_decay,
+    grad_factor,
+    is_normalised,
     is_remote,
     moments_of,
+    momentum_age,
+    momentum_of,
     optimizer_info,
     own_names,
     signature,
     update_counts,
     updates_made,
     warn_of_coupled_decay,
+    why_no_drift,
     with_gradient,
 )
 from weightdyn.record.runlog import STORED, RunLog, RunWriter
@@ -63,6 +68,7 @@ Tensors = str | Callable[[str, Tensor], bool]
 _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
 _SHRINK = 0.5  # at a smaller |1−ηλ| what is before the step is measured there: w' tells too little of w
+_SETTLED = 0.01  # momentum that has less than this of its beginning does not depend on its age
 _LOST = 0.01  # ... and at a smaller one w' tells nothing of it
 
 
@@ -84,6 +90,7 @@ class _Columns:
         self.lr = np.stack([record.lr for record in records])
         self.weight_decay = np.stack([record.weight_decay for record in records])
         self.moved = np.stack([record.moved for record in records])
+        self.remembered = np.stack([record.remembered for record in records])  # fields of Remembered
         self.products = np.full((*shape, len(PRODUCTS)), np.nan)
         self.after = np.zeros(shape, dtype=bool)  # where the products are those of the weights after the step
         self.norm_sq_after = np.full(shape, np.nan)
@@ -131,6 +138,20 @@ class _LearningRate(_Measured):
         columns.lr[i, self.rows] = values
 
 
+class _Remembers(_Measured):
+    """What momentum remembers, where a device knows its numbers: the fields of `Remembered`."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        columns.remembered[i][:, self.rows] = values.reshape(-1, len(Remembered._fields)).T
+
+
+class _OutOfStep(_Measured):
+    """Above 0 where a tensor has had fewer updates than its group, and its momentum has not settled."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        _forget(columns.remembered[i], np.array(self.rows)[values > 0])
+
+
 class _NormAfter(_Measured):
     """‖w‖² after the step."""
 
@@ -153,8 +174,21 @@ class _Record:
     lr: np.ndarray  # (rows,), NaN where it is a tensor on a device
     weight_decay: np.ndarray
     moved: np.ndarray  # (rows,), false for a tensor that this update left alone
+    remembered: np.ndarray  # (fields of Remembered, rows), NaN where unknown or on a device
     waiting: list[_Measured] = field(default_factory=list)
     skipped: Tensor | None = None  # updates that a GradScaler skipped up to here, on the device
+
+
+@dataclass
+class _Clock:
+    """A group's momentum, followed from update to update."""
+
+    memory: NoiseMemory
+    step: Any  # updates that it has had: a number, or on a device
+    ticks: float  # the same with those that were skipped
+    remembered: Remembered = field(default_factory=lambda: Remembered(np.nan, np.nan, np.nan))
+    settled: bool = False  # whether its age no longer matters
+    recalled: bool = False  # whether the log told what it remembers
 
 
 @dataclass
@@ -162,6 +196,9 @@ class _Before:
     """What is kept of the state before a logged update."""
 
     counts: list[float | Tensor]  # updates that each tensor has had
+    gradients: dict[int, tuple[Tensor, int]] = field(
+        default_factory=dict
+    )  # and how often they were written to
     copies: dict[int, Tensor] = field(default_factory=dict)  # weights, where the method needs them
     ahead: list[int] = field(default_factory=list)  # tensors measured before the update
     waiting: list[_Measured] = field(default_factory=list)
@@ -198,6 +235,12 @@ class ForceLogger:
             `snapshots/step-….safetensors`. Needs `out`.
         audit_every: log every n-th update with ‖w‖² measured before the step as well; the table's `residual`
             is the change of ‖w‖² that the forces do not explain: rounding.
+        drift: measure what alignment is made of, from the gradients as well: the columns `drift`, `memory` and
+            `signal`. True reads the gradients after the step; what of them is not there any more, or was written to
+            inside the step, is NaN, and a warning says so. "before" reads them before the step, where an optimizer
+            or a hook changes or frees them in it (slower; `source="displacement"` copies them). False leaves it.
+            Of optimizers whose u is not a linear function of their gradients (Lion, Muon) and of those that
+            weightdyn does not know they are NaN; the run's `info["no_drift"]` says why.
         start_step: updates made before this logger. Default: what the optimizer's state says, kept up to date
             when a state dict is loaded.
         overwrite: where `out` holds a run already, remove it and begin anew at the first update, for the notebook
@@ -240,6 +283,7 @@ class ForceLogger:
         weibull_every: Every | None = None,
         snapshot_every: Every | None = None,
         audit_every: Every | None = None,
+        drift: Literal[True, False, "before"] = True,
         start_step: int | None = None,
         overwrite: bool = False,
         config: Any = None,
@@ -260,6 +304,7 @@ class ForceLogger:
         self._snapshot_every = _schedule("snapshot_every", snapshot_every)
         self._audit_every = _schedule("audit_every", audit_every)
         self._source = source
+        self._drift = check_choice("drift", drift, (True, False, "before"))
         self._optimizer = optimizer
         self._given = _names(_given_pairs(optimizer, params))
         self._wanted, self._select = tensors, _selector(tensors)
@@ -276,11 +321,15 @@ class ForceLogger:
         self._before: _Before | None = None
         self._had_gradient: set[Tensor] = set()
         self._begun = False
+        self._clocks: list[_Clock] = []
         self._made, self._called = 0, False  # updates of this logger; whether the optimizer was asked for any
         self._step = updates_made(optimizer) if start_step is None else start_step
         if start_step is None and count_stopped(optimizer):
             self._warn_of_stopped_count()
-        info = {"optimizer": optimizer_info(optimizer), "source": source}
+        info: dict[str, Any] = {"optimizer": optimizer_info(optimizer), "source": source}
+        why = why_no_drift(optimizer) if drift else "ForceLogger(drift=False)"
+        if why is not None:
+            info["no_drift"], self._drift = why, False
         self._writer = RunWriter(out, self._step, info, overwrite=overwrite)
         try:
             self._track()
@@ -425,18 +474,26 @@ class ForceLogger:
             self._track()
         everything = range(len(self._tracked))
         before = _Before(update_counts(optimizer, [each.parameter for each in self._tracked]))
+        closure = (
+            len(args) > 1 or kwargs.get("closure") is not None
+        )  # which makes the gradients inside the step
+        if self._drift and not closure:
+            gradients = {i: self._tracked[i].parameter.grad for i in everything}
+            before.gradients = {i: (grad, grad._version) for i, grad in gradients.items() if grad is not None}
         if audit:
             before.waiting += self._measure_norms(_NormBefore, everything)
         narrow = [i for i in everything if self._tracked[i].parameter.dtype.itemsize < 4]
-        closure = len(args) > 1 or kwargs.get("closure") is not None
         wanted = set(everything if self._source == "displacement" else self._shrunk())
-        if self._source == "moments" and closure:  # which makes the gradients inside the step
+        if self._source == "moments" and closure:
             wanted |= set(narrow)
         elif self._source == "moments":
-            before.ahead = [i for i in narrow if self._tracked[i].parameter.grad is not None]
+            ahead = everything if self._drift == "before" else narrow
+            before.ahead = [i for i in ahead if self._tracked[i].parameter.grad is not None]
             before.waiting += self._measure_moments(_Products, before.ahead, before.counts, ahead=True)
         wanted -= set(before.ahead)
         before.copies = {i: self._tracked[i].parameter.detach().clone() for i in sorted(wanted)}
+        if self._source == "displacement" and self._drift == "before":
+            before.gradients = {i: (grad.clone(), -1) for i, (grad, _) in before.gradients.items()}
         self._before = before
 
     def _shrunk(self) -> list[int]:
@@ -464,6 +521,7 @@ class ForceLogger:
             return
         self._step += 1
         self._made += 1
+        self._tick(found_inf)
         if before is not None:
             self._log(before, found_inf)
         if _due(self._snapshot_every, self._step):
@@ -492,6 +550,7 @@ class ForceLogger:
             self._warn_of_stopped_count()
         if made != self._step:
             self._go_to(made)
+        self._set_clocks()
 
     def _go_to(self, step: int) -> None:
         self._bring_over()
@@ -562,6 +621,7 @@ class ForceLogger:
         sizes = [len(each.rows) for each in self._tracked]
         self._row_group = np.repeat([each.group for each in self._tracked], sizes)
         self._describe(tensors=self._labels)
+        self._set_clocks()
 
     def _add(self, group: int, name: str, parameter: Tensor) -> None:
         shape = tuple(parameter.shape)
@@ -599,6 +659,24 @@ class ForceLogger:
             rows = list(range(len(moved)))
             waiting.append(_Moved(rows, (1 - found_inf.double()).expand(len(rows))))
 
+        remembered = np.full((len(Remembered._fields), len(moved)), np.nan)
+        for index, clock in enumerate(self._clocks):
+            rows = np.flatnonzero(self._row_group == index)
+            if any(isinstance(value, Tensor) for value in clock.remembered):
+                values = _on_one_device(clock.remembered)
+                waiting.append(_Remembers(rows.tolist(), values.expand(len(rows), -1)))
+            else:
+                remembered[:, rows] = np.array(clock.remembered, dtype=float)[:, None]
+        for each, count in zip(self._tracked, counts, strict=True):
+            clock = self._clocks[each.group]
+            if clock.settled or "step" not in optimizer.state.get(each.parameter, {}):
+                continue
+            if isinstance(count, Tensor) or isinstance(clock.step, Tensor):
+                late = torch.as_tensor(count != clock.step).double()
+                waiting.append(_OutOfStep([*each.rows], late.expand(len(each.rows))))
+            elif count != clock.step:
+                _forget(remembered, each.rows)
+
         lrs, decays = [], []
         for index, group in enumerate(optimizer.param_groups):
             lr = group["lr"]
@@ -612,15 +690,16 @@ class ForceLogger:
         measured = {*before.copies, *before.ahead}  # with the weights before the step
         copied = [i for i in active if i in before.copies]
         inverted = [i for i in active if i not in measured]
+        fresh = self._fresh(before, active)
         if self._source == "displacement":
-            waiting += self._measure_displacement(copied, before.copies)
+            waiting += self._measure_displacement(copied, counts, before.copies, fresh)
         else:
-            waiting += self._measure_moments(_ProductsAfter, inverted, counts)
-            waiting += self._measure_moments(_Products, copied, counts, copies=before.copies)
+            waiting += self._measure_moments(_ProductsAfter, inverted, counts, fresh)
+            waiting += self._measure_moments(_Products, copied, counts, fresh, copies=before.copies)
         waiting += self._measure_norms(_NormAfter, [i for i in active if i in measured])
 
         lr, decay = np.array(lrs)[self._row_group], np.array(decays)[self._row_group]
-        self._pending.append(_Record(self._step, lr, decay, moved, waiting, self._skipped))
+        self._pending.append(_Record(self._step, lr, decay, moved, remembered, waiting, self._skipped))
 
     def _measure_norms(self, what: type[_Measured], indices: Iterable[int]) -> list[_Measured]:
         return [
@@ -628,31 +707,91 @@ class ForceLogger:
             for chosen, rows, plan in self._by_device(indices)
         ]
 
-    def _measure_displacement(self, indices: Iterable[int], copies: Mapping[int, Tensor]) -> list[_Measured]:
+    def _fresh(self, before: _Before, active: Sequence[int]) -> dict[int, Tensor]:
+        """The gradients that acted in the step, of those tensors where they are still known."""
+        if not self._drift:
+            return {}
+        found: dict[int, Tensor] = {}
+        gone = None
+        for i in active:
+            grad = self._tracked[i].parameter.grad
+            kept, version = before.gradients.get(i, (None, None))
+            if version == -1:
+                found[i] = cast(Tensor, kept)
+            elif (
+                grad is not None
+                and grad.layout == torch.strided
+                and (kept is None or (grad is kept and grad._version == version))
+            ):
+                found[i] = grad.detach()
+            elif i not in before.ahead and self._tracked[i].parameter in self._had_gradient:
+                gone = self._tracked[i].name.name if gone is None else gone
+        if gone is not None:
+            self._warn_once(
+                "gone",
+                f"the gradient of {gone} was freed or written to inside the step (by the optimizer, or by a hook): "
+                'its drift and memory are NaN. ForceLogger(drift="before") reads gradients before the step',
+            )
+        return found
+
+    def _measure_displacement(
+        self,
+        indices: Iterable[int],
+        counts: Sequence[float | Tensor],
+        copies: Mapping[int, Tensor],
+        fresh: Mapping[int, Tensor],
+    ) -> list[_Measured]:
         waiting: list[_Measured] = []
-        for chosen, rows, plan in self._by_device(indices):
+        for chosen, rows, plan in self._by_device(*_split(indices, fresh)):
             groups = [self._optimizer.param_groups[self._tracked[i].group] for i in chosen]
+            more: dict[str, Any] = {}
+            if chosen[0] in fresh:
+                more["fresh"] = self._acting([fresh[i] for i in chosen], groups, after=True)
+                if is_normalised(self._optimizer):
+                    more["adams"] = [
+                        adam_constants(group, counts[i]) for i, group in zip(chosen, groups, strict=True)
+                    ]
+                    more["exp_avg_sqs"] = [self._second_moment(i) for i in chosen]
             products = plan.displacement(
                 [copies[i] for i in chosen],
                 [self._tracked[i].parameter.detach() for i in chosen],
                 [group["lr"] for group in groups],
                 [decoupled_decay(self._optimizer, group) for group in groups],
+                **more,
             )
             waiting.append(_Products(rows, products))
         return waiting
+
+    def _second_moment(self, i: int) -> Tensor:
+        """What the update divided by."""
+        state = adam_state(
+            self._optimizer,
+            self._optimizer.param_groups[self._tracked[i].group],
+            self._tracked[i].parameter,
+        )
+        return state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq
+
+    def _acting(self, grads: Sequence[Tensor], groups: Sequence[Mapping[str, Any]], after: bool) -> Fresh:
+        optimizer = self._optimizer
+        return Fresh(
+            grads,
+            [grad_factor(optimizer, group, after) for group in groups],
+            [coupled_decay(optimizer, group) for group in groups],
+        )
 
     def _measure_moments(
         self,
         what: type[_Products],
         indices: Iterable[int],
         counts: Sequence[float | Tensor],
+        fresh: Mapping[int, Tensor] | None = None,
         copies: Mapping[int, Tensor] | None = None,
         ahead: bool = False,
     ) -> list[_Measured]:
         """Products from Adam's state as it is after the step or, from the gradient, `ahead` of it."""
         optimizer = self._optimizer
         waiting: list[_Measured] = []
-        for chosen, rows, plan in self._by_device(indices):
+        for chosen, rows, plan in self._by_device(*_split(indices, fresh or {})):
             parameters = [self._tracked[i].parameter for i in chosen]
             groups = [optimizer.param_groups[self._tracked[i].group] for i in chosen]
             states = [adam_state(optimizer, *each) for each in zip(groups, parameters, strict=True)]
@@ -660,17 +799,18 @@ class ForceLogger:
             tops = [state.max_exp_avg_sq for state in states]
             more: dict[str, Any] = {}
             if ahead:
-                scale = getattr(optimizer, "grad_scale", None)
-                unscale = 1.0 if scale is None else 1 / scale
-                more["grads"] = [cast(Tensor, parameter.grad).detach() for parameter in parameters]
-                more["grad_factors"] = [-unscale if group["maximize"] else unscale for group in groups]
-                more["coupled_decays"] = [coupled_decay(optimizer, group) for group in groups]
+                grads = [cast(Tensor, parameter.grad).detach() for parameter in parameters]
+                more["fresh"] = self._acting(grads, groups, after=False)
+                more["ahead"], more["drift"] = True, bool(self._drift)
                 if any(top is not None for top in tops):
                     more["max_exp_avg_sqs"] = _first_given(
                         tops, [p.new_zeros(()).expand(p.shape) for p in parameters]
                     )
             else:
                 second = _first_given(tops, second)
+                if fresh and chosen[0] in fresh:
+                    more["fresh"] = self._acting([fresh[i] for i in chosen], groups, after=True)
+                    more["lr"] = None if copies is not None else [group["lr"] for group in groups]
             adams = [
                 adam_constants(group, counts[i] + ahead) for i, group in zip(chosen, groups, strict=True)
             ]
@@ -681,14 +821,56 @@ class ForceLogger:
             waiting.append(what(rows, plan.moments(weights, first, second, adams, **more)))
         return waiting
 
-    def _by_device(self, indices: Iterable[int]) -> list[tuple[list[int], list[int], Plan]]:
-        """The tensors of each device and type, their rows, and the plan that reads them."""
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i in indices:
-            parameter = self._tracked[i].parameter
-            groups.setdefault((parameter.device, parameter.dtype), []).append(i)
+    # ------------------------------------------------------------------ what momentum remembers
+
+    def _set_clocks(self) -> None:
+        """Follow the momentum of each group from here on: anew, or from what the log says of it."""
+        optimizer = self._optimizer
+        ages = [momentum_age(optimizer, group) if self._drift else 0 for group in optimizer.param_groups]
+        self._clocks = [_Clock(NoiseMemory(age), age, age) for age in ages]
+        if self._step == 0 or not any(0 < age < np.inf for age in ages):
+            return
+        rows = self._writer.run().forces()
+        rows = rows[(rows["step"] == self._step) & rows["lr_memory"].notna()].set_index("tensor")
+        for each in self._tracked:
+            clock, label = self._clocks[each.group], list(self._labels)[each.rows[0]]
+            if not clock.recalled and clock.step < np.inf and label in rows.index:
+                lr, decay, lr_memory = rows.loc[label, ["lr", "weight_decay", "lr_memory"]].tolist()
+                group, state = optimizer.param_groups[each.group], optimizer.state.get(each.parameter, {})
+                momentum = momentum_of(optimizer, group, clock.step, state)
+                if momentum is not None and state.get("step", clock.step) == clock.step:
+                    clock.memory.resume(momentum, lr, decay, lr_memory)
+                    clock.recalled = True
+
+    def _tick(self, found_inf: Tensor | None) -> None:
+        """An update was made, of those groups that had gradients, or skipped, as only the device knows."""
+        if not self._drift:
+            return
+        made = 1 - found_inf.double() if found_inf is not None and is_remote(found_inf) else 1
+        for clock, group in zip(self._clocks, self._optimizer.param_groups, strict=True):
+            moved = next((p for p in group["params"] if p in self._had_gradient), None)
+            if moved is None:
+                continue
+            state = self._optimizer.state.get(moved, {})
+            momentum = momentum_of(self._optimizer, group, clock.step + 1, state)
+            clock.step, clock.ticks = clock.step + made, clock.ticks + 1
+            if momentum is None:
+                continue
+            lr = group["lr"] if is_remote(group["lr"]) else float(group["lr"])
+            clock.remembered = clock.memory.update(
+                momentum, lr, decoupled_decay(self._optimizer, group), made
+            )
+            clock.settled = momentum.beta ** (clock.ticks / 2) < _SETTLED  # were half of them skipped
+
+    def _by_device(self, *parts: Iterable[int]) -> list[tuple[list[int], list[int], Plan]]:
+        """The tensors of each part, device and type, their rows, and the plan that reads them."""
+        groups: dict[tuple[int, torch.device, torch.dtype], list[int]] = {}
+        for part, indices in enumerate(parts):
+            for i in indices:
+                parameter = self._tracked[i].parameter
+                groups.setdefault((part, parameter.device, parameter.dtype), []).append(i)
         found = []
-        for (device, _), chosen in groups.items():
+        for (_, device, _), chosen in groups.items():
             key = (device, *chosen)
             if key not in self._plans:
                 if len(self._plans) >= 16:  # which tensors move may change from step to step
@@ -742,8 +924,13 @@ class ForceLogger:
                 steps[i] -= int(record.skipped.item())
         products = dict(zip(PRODUCTS, np.moveaxis(found.products, -1, 0), strict=True))
         dot_wu, u_sq, w_sq = (products.pop(name) for name in ("dot_wu", "u_sq", "w_sq"))
+        remembered = Remembered(*np.moveaxis(found.remembered, 1, 0))
         with np.errstate(all="ignore"):  # what is not finite is recorded as it is
+            # In units of u: as if all of it were made of this gradient.
+            dot_wg, dot_ug = (products.pop(name) * remembered.gain for name in ("dot_wg", "dot_ug"))
+            g_sq = products.pop("g_sq") * remembered.gain**2
             undone = before_step(dot_wu, u_sq, w_sq, found.lr, found.weight_decay)
+            dot_wg_undone = fresh_before_step(dot_wg, dot_ug, found.lr, found.weight_decay)
             lost = found.after & (np.abs(1 - found.lr * found.weight_decay) < _LOST)
         if (lost & found.moved).any():
             self._warn_once(
@@ -760,6 +947,11 @@ class ForceLogger:
             # Rounding can take it below 0.
             "norm_sq": np.where(lost, np.nan, np.where(found.after, np.maximum(undone.w_sq, 0), w_sq)),
             "u_sq": u_sq,
+            "dot_wg": np.where(lost, np.nan, np.where(found.after, dot_wg_undone, dot_wg)),
+            "dot_ug": dot_ug,
+            "g_sq": g_sq,
+            "lr_memory": remembered.lr_memory,
+            "fresh": remembered.fresh,
             **products,
         }
         rows = found.moved.shape[1]
@@ -926,6 +1118,26 @@ def _due(every: Every | None, step: int) -> bool:
 
 def _first_given(values: Sequence[Tensor | None], otherwise: Sequence[Tensor]) -> list[Tensor]:
     return [other if value is None else value for value, other in zip(values, otherwise, strict=True)]
+
+
+def _split(indices: Iterable[int], fresh: Mapping[int, Tensor]) -> tuple[list[int], list[int]]:
+    """Those with a gradient, and those without."""
+    indices = list(indices)
+    return [i for i in indices if i in fresh], [i for i in indices if i not in fresh]
+
+
+def _on_one_device(values: Iterable[Any]) -> Tensor:
+    """Numbers, some of them on a device, as one tensor there."""
+    values = list(values)
+    device = next(value.device for value in values if isinstance(value, Tensor))
+    return torch.stack(
+        [torch.as_tensor(value, dtype=torch.float64).to(device).reshape(()) for value in values]
+    )
+
+
+def _forget(remembered: np.ndarray, rows: Any) -> None:
+    """The age of this momentum is not known, nor is what it remembers; the gain of Adam's is 1 all the same."""
+    remembered[:2, list(rows)] = np.nan
 
 
 def _to_host(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from weightdyn.core.naming import View
 
-PRODUCTS = ("dot_wu", "u_sq", "w_sq", "m_rms", "v_mean", "u_max")
-"""Columns of a measurement: ⟨w,u⟩, ‖u‖², ‖w‖², rms of m̂, mean of v̂, max|u|."""
+PRODUCTS = ("dot_wu", "u_sq", "w_sq", "m_rms", "v_mean", "u_max", "dot_wg", "dot_ug", "g_sq")
+"""Columns of a measurement: ⟨w,u⟩, ‖u‖², ‖w‖², rms of m̂, mean of v̂, max|u|, and ⟨w,g̃⟩, ⟨u,g̃⟩, ‖g̃‖² with the
+fresh gradient in units of u, g̃ = g/(√v̂+ε)."""
 
 _BLOCK = 256  # so many products at most are summed in the weights' own precision
 _CHUNK = {"cpu": 1 << 18}  # weights in a piece: the caches of a CPU, ...
@@ -39,6 +40,20 @@ class Adam(NamedTuple):
     beta2: float | Tensor
     eps: float | Tensor
     step: float | Tensor
+
+
+class Fresh(NamedTuple):
+    """The gradients of the update: that of a tensor acts as factor·grad + coupled_decay·w, w before the update.
+
+    Attributes:
+        grads: as they stand in the parameters.
+        factors: what each is multiplied by: −1 to maximize, 1/scale under a GradScaler.
+        coupled_decays: λ of a decay that is added to the gradient, not decoupled.
+    """
+
+    grads: Sequence[Tensor]
+    factors: Sequence[float | Tensor]
+    coupled_decays: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -125,60 +140,82 @@ class Plan:
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor],
         adams: Sequence[Adam],
-        grads: Sequence[Tensor] | None = None,
-        grad_factors: Sequence[float | Tensor] | None = None,
-        coupled_decays: Sequence[float] | None = None,
+        *,
+        fresh: Fresh | None = None,
+        lr: Sequence[float | Tensor] | None = None,
+        ahead: bool = False,
         max_exp_avg_sqs: Sequence[Tensor] | None = None,
+        drift: bool = True,
     ) -> Tensor:
-        """⟨w,u⟩, ‖u‖², ‖w‖² and the moments' summaries, for AdamW's u.
+        """⟨w,u⟩, ‖u‖², ‖w‖², the moments' summaries, and the products with the fresh gradient, for AdamW's u.
 
         u = m̂/(√v̂ + ε),  m̂ = m/(1−β₁ᵗ),  v̂ = v/(1−β₂ᵗ)   (Kingma and Ba 2015; Loshchilov and Hutter 2019)
+
+        g̃ is divided by the same √v̂ + ε as m̂, that of the update, which holds (1−β₂)g²: of noise that is as
+        likely as its opposite the mean of ⟨w,g̃⟩ is 0 all the same, and no element of g̃ is larger than
+        √((1−β₂ᵗ)/(1−β₂)), however rare its gradients are. By the v̂ before the update it would have no bound.
 
         Args:
             weights: the tensors; the products are those of these weights, before or after the update.
             exp_avgs: m of each.
             exp_avg_sqs: v of each; with amsgrad the maximum that the update divides by.
             adams: the update's constants, one for each tensor. Tensors among them are used where they are.
-            grads: if given, m and v are those before the update, and the gradients are what moves them; the
+            fresh: the gradients of the update; without them the products of g̃ are NaN.
+            lr: η of each tensor, if the weights are those after the update: a coupled decay needs those before.
+            ahead: whether m and v are those before the update, and the gradients are what moves them; the
                 result is rounded to the moments' type (one for all tensors), as the update will be.
-            coupled_decays: with `grads`, λ of a decay that is added to the gradient as λw, not decoupled.
-            grad_factors: with `grads`, what each is multiplied by (−1 to maximize, 1/scale under a GradScaler).
-            max_exp_avg_sqs: with `grads` and amsgrad, the running maximum before the update.
+            max_exp_avg_sqs: with `ahead` and amsgrad, the running maximum before the update.
+            drift: whether the products with g̃ are wanted, where `fresh` is given.
 
         Returns:
-            float64 tensor (R, 6), columns PRODUCTS. Types below 32 bits are raised to float32 first.
+            float64 tensor (R, 9), columns PRODUCTS. Types below 32 bits are raised to float32 first.
         """
         beta1, beta2, epsilon, step = self._columns(adams)
         correction1 = 1 - beta1**step
         root2 = (1 - beta2**step) ** 0.5
         # u = (m/c₁)/(√v/r₂ + ε) = (r₂/c₁)·m/(√v + ε·r₂): a factor behind the sums instead of two passes.
         eps = epsilon * root2
-        scale = self._by_row(root2 / correction1)
+        factor, coupled = self._acting(fresh)
+        # Of a plain gradient the factor may wait until the sums are made.
+        plain = not ahead and fresh is not None and not any(fresh.coupled_decays)
+        back = 0.0 if lr is None else self._columns([(each,) for each in lr])[0] * (root2 / correction1)
 
+        drift = drift and fresh is not None
         inputs = [weights, exp_avgs, exp_avg_sqs]
-        inputs += [] if grads is None else [grads]
+        inputs += [] if fresh is None else [fresh.grads]
         inputs += [] if max_exp_avg_sqs is None else [max_exp_avg_sqs]
-        ones, zeros = [1.0] * len(weights), [0.0] * len(weights)
-        factor, coupled = self._columns(list(zip(grad_factors or ones, coupled_decays or zeros, strict=True)))
-        kind = exp_avgs[0].dtype
-        sums = _Sums(5, self)
+        sums = _Sums(8 if drift else 5, self)
         for piece in self._pieces(inputs):
             w, m, v, *more = piece.flats
-            if more:
-                grad, *top = more
+            grad = more[0] if more else w
+            if ahead:
+                top = more[1:]
+                kind = exp_avgs[0].dtype
                 grad = _rounded(grad * piece.pick(factor) + w * piece.pick(coupled), kind)
                 m = _rounded(torch.lerp(grad, m, piece.pick(beta1)), kind)
                 v = _rounded(v * piece.pick(beta2), kind)
                 v = _rounded(v + grad * grad * (1 - piece.pick(beta2)), kind)
                 v = torch.maximum(v, top[0]) if top else v
-            u = torch.sqrt(v, out=_like("u", v))
-            u.add_(piece.pick(eps))
-            torch.div(m, u, out=u)
-            sums.add(piece, norms=[u, w, m], dots=[(w, u)], sums=[v], peak=u)
-        u_sq, w_sq, m_sq, dot_wu, v_sum, u_max = sums.totals()
+            root = torch.sqrt(v, out=_like("u", v))
+            root.add_(piece.pick(eps))
+            if drift and not ahead and not plain:
+                before = w + m / root * piece.pick(back)
+                grad = grad * piece.pick(factor) + before * piece.pick(coupled)
+            g = torch.div(grad, root, out=_like("g", v)) if drift else None
+            u = torch.div(m, root, out=root)
+            fresh_norms, fresh_dots = ([], []) if g is None else ([g], [(w, g), (u, g)])
+            sums.add(piece, norms=[u, w, m, *fresh_norms], dots=[(w, u), *fresh_dots], sums=[v], peak=u)
+        scale, root2 = self._by_row(root2 / correction1), self._by_row(root2)
+        if drift:
+            u_sq, w_sq, m_sq, g_sq, dot_wu, dot_wg, dot_ug, v_sum, u_max = sums.totals()
+            unit = root2 * self._by_row(factor) if plain else root2
+            of_fresh = (dot_wg * unit, dot_ug * scale * unit, g_sq * unit**2)
+        else:
+            u_sq, w_sq, m_sq, dot_wu, v_sum, u_max = sums.totals()
+            of_fresh = (torch.full_like(u_sq, math.nan),) * 3
         m_rms = (m_sq / self.numel).sqrt() / self._by_row(correction1)
-        v_mean = v_sum / self.numel / self._by_row(root2) ** 2
-        columns = (dot_wu * scale, u_sq * scale**2, w_sq, m_rms, v_mean, u_max * scale)
+        v_mean = v_sum / self.numel / root2**2
+        columns = (dot_wu * scale, u_sq * scale**2, w_sq, m_rms, v_mean, u_max * scale, *of_fresh)
         return torch.stack(columns, dim=1)
 
     def displacement(
@@ -187,6 +224,10 @@ class Plan:
         after: Sequence[Tensor],
         lr: Sequence[float | Tensor],
         weight_decay: Sequence[float | Tensor],
+        *,
+        fresh: Fresh | None = None,
+        exp_avg_sqs: Sequence[Tensor] | None = None,
+        adams: Sequence[Adam] | None = None,
     ) -> Tensor:
         """The same products from two copies of the weights, for any optimizer with decoupled decay.
 
@@ -197,24 +238,43 @@ class Plan:
             after: w' of each tensor.
             lr: η, one for each tensor.
             weight_decay: decoupled λ, one for each tensor (0 for an optimizer that puts it into the gradient).
+            fresh: the gradients of the update; without them the products of g̃ are NaN.
+            exp_avg_sqs, adams: v of each and the update's constants, of an optimizer that divides by √v̂ + ε;
+                without them g̃ is the gradient.
 
         Returns:
-            float64 tensor (R, 6), columns PRODUCTS with NaN for `m_rms` and `v_mean`; ⟨w,u⟩ and ‖w‖² are those
-            before the update.
+            float64 tensor (R, 9), columns PRODUCTS with NaN for `m_rms` and `v_mean`; the products are those of
+            the weights before the update.
         """
         eta, decay = self._columns(list(zip(lr, weight_decay, strict=True)))
         shrink = 1 - eta * decay
         still = eta == 0
         inverse = (1.0 - still * 1.0) / (eta + still)  # 0 where η = 0
-        sums = _Sums(3, self)
-        for piece in self._pieces([before, after]):
+        factor, coupled = self._acting(fresh)
+        inputs = [before, after]
+        inputs += [] if fresh is None else [fresh.grads]
+        inputs += [] if exp_avg_sqs is None else [exp_avg_sqs]
+        _, beta2, epsilon, step = self._columns([Adam(0.0, 0.0, 0.0, 1.0)] if adams is None else adams)
+        root2 = (1 - beta2**step) ** 0.5
+        sums = _Sums(3 if fresh is None else 6, self)
+        for piece in self._pieces(inputs):
             piece = piece._replace(flats=tuple(flat.double() for flat in piece.flats))
-            w, moved = piece.flats
+            w, moved, *more = piece.flats
             u = (w * piece.pick(shrink) - moved) * piece.pick(inverse)
-            sums.add(piece, norms=[u, w], dots=[(w, u)], peak=u)
-        u_sq, w_sq, dot_wu, u_max = sums.totals()
+            if fresh is None:
+                sums.add(piece, norms=[u, w], dots=[(w, u)], peak=u)
+                continue
+            g = more[0] * piece.pick(factor) + w * piece.pick(coupled)
+            if adams is not None:
+                g = g / (more[1].sqrt() / piece.pick(root2) + piece.pick(epsilon))
+            sums.add(piece, norms=[u, w, g], dots=[(w, u), (w, g), (u, g)], peak=u)
+        if fresh is None:
+            u_sq, w_sq, dot_wu, u_max = sums.totals()
+            g_sq = dot_wg = dot_ug = torch.full_like(u_sq, math.nan)
+        else:
+            u_sq, w_sq, g_sq, dot_wu, dot_wg, dot_ug, u_max = sums.totals()
         missing = torch.full_like(u_sq, math.nan)
-        return torch.stack((dot_wu, u_sq, w_sq, missing, missing, u_max), dim=1)
+        return torch.stack((dot_wu, u_sq, w_sq, missing, missing, u_max, dot_wg, dot_ug, g_sq), dim=1)
 
     def norms(self, weights: Sequence[Tensor]) -> Tensor:
         """‖w‖² of every row: float64 (R,)."""
@@ -243,6 +303,12 @@ class Plan:
             for value in column
         ]
         return torch.stack(cells).view(-1, len(values))
+
+    def _acting(self, fresh: Fresh | None) -> Any:
+        """What the gradients are multiplied by, and their coupled decays."""
+        if fresh is None:
+            return 1.0, 0.0
+        return self._columns(list(zip(fresh.factors, fresh.coupled_decays, strict=True)))
 
     def _by_row(self, column: Any) -> Any:
         """Values of the tensors as values of their rows."""

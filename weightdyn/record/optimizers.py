@@ -6,15 +6,18 @@ All that the package knows of optimizers stands here, so that nobody else asks f
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from weightdyn.core.forces import Momentum
 from weightdyn.record.moments import Adam
 
 
@@ -27,18 +30,42 @@ class Known:
         decoupled: True if the decay shrinks the weights, w ← (1 − ηλ)w; False if it is added to the gradient, where
             it becomes part of u. An option `decoupled_weight_decay` of the parameters' group goes before.
         adam: whether it keeps Adam's moments and steps by u = m̂/(√v̂ + ε).
+        momentum: how u is made of the gradients, from a group, the number of its update and the state of one of its
+            parameters after it; None where u is not linear in them, so that they cannot be told from one another.
+        normalised: whether u is divided by √v̂ + ε, v̂ from `exp_avg_sq` and β₂.
     """
 
     package: str = ""
     decoupled: bool = True
     adam: bool = False
+    momentum: Callable[[Mapping[str, Any], float, Mapping[str, Any]], Momentum] | None = None
+    normalised: bool = False
+
+
+def _adam(group: Mapping[str, Any], step: float, state: Mapping[str, Any]) -> Momentum:
+    return Momentum.adam(float(group["betas"][0]), step)
+
+
+def _nadam(group: Mapping[str, Any], step: float, state: Mapping[str, Any]) -> Momentum:
+    beta1, decay, product = float(group["betas"][0]), group["momentum_decay"], state["mu_product"]
+    product = product if is_remote(product) else float(product)
+    now, then = (beta1 * (1 - 0.5 * 0.96 ** (t * decay)) for t in (step, step + 1))
+    return Momentum(beta1, 1 - beta1, then / (1 - product * then), (1 - now) / (1 - product))
+
+
+def _sgd(group: Mapping[str, Any], step: float, state: Mapping[str, Any]) -> Momentum:
+    beta = float(group["momentum"])
+    taken = 1 - float(group["dampening"]) if beta and step > 1 else 1.0
+    return Momentum(beta, taken, beta, 1.0) if group["nesterov"] else Momentum(beta, taken, 1.0, 0.0)
 
 
 KNOWN = {
-    "AdamW": Known("torch", adam=True),
-    "Adam": Known("torch", decoupled=False, adam=True),
+    "AdamW": Known("torch", adam=True, momentum=_adam, normalised=True),
+    "Adam": Known("torch", decoupled=False, adam=True, momentum=_adam, normalised=True),
+    "NAdam": Known("torch", decoupled=False, momentum=_nadam, normalised=True),
+    "SGD": Known("torch", decoupled=False, momentum=_sgd),
     **dict.fromkeys(
-        ("SGD", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"),
+        ("Adamax", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"),
         Known("torch", decoupled=False),
     ),
 }
@@ -103,13 +130,81 @@ def check_optimizer(optimizer: Any, accepted: str = "a torch.optim.Optimizer") -
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
     """Raise a TypeError if the forces of this optimizer cannot be read from its state."""
     entry = known(optimizer)
-    own_step = not _within(inspect.unwrap(type(optimizer).step).__module__, entry.package)
-    if not entry.adam or own_step:
+    if not entry.adam or own_step(optimizer):
         what = "has a step() of its own" if entry.adam else "does not keep Adam's moments"
         raise TypeError(
             f"optimizer must be torch.optim.AdamW or torch.optim.Adam, got {type(optimizer).__name__}, which "
             f'{what}; source="displacement" logs any optimizer from a copy of the weights'
         )
+
+
+def own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its class has a step() of its own, which may do other things than that of the one it is made from."""
+    entry = known(optimizer)
+    return not _within(inspect.unwrap(type(optimizer).step).__module__, entry.package)
+
+
+def momentum_of(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], step: float, state: Mapping[str, Any]
+) -> Momentum | None:
+    """How update `step` of a group was made of its gradients; `state` is that of one of its parameters, after it.
+
+    None where that cannot be told, or not without waiting for a device.
+    """
+    momentum = known(optimizer).momentum
+    if momentum is None or own_step(optimizer) or any(map(is_remote, group.get("betas", ()))):
+        return None
+    return momentum(group, step, state)
+
+
+def momentum_age(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+    """Updates that a group's momentum has had; inf where there were some, and nobody counts them."""
+    states = [state for p in group["params"] if (state := optimizer.state.get(p))]
+    counts = [float(state["step"]) for state in states if "step" in state]
+    return max(counts, default=math.inf if states else 0.0)
+
+
+def why_no_drift(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why the drift of this optimizer cannot be told, or None if it can."""
+    kind = type(optimizer).__name__
+    if known(optimizer).momentum is None:
+        return (
+            f"{kind} is not known to make u a linear function of its gradients, so that there is no fresh one to "
+            "tell from the memory of others"
+        )
+    return f"{kind} has a step() of its own" if own_step(optimizer) else None
+
+
+def is_normalised(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether u is divided by √v̂ + ε, with v in `exp_avg_sq`."""
+    return known(optimizer).normalised
+
+
+def grad_factor(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], after: bool) -> float | Tensor:
+    """What a gradient acts by: −1 to maximize, and 1/scale where a fused step unscales.
+
+    After the step the gradient may have been unscaled in its place; whether this optimizer does that is found out
+    by a step of its twin, once for each device and class.
+    """
+    sign = -1.0 if group.get("maximize") else 1.0
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return sign
+    if after:
+        scale = scale ** _left_scaled(type(optimizer), scale.device)
+    return sign / scale
+
+
+@functools.lru_cache
+def _left_scaled(kind: type[torch.optim.Optimizer], device: torch.device) -> Tensor:
+    """1 if a fused step leaves the gradient scaled, 0 if it unscales it in its place; on the device."""
+    parameter = torch.zeros(1, device=device, requires_grad=True)
+    parameter.grad = torch.full_like(parameter, 4.0)
+    twin: Any = kind([parameter], fused=True)  # type: ignore[call-arg]
+    twin.grad_scale, twin.found_inf = (torch.full((), value, device=device) for value in (4.0, 0.0))
+    with torch.enable_grad():
+        twin.step()
+    return (parameter.grad > 2).double().squeeze()
 
 
 # --- decay ---------------------------------------------------------------------------------------------------

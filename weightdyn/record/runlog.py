@@ -85,6 +85,11 @@ _SCHEMAS = {
             _field("m_rms", pa.float32(), "root mean square of m̂, in units of the gradient"),
             _field("v_mean", pa.float32(), "mean of v̂, in squared units of the gradient"),
             _field("u_max", pa.float32(), "max |u|"),
+            _field("dot_wg", pa.float64(), "⟨w,g̃⟩ with w before the update and its gradient in units of u"),
+            _field("dot_ug", pa.float64(), "⟨u,g̃⟩"),
+            _field("g_sq", pa.float64(), "‖g̃‖²"),
+            _field("lr_memory", pa.float64(), "Σ β₁ˢη over the updates before, as white noise is remembered"),
+            _field("fresh", pa.float64(), "share of the fresh gradient in u"),
         ]
     ),
     "weibull": pa.schema(
@@ -105,7 +110,9 @@ _METRIC_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa
 STORED = {kind: tuple(schema.names) for kind, schema in _SCHEMAS.items()}
 """Names of the stored columns of each kind with a fixed schema."""
 
-_DEFAULTS = {"span": 1, "norm_sq_audit": math.nan, "m_rms": math.nan, "v_mean": math.nan, "u_max": math.nan}
+_DRIFT = ("dot_wg", "dot_ug", "g_sq", "lr_memory", "fresh")
+
+_DEFAULTS = {"span": 1, **dict.fromkeys(("norm_sq_audit", "m_rms", "v_mean", "u_max", *_DRIFT), math.nan)}
 """Columns that a writer may leave out."""
 
 
@@ -628,7 +635,7 @@ class RunWriter:
             columns: name -> scalar or 1-D array (copied), all of one length; scalars are repeated. `step` is
                 always there.
                 forces: tensor, lr, weight_decay, dot_wu, u_sq, norm_sq, norm_sq_after, and optionally span (1),
-                norm_sq_audit, m_rms, v_mean, u_max (NaN).
+                norm_sq_audit, m_rms, v_mean, u_max, dot_wg, dot_ug, g_sq, lr_memory, fresh (NaN).
                 weibull: tensor, k, lam, r_squared, ks, n.
                 metrics: anything; numbers, strings, or None for not recorded.
 
@@ -953,6 +960,7 @@ class RunLog:
         }
         tensors = info.get("tensors", {})
         weights = sum(entry.get("numel") or 0 for entry in tensors.values())
+        summary["no drift"] = str(info.get("no_drift", ""))
         summary["tensors"] = f"{len(tensors):,} with {weights:,} weights" if tensors else ""
         for kind in KINDS:
             try:
