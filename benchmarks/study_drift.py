@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from published_shares import published_shares
 from torch import Tensor, nn
 
 import weightdyn as wd
@@ -228,54 +229,49 @@ def trainings(folder: Path) -> dict[tuple[str, str], RunLog]:
 
 
 def cells(runs: dict[tuple[str, str], RunLog]) -> pd.DataFrame:
-    """κ, and the shares of drift, diffusion and decay, by tenth of every run: by role, and by layer."""
+    """κ, and the signed shares of drift, diffusion and decay, by tenth of every run: by role, and by layer."""
     found = []
     for (model, setting), run in runs.items():
         log = run.forces()
         beta1 = run.info["train"]["betas"][0]
         for by in ("role", "layer"):
             sums = wd.aggregate(log, by)
-            sums = sums[sums[by].notna()]
-            table = wd.budget(wd.smooth(sums, windows=10), kind="drift")
-            table = table.assign(
-                by=by,
-                group=table[by].astype(str),
-                tenth=1 + (table["step"] - 1) * 10 // sums["step"].max(),
-                lag=lag(sums, by, beta1, table),
+            sums = sums[sums[by].notna()].sort_values([by, "step"], ignore_index=True)
+            sums["lag"] = sums.groupby(by, observed=True, group_keys=False)[["drift", "lr"]].apply(
+                partial(lag, beta1=beta1)
             )
+            # Of the same rows with `lag` in the place of memory come its means and their errors.
+            at_once = wd.smooth(sums.assign(memory=sums["memory"] - sums["lag"]), windows=10)
+            table = wd.budget(wd.smooth(sums, windows=10), kind="drift")
             for force in ("drift", "diffusion", "decay"):
                 table[f"{force}_share"] *= np.sign(table[force])
-            table.insert(0, "setting", setting)
-            table.insert(0, "model", MODELS[model])
-            found.append(table)
-    columns = ["model", "setting", "by", "group", "tenth", "kappa", "kappa_se", "lag"]
+            found.append(
+                table.assign(
+                    model=MODELS[model],
+                    setting=setting,
+                    by=by,
+                    group=table[by].astype(str),
+                    tenth=1 + (table["step"] - 1) * 10 // sums["step"].max(),
+                    kappa_path=at_once["kappa"],
+                    kappa_path_se=at_once["kappa_se"],
+                )
+            )
+    columns = ["model", "setting", "by", "group", "tenth", "kappa", "kappa_se", "kappa_path", "kappa_path_se"]
     columns += ["drift_share", "diffusion_share", "decay_share", "drift", "drift_se", "diffusion", "decay"]
     columns += ["signal", "injection", "memory", "memory_null"]
     return pd.concat(found)[columns].reset_index(drop=True)
 
 
-def lag(sums: pd.DataFrame, by: str, beta1: float, table: pd.DataFrame) -> list[float]:
-    """What a drift that moves within momentum's window adds to κ.
+def lag(rows: pd.DataFrame, beta1: float) -> pd.Series:
+    """What drift that moves within momentum's window, its noise included, adds to memory.
 
     u holds the gradients of the updates before, and each pulled at the weights of its time: to memory that adds
-    Σ(1−β₁)β₁ˢ·drift_{t−s}·η_t/η_{t−s} − drift_t.
+    Σ(1−β₁)β₁ˢ·drift_{t−s}·η_t/η_{t−s} − drift_t. What is left of memory then, the path's, is what the weights moved
+    since those gradients: its noise is far smaller.
     """
-    if beta1 == 0:
-        return [np.nan] * len(table)
-    parts = []
-    for group, rows in sums.sort_values("step").groupby(by, observed=True):
-        lr = rows["lr"].to_numpy() if rows["lr"].notna().all() else np.ones(len(rows))
-        pull = rows["drift"].to_numpy() / lr
-        past = pd.Series(pull).ewm(alpha=1 - beta1, adjust=True).mean().to_numpy()
-        parts.append(pd.DataFrame({by: group, "step": rows["step"], "added": (past - pull) * lr}))
-    added = pd.concat(parts)
-    out = []
-    for _, row in table.iterrows():
-        own = added[
-            (added[by] == row[by]) & added["step"].between(row["step"] - row["span"] + 1, row["step"])
-        ]
-        out.append(own["added"].mean() / row["memory_null"])
-    return out
+    lr = rows["lr"].where(rows["lr"].notna(), 1.0)
+    pull = rows["drift"] / lr
+    return pull.ewm(alpha=1 - beta1, adjust=True).mean() * lr - rows["drift"]
 
 
 # --- (d) why κ leaves 1 -------------------------------------------------------------------------------------
@@ -432,6 +428,268 @@ def kept(folder: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
+def markdown(table: pd.DataFrame, digits: int = 2) -> str:
+    """A table as Markdown, its index as the first columns."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, (float, np.floating)):
+            return "" if np.isnan(value) else f"{value:.{digits}f}"
+        return str(value)
+
+    table = table.reset_index() if any(table.index.names) else table
+    lines = [list(map(str, table.columns)), ["---"] * table.shape[1]]
+    lines += [[cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_tenth(table: pd.DataFrame, value: str) -> pd.DataFrame:
+    wide = table.pivot_table(index=["model", "setting", "group"], columns="tenth", values=value, sort=False)
+    return wide.rename_axis(columns=None)
+
+
+LOW, HIGH = 0.9, 1.1
+
+
+def reason(row: pd.Series) -> str:
+    """What the measurements and the experiments say of a κ that lies outside 0.9 to 1.1."""
+    kappa, error, path, path_error = row[["kappa", "kappa_se", "kappa_path", "kappa_path_se"]]
+    noisy = LOW - 2 * path_error <= path <= HIGH + 2 * path_error
+    if noisy:
+        off = "noise" if abs(kappa - 1) <= 2 * error else "drift that moves within momentum's window"
+        return f"{off}: the path alone gives {path:.2f} ± {path_error:.2f}"
+    if row["group"] == "other":
+        return f"v̂ that moves: the path gives {path:.2f} ± {path_error:.2f} (rare tokens; 1 with β₂ = 0.999)"
+    if path < LOW:
+        return f"curvature: the path gives {path:.2f} ± {path_error:.2f}"
+    return f"v̂ that falls, gradients that agree: the path gives {path:.2f} ± {path_error:.2f}"
+
+
+def sentences(table: pd.DataFrame) -> list[str]:
+    """One for each cell outside."""
+    lines = []
+    for (model, setting, group), rows in table.groupby(["model", "setting", "group"], sort=False):
+        outside = rows[(rows["kappa"] < LOW) | (rows["kappa"] > HIGH)]
+        if len(outside):
+            lines.append(f"- **{model}, {setting}, {group}.**")
+        for _, row in outside.iterrows():
+            lines.append(
+                f"  In tenth {row['tenth']} κ is {row['kappa']:.2f} ± {row['kappa_se']:.2f}, {reason(row)}."
+            )
+    return lines
+
+
+def report(parts: dict[str, pd.DataFrame], table: pd.DataFrame, published: pd.DataFrame | None) -> str:
+    roles = table[table["by"] == "role"]
+    matrices = roles[roles["group"] != "other"]
+    truth = pd.concat([parts[f"truth-{model}"] for model in MODELS])
+    branch = pd.concat([parts[f"branches-{model}"] for model in MODELS])
+    ways = branch.assign(κ=branch["kappa"]).pivot_table(
+        index=["model", "start", "role"], columns="way", values="κ", sort=False
+    )
+    errors = branch.groupby("role")["kappa_se"].median().round(2).to_dict()
+    invariant = parts["invariance"].groupby(["optimizer", "batch", "tensor"], sort=False)
+    invariant = invariant.agg(
+        **{
+            "drift/diffusion": ("drift/diffusion", "mean"),
+            "its error over seeds": ("drift/diffusion", lambda x: x.std(ddof=1) / np.sqrt(len(x))),
+            "within two errors": ("drift/error", lambda x: f"{(x.abs() <= 2).sum()} of {len(x)}"),
+            "largest cosine of w and g̃": ("cosine", lambda x: f"{x.max():.0e}"),
+        }
+    )
+    outside = sentences(roles)
+    inside = matrices["kappa"].between(LOW, HIGH)
+    path = matrices["kappa_path"].between(LOW, HIGH)
+    later = matrices["tenth"] > 2
+    within = (truth["z"].abs() <= 2).mean()
+    lines = [
+        "# What alignment is made of: drift and momentum's memory",
+        "",
+        "Written by `benchmarks/study_drift.py`; every cell, by role and by layer, is in `drift.csv`.",
+        "",
+        "alignment = drift + memory. *Drift* is −2η(1−ηλ)⟨w,g̃⟩ with the fresh gradient in units of the update, "
+        "the pull of the mean gradient; *memory* is the rest; *null* is the memory that white gradient noise "
+        "makes with the schedule as it was (`weightdyn.memory_null`), and κ = memory/null. Injection and memory "
+        "are diffusion.",
+        "",
+        *TAKEN.format(
+            inside=f"{inside.sum()} of {len(inside)}",
+            path=f"{path.sum()} of {len(path)}",
+            path_later=f"{(path & later).sum()} of {later.sum()}",
+            within=f"{(truth['z'].abs() <= 2).sum()} of {len(truth)} ({within:.0%})",
+        ).splitlines(),
+        "",
+        "## (a) Pure noise",
+        "",
+        "Gradients that do not depend on the weights, 90,000 of them, 3,000 updates, the same for every β₁; peak "
+        "η 1e-3, λ = 0.1, warm-up of 100 updates with the cosine. *growth/η²n* is that of ‖w‖² without decay and "
+        "drift, from the 5/(1−β₁)th update on: 1 for a steady η and a v̂ that stands still. Of a cosine at β₁ = "
+        "0.99 the momentum holds gradients of a larger η; with β₂ = 0.95 v̂ follows the gradient that it divides.",
+        "",
+        markdown(parts["noise"], 4),
+        "",
+        "## (b) Scale invariance",
+        "",
+        "Two matrices with a normalisation behind each (a student of a random teacher, 1,000 updates, the last "
+        "four fifths; six seeds), and a read-out that has none. A gradient is orthogonal to such a matrix, so "
+        "SGD's drift is 0 to rounding. Adam divides it by √v̂, weight by weight, and then it is so only in the "
+        "mean over weights.",
+        "",
+        markdown(invariant, 4),
+        "",
+        "## (c) A quadratic",
+        "",
+        "½Σh(w−w*)² over 40,000 weights, Gaussian gradient noise of a known size, AdamW with η 1e-2 and λ 0.1, "
+        "480 updates. By hand: the expectation over that noise by quadrature. *with v̂ before*: the same with "
+        "the v̂ before the update, which does not hold the gradient's own square. κ is below 1: curvature.",
+        "",
+        markdown(parts["quadratic"], 4),
+        "",
+        "## (d) Trainings",
+        "",
+        f"Models of 0.9 million weights on Python's source text, {BASE.steps} updates of sequences of "
+        f"{BASE.seq_len} bytes; base: batch {BASE.batch_size}, peak η {BASE.lr:g}, warm-up {BASE.warmup}, cosine "
+        f"to a tenth, λ {BASE.weight_decay:g}, β {BASE.betas}, clipping at {BASE.clip:g}. Another seed in every "
+        "setting.",
+        "",
+        "### κ by role and tenth of the run",
+        "",
+        "Nothing is left out but β₁ = 0, where there is no memory.",
+        "",
+        markdown(by_tenth(roles, "kappa")),
+        "",
+        "### κ of the path",
+        "",
+        "Drift of the updates before, as momentum weighs them, in the place of the present one: what the weights "
+        "moved since the gradients that u holds. It is what κ would be if drift stood still and had no noise.",
+        "",
+        markdown(by_tenth(roles, "kappa_path")),
+        "",
+        "### Drift's share, with its sign",
+        "",
+        "drift/(|drift| + |diffusion| + |decay|) by tenth of the run.",
+        "",
+        markdown(by_tenth(roles, "drift_share")),
+        "",
+        "### Shares over the whole run",
+        "",
+        markdown(whole_shares(roles)),
+        "",
+        "### Why κ leaves 1",
+        "",
+        "A training goes on from update 20, 60 or 300 in four ways, and κ is that of the 50th to the 110th "
+        "update behind: *live*, as it is; *frozen w*, with gradients taken at the weights of the starting point, "
+        "so that curvature cannot answer to the noise; *frozen v*, with v̂ as it was there; and both. η is "
+        f"constant. Standard errors are about {errors}.",
+        "",
+        markdown(ways),
+        "",
+        "### Every cell outside 0.9 to 1.1",
+        "",
+        *outside,
+        "",
+        "## (e) The mean gradient over many batches",
+        "",
+        "At every sixth update the weights are held, and the gradients of 16 other batches give the drift again, "
+        "with an error of its own. z is the difference over the error of both. *v̂ before*: the same mean "
+        "gradient over the v̂ before the update.",
+        "",
+        markdown(
+            truth.assign(**{"v̂ before": truth["before"]})[
+                ["model", "role", "tenth", "drift", "drift_se", "truth", "truth_se", "v̂ before", "z"]
+            ],
+            4,
+        ),
+        "",
+    ]
+    if published is not None:
+        shown = published.rename(
+            columns={"white_noise": "white noise", "steady": "2b/(2b+1)", "of_2b": "A/(2b·I)"}
+        )
+        lines += [
+            "## (f) The published logs",
+            "",
+            "alignment/(alignment + injection), before the step, by tenth of the run, beside what white noise "
+            "makes with the real schedule, and 2b/(2b+1) = 18/19. Their drift was not logged.",
+            "",
+            markdown(shown[["run", "role", "tenth", "share", "white noise", "2b/(2b+1)", "A/(2b·I)"]], 3),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+TAKEN = """"""
+"""What the tables say, in words: read off them, and checked when they change."""
+
+
+def whole_shares(roles: pd.DataFrame) -> pd.DataFrame:
+    """Signed shares of a run's sums, and alignment's among the forces beside 2b/(2b+1)."""
+    found = []
+    for (model, setting, group), rows in roles.groupby(["model", "setting", "group"], sort=False):
+        sums = rows[["drift", "diffusion", "decay", "memory", "memory_null", "injection", "signal"]].sum()
+        total = sums[["drift", "diffusion", "decay"]].abs().sum()
+        alignment = sums["drift"] + sums["memory"]
+        beta1 = BASE.betas[0] if "betas" not in SETTINGS[setting] else SETTINGS[setting]["betas"][0]
+        found.append(
+            {
+                "model": model,
+                "setting": setting,
+                "role": group,
+                **{name: sums[name] / total for name in ("drift", "diffusion", "decay")},
+                "κ": sums["memory"] / sums["memory_null"] if beta1 else np.nan,
+                "A/(A+I)": alignment / (alignment + sums["injection"]),
+                "2b/(2b+1)": 2 * beta1 / (1 + beta1),
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def figure(parts: dict[str, pd.DataFrame], table: pd.DataFrame, path: Path) -> None:
+    """κ by tenth; drift against the mean gradient's; drift's share by batch."""
+    roles = table[table["by"] == "role"]
+    picture, (left, middle, right) = plt.subplots(1, 3, figsize=(6.9, 2.3), layout="constrained", dpi=200)
+    settings_drawn = roles[(roles["group"] != "other") & roles["kappa_path"].notna()]
+    for (_, _, role), rows in settings_drawn.groupby(["model", "setting", "group"]):
+        left.plot(rows["tenth"], rows["kappa_path"], color=ROLE_COLORS[role], linewidth=0.7, alpha=0.8)
+    left.axhspan(LOW, HIGH, color="#EEEEEE", zorder=0)
+    left.axhline(1, color="#808080", linewidth=0.6, zorder=1)
+    left.set(xlabel="tenth of the run", ylabel="κ of the path", ylim=(0, 2))
+    truth = pd.concat([parts[f"truth-{model}"] for model in MODELS])
+    for role, rows in truth.groupby("role"):
+        scale = rows["diffusion"]
+        middle.errorbar(
+            rows["truth"] / scale, rows["drift"] / scale, xerr=rows["truth_se"] / scale,
+            yerr=rows["drift_se"] / scale, fmt="o", ms=2, linewidth=0.6, color=ROLE_COLORS[role], label=role,
+        )  # fmt: skip
+    middle.axline((0, 0), slope=1, color="#808080", linewidth=0.6, zorder=0)
+    ends = (truth["truth"] / truth["diffusion"])[truth["role"] != "other"]
+    span = (ends.min() - 0.2, ends.max() + 0.2)
+    middle.set(
+        xlim=span, ylim=span, xlabel="mean gradient's drift/diffusion", ylabel="logged drift/diffusion"
+    )
+    middle.legend(fontsize=6, frameon=False, handlelength=1)
+    shares = whole_shares(roles)
+    for (model, role), rows in shares[shares["setting"].isin(["batch 2", "base", "batch 64"])].groupby(
+        ["model", "role"], sort=False
+    ):
+        if role != "other":
+            size = rows["setting"].map({"batch 2": 2, "base": 8, "batch 64": 64})
+            order = np.argsort(size.to_numpy())
+            style = "-" if model == "GPT-NeoX" else "--"
+            right.plot(
+                size.to_numpy()[order], rows["drift"].to_numpy()[order], style, marker="o", ms=2.5, linewidth=1,
+                color=ROLE_COLORS[role],
+            )  # fmt: skip
+    right.axhline(0, color="#808080", linewidth=0.6, zorder=0)
+    right.set(xscale="log", xlabel="batch", ylabel="drift's share, signed")
+    right.set_xticks([2, 8, 64], ["2", "8", "64"])
+    for ax in (left, middle, right):
+        ax.tick_params(labelsize=7, width=0.6, length=2.5)
+        ax.xaxis.label.set_size(8)
+        ax.yaxis.label.set_size(8)
+        ax.spines[["top", "right"]].set_visible(False)
+    picture.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
@@ -443,6 +701,12 @@ def main() -> None:
         for name in arguments.only:
             trainings(arguments.runs) if name == "trainings" else kept(arguments.runs, name)
         return
+    parts = {name: kept(arguments.runs, name) for name in PARTS}
+    table = cells(trainings(arguments.runs))
+    published = None if arguments.reference is None else published_shares(arguments.reference)
+    figure(parts, table, DATA / "drift.png")
+    table.round(5).to_csv(DATA / "drift.csv", index=False)
+    (DATA / "drift.md").write_text(report(parts, table, published), encoding="utf-8")
 
 
 if __name__ == "__main__":
