@@ -88,10 +88,10 @@ def force_budget(
     Args:
         run_or_table: a `RunLog` or a force table; its tensors are summed.
         kind: "forces" draws the signed contributions of alignment, injection and decay to ‖w‖² per update and
-            their net; "shares" draws |F| / (|alignment| + |injection| + |decay|) in percent. "drift" draws drift (the
-            pull of the mean gradient), diffusion = injection + memory (the random walk of its noise), decay and
-            their net; "drift_shares" F / (|drift| + |diffusion| + |decay|) in percent, signed, since drift has either
-            sign. These two need a table that knows the drift.
+            their net; "shares" draws |F| / (|alignment| + |injection| + |decay|) in percent. "drift" draws drift
+            (the pull of the mean gradient), diffusion = injection + memory (the random walk of its noise), decay
+            and their net; "drift_shares" F / (|drift| + |diffusion| + |decay|) in percent, with their signs, since
+            drift may have either. These two need a table that knows the drift.
         by: "layer", "component", "role" or a list of such columns draws one panel for each; "model" sums all in one
             panel; None draws one for each tensor.
         ax: Axes to draw on, as many as there are panels; None makes a figure.
@@ -271,8 +271,9 @@ def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None 
     """Draw the Weibull scale of one role above what moves it: rise, overshoot and relaxation.
 
     λ is pooled over the role's tensors inside the blocks; the forces are summed over all of its tensors: drift,
-    diffusion and decay where the run knows the drift, else alignment, injection and decay. Where λ overshoots, a line
-    through both panels marks its peak: before it drift and diffusion outweigh decay, behind it decay outweighs them.
+    diffusion and decay where the run knows the drift, else alignment, injection and decay. Where λ overshoots, a
+    line through both panels marks its peak: before it drift and diffusion outweigh decay, behind it decay outweighs
+    them.
 
     Args:
         run: a `RunLog` with forces and Weibull fits (`weibull_every=…`).
