@@ -590,7 +590,8 @@ def _draw_shifts(found: Any, folder: Path, by: By | list[str] | None) -> None:
     for arm in [arm for arm in found.arms if arm != against]:
         last = found.shift(arm, against, by=by, window=max(1, steps // 4))
         last = last[last["step"] == last["step"].max()].drop(columns="step")
-        wanted = last["quantity"].isin([*(f"{force}_share" for force in FORCES), "lam", "k", "loss"])
+        shares = [f"{force}_share" for force in (*FORCES, "drift", "diffusion")]
+        wanted = last["quantity"].isin([*shares, "kappa", "lam", "k", "loss"])
         typer.echo(f"\n{arm}, less {against}, last quarter:")
         typer.echo(last[wanted].to_string(index=False, na_rep="", float_format="{:.4g}".format))
         curves = found.shift(arm, against, by=by, window=max(1, steps // 50))

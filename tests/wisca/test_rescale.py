@@ -711,7 +711,7 @@ def test_without_drift_memory_is_taken_for_white_noise():
     predicted = wisca.predict_shift(blind, table, model)
     assert "memory" not in predicted
     late = (predicted["factor"] != 1) & (before["step"] > 215)
-    got, new, old = (each["alignment"][late].sum() for each in (logged, predicted, before))
+    got, new = (each["alignment"][late].sum() for each in (logged, predicted))
     assert abs(new / got - 1) < 0.1
     first = before["step"] == 201
     np.testing.assert_allclose(
