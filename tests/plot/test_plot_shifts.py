@@ -72,7 +72,7 @@ def test_a_group_that_is_not_there_is_refused_with_those_that_are():
 
 def test_drift_draws_the_shares_of_drift_and_diffusion_alone():
     table = shift_table()
-    with pytest.raises(ValueError, match="shift has no drift: .*kind='forces' draws the rest"):
+    with pytest.raises(ValueError, match=r"shift has no drift: .*kind='forces' draws the rest"):
         plot.wisca_shift(table, kind="drift")
     drift = table[table["quantity"] == "alignment_share"].assign(quantity="drift_share", difference=-0.25)
     top = plot.wisca_shift(pd.concat([table, drift]), kind="drift")[0]

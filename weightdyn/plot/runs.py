@@ -124,15 +124,16 @@ def force_budget(
         panel.axhline(0, color=GREY, linewidth=0.6, zorder=0)
         means = rows[list(names)].apply(running_mean, width=DRIFT_SMOOTHING) if drift and shares else None
         for force in names if shares else (*names, "net"):
-            style = {"color": FORCE_COLORS[force], "label": force}
+            color = FORCE_COLORS[force]
             if means is not None:
                 share = 100 * means[force] / means.abs().sum(axis=1, skipna=False)
-                panel.plot(rows["step"], share, linewidth=1.2, **style)
+                panel.plot(rows["step"], share, linewidth=1.2, color=color, label=force)
             elif drift:
-                draw_mean(panel, rows["step"], rows[force], band=force == "drift", **style)
+                band = force == "drift"
+                draw_mean(panel, rows["step"], rows[force], color=color, label=force, band=band)
             else:
                 values = 100 * rows[f"{force}_share"] if shares else rows[force]
-                draw_line(panel, rows["step"], values, **style)
+                draw_line(panel, rows["step"], values, color=color, label=force)
         if shares:
             panel.set_ylim(-100 if drift else 0, 100)
         if several:
