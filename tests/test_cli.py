@@ -2,12 +2,14 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from weightdyn import cli
 from weightdyn.cli import app
 from weightdyn.explain.summary import summarize
 from weightdyn.record.runlog import RunLog, RunWriter
@@ -205,6 +207,22 @@ def test_plot_draws_what_a_run_has(tmp_path):
         "force_budget.png",
         "force_shares.png",
     ]
+
+
+def test_plot_draws_no_drift_of_sums_that_miss_some_of_it(demo, tmp_path):
+    forces = RunLog(demo[0]).forces()
+    torn = forces.assign(drift=forces["drift"].where(forces["component"] != "norm"))
+    run = SimpleNamespace(
+        path=demo[0],
+        info={},
+        forces=lambda: torn,
+        weibull=RunLog(demo[0]).weibull,
+        metrics=RunLog(demo[0]).metrics,
+    )
+    cli._draw(run, tmp_path / "model", "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {*FIGURES} - {*FIGURES[:2]}
+    cli._draw(run, tmp_path / "role", "role")
+    assert {path.name for path in (tmp_path / "role").iterdir()} == {*FIGURES}
 
 
 @pytest.mark.parametrize("by", ["tensor", "layer,role", "component", "model"])

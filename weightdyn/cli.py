@@ -19,7 +19,7 @@ import typer
 
 from weightdyn.core.forces import timescale
 from weightdyn.core.naming import Views
-from weightdyn.core.tables import FORCES, IDENTITY, By
+from weightdyn.core.tables import FORCES, IDENTITY, By, aggregate
 from weightdyn.explain.summary import summarize
 from weightdyn.explain.trajectory import closure
 from weightdyn.record.runlog import RunLog
@@ -223,7 +223,7 @@ def _draw(run: RunLog, folder: Path, by: By | list[str] | None = "role", option:
     weibull = weibull[inside] if inside.any() else weibull
     both = weibull[weibull["role"].isin(set(forces["role"]))]
     losses = metrics if any("loss" in name for name in metrics) else metrics.iloc[:0]
-    known = forces if forces["drift"].notna().any() else forces.iloc[:0]
+    known = forces[:0] if aggregate(forces, by)["drift"].isna().all() else forces  # sums may be missing
     figures: dict[str, tuple[pd.DataFrame, Callable[[pd.DataFrame], Any]]] = {
         "overview": (both, lambda _: plot.overview(run)),
         "force_budget": (forces, lambda table: plot.force_budget(table, by=by)),
@@ -452,7 +452,7 @@ def recover(
     from weightdyn.checkpoints.recipe import Recipe
     from weightdyn.checkpoints.recovery import METHODS, recover_forces
     from weightdyn.checkpoints.series import Checkpoints
-    from weightdyn.core.tables import aggregate, budget
+    from weightdyn.core.tables import budget
 
     with _told():
         if method not in METHODS:
