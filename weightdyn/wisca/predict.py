@@ -69,7 +69,8 @@ def predict_shift(
 
                 signal × 1; at j = 1 it is NaN, as one gradient does not tell it. Of the first few updates all but
                 decay and injection is rough: v̂ holds little but the fresh gradient, which makes drift up to a fifth
-                smaller.
+                smaller. (A log counts updates on over a reset: there its memory_null and signal are as if momentum
+                were old.)
 
     Everywhere alignment = drift + memory. memory_null goes as injection (with `reset` times Rⱼ/R), so κ under
     `transport` starts at f times what it was and is back within some 1/(1−β₁) updates. Where the drift was not
