@@ -30,6 +30,7 @@ from published_shares import published_shares
 from torch import Tensor, nn
 
 import weightdyn as wd
+from weightdyn.core.forces import Momentum, NoiseMemory
 from weightdyn.plot.style import ROLE_COLORS
 from weightdyn.record.runlog import RunLog
 from weightdyn.train.corpus import Corpus
@@ -92,53 +93,80 @@ def noise_run(beta1: float, beta2: float, schedule: str, steps: int = 3000, n: i
 class Normalised(nn.Module):
     """Two matrices with a normalisation behind each, and a read-out that has none."""
 
-    def __init__(self):
+    def __init__(self, activation: Callable[[Tensor], Tensor]):
         super().__init__()
         self.first, self.second = nn.Linear(64, 128, bias=False), nn.Linear(128, 128, bias=False)
         self.out = nn.Linear(128, 16, bias=False)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.first, self.second):
             x = layer(x)
-            x = F.gelu(F.layer_norm(x, x.shape[-1:], eps=0.0))
+            x = self.activation(F.layer_norm(x, x.shape[-1:], eps=0.0))
         return self.out(x)
 
 
-def invariance(seeds: int = 6, steps: int = 1000) -> pd.DataFrame:
-    """A student of a random teacher; batches of 4 and 32, SGD with momentum and AdamW."""
+def invariance(seeds: int = 4, steps: int = 1000, batch: int = 8, batches: int = 64) -> pd.DataFrame:
+    """A student of a random teacher, SGD with momentum and AdamW, and the drift by many batches at frozen weights."""
     found = []
     for name in ("SGD", "AdamW"):
-        for batch in (4, 32):
+        for kind, activation in (("GELU", F.gelu), ("tanh", torch.tanh)):
             for seed in range(seeds):
                 torch.manual_seed(seed)
-                model, teacher = Normalised(), Normalised()
+                model, teacher = Normalised(activation), Normalised(activation)
                 optimizer: torch.optim.Optimizer
                 if name == "SGD":
                     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
                 else:
-                    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.999))
+                    optimizer = torch.optim.AdamW(
+                        model.parameters(), lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0
+                    )
+
+                def fresh(model=model, teacher=teacher) -> None:
+                    x = torch.randn(batch, 64)
+                    model.zero_grad()
+                    F.mse_loss(model(x), 3 * teacher(x).detach()).backward()
+
+                pulls: dict[str, list[list[float]]] = {p: [] for p, _ in model.named_parameters()}
                 source = "displacement" if name == "SGD" else "moments"
                 with wd.ForceLogger(optimizer, model, source=source) as logger:
-                    for _ in range(steps):
-                        x = torch.randn(batch, 64)
-                        loss = F.mse_loss(model(x), 3 * teacher(x).detach())
-                        optimizer.zero_grad()
-                        loss.backward()
+                    for t in range(1, steps + 1):
+                        if t > steps // 5 and t % 50 == 0:
+                            here: dict[str, list[float]] = {p: [] for p in pulls}
+                            for _ in range(batches):
+                                fresh()
+                                for p, w in model.named_parameters():
+                                    root = (
+                                        (optimizer.state[w]["exp_avg_sq"] / (1 - 0.999**t)).sqrt()
+                                        if name == "AdamW"
+                                        else torch.tensor(1 - 0.9)  # SGD's u is 1/(1−μ) of a gradient
+                                    )
+                                    g = w.grad / root
+                                    here[p].append(
+                                        -2 * optimizer.param_groups[0]["lr"] * float((w * g).sum())
+                                    )
+                            for p, values in here.items():
+                                pulls[p].append([np.mean(values), np.var(values, ddof=1) / batches])
+                        fresh()
                         optimizer.step()
                 log = logger.run.forces()
-                whole = wd.smooth(log[log["step"] > steps // 5], windows=1)
+                whole = wd.smooth(log[log["step"] > steps // 5], windows=1).set_index("tensor")
                 cosine = log["dot_wg"] / np.sqrt(log["norm_sq"] * log["g_sq"])
                 largest = cosine.abs().groupby(log["tensor"], observed=True).max()
-                for _, row in whole.iterrows():
+                for p, values in pulls.items():
+                    truth, variance = np.mean(values, axis=0)
+                    error = np.hypot(whole.loc[p, "drift_se"], np.sqrt(variance / len(values)))
                     found.append(
                         {
                             "optimizer": name,
-                            "batch": batch,
+                            "activation": kind,
                             "seed": seed,
-                            "tensor": str(row["tensor"]).removesuffix(".weight"),
-                            "drift/diffusion": row["drift"] / row["diffusion"],
-                            "drift/error": row["drift"] / row["drift_se"],
-                            "cosine": largest[row["tensor"]],
+                            "tensor": p.removesuffix(".weight"),
+                            "drift/diffusion": whole.loc[p, "drift"] / whole.loc[p, "diffusion"],
+                            "drift/error": whole.loc[p, "drift"] / whole.loc[p, "drift_se"],
+                            "many batches": truth / whole.loc[p, "diffusion"],
+                            "z": (whole.loc[p, "drift"] - truth) / error,
+                            "cosine": largest[p],
                         }
                     )
     return pd.DataFrame(found)
@@ -234,14 +262,23 @@ def cells(runs: dict[tuple[str, str], RunLog]) -> pd.DataFrame:
     for (model, setting), run in runs.items():
         log = run.forces()
         beta1 = run.info["train"]["betas"][0]
+        log["signal"] = log["signal"].fillna(0.0)  # a first update has none
+        log["memory_size"] = sized(log, beta1)
         for by in ("role", "layer"):
             sums = wd.aggregate(log, by)
+            sums["memory_size"] = (
+                log.groupby(["step", by], observed=True)["memory_size"]
+                .sum()
+                .reindex(pd.MultiIndex.from_frame(sums[["step", by]]))
+                .to_numpy()
+            )
             sums = sums[sums[by].notna()].sort_values([by, "step"], ignore_index=True)
             sums["lag"] = sums.groupby(by, observed=True, group_keys=False)[["drift", "lr"]].apply(
                 partial(lag, beta1=beta1)
             )
             # Of the same rows with `lag` in the place of memory come its means and their errors.
             at_once = wd.smooth(sums.assign(memory=sums["memory"] - sums["lag"]), windows=10)
+            by_size = wd.smooth(sums.assign(memory=sums["memory_size"]), windows=10)
             table = wd.budget(wd.smooth(sums, windows=10), kind="drift")
             for force in ("drift", "diffusion", "decay"):
                 table[f"{force}_share"] *= np.sign(table[force])
@@ -254,12 +291,42 @@ def cells(runs: dict[tuple[str, str], RunLog]) -> pd.DataFrame:
                     tenth=1 + (table["step"] - 1) * 10 // sums["step"].max(),
                     kappa_path=at_once["kappa"],
                     kappa_path_se=at_once["kappa_se"],
+                    kappa_size=by_size["kappa"],
                 )
             )
     columns = ["model", "setting", "by", "group", "tenth", "kappa", "kappa_se", "kappa_path", "kappa_path_se"]
-    columns += ["drift_share", "diffusion_share", "decay_share", "drift", "drift_se", "diffusion", "decay"]
+    columns += [
+        "kappa_size",
+        "drift_share",
+        "diffusion_share",
+        "decay_share",
+        "drift",
+        "drift_se",
+        "diffusion",
+        "decay",
+    ]
     columns += ["signal", "injection", "memory", "memory_null"]
     return pd.concat(found)[columns].reset_index(drop=True)
+
+
+def sized(log: pd.DataFrame, beta1: float) -> pd.Series:
+    """The memory of white noise whose size is that of the gradients as they were, update by update.
+
+    The null takes the gradient's noise to be of one size in units of u, from update to update. Here a tensor's
+    gradient g_t has the size that was measured, √(‖g̃_t‖²/n·mean v̂_t), and u_t is divided by √(mean v̂_t).
+    """
+    parts = []
+    for _, rows in log.sort_values("step").groupby("tensor", observed=True):
+        root = np.sqrt(rows["v_mean"].to_numpy())
+        size = np.sqrt((rows["g_sq"] / rows["numel"]).to_numpy(float)) * root
+        clock, sums = NoiseMemory(), []
+        for t, (lr, decay) in enumerate(zip(rows["lr"], rows["weight_decay"], strict=True), start=1):
+            of_m = 1 / (1 - beta1**t) / root[t - 1]
+            momentum = Momentum(beta1, (1 - beta1) * size[t - 1], of_m, 0.0)
+            sums.append(clock.update(momentum, lr, decay).lr_memory)
+        part = 2 * rows["lr"] * (1 - rows["lr"] * rows["weight_decay"]) * np.array(sums) * rows["u_sq"]
+        parts.append(part)
+    return pd.concat(parts).reindex(log.index)
 
 
 def lag(rows: pd.DataFrame, beta1: float) -> pd.Series:
@@ -338,7 +405,8 @@ def branches(model_name: str, starts: tuple[int, ...] = (20, 60, 300), length: i
             log = logger.run.forces()
             table = wd.smooth(log[log["step"] > log["step"].max() - length + 50], by="role", windows=1)
             found.append(table.assign(model=MODELS[model_name], start=t, way=way))
-    return pd.concat(found)[["model", "start", "way", "role", "kappa", "kappa_se", "drift", "diffusion"]]
+    columns = ["model", "start", "way", "role", "kappa", "kappa_se", "drift", "diffusion"]
+    return pd.concat(found)[[*columns, "signal", "injection"]]
 
 
 # --- (e) the mean gradient over many batches ----------------------------------------------------------------
@@ -361,7 +429,7 @@ def many_batches(model_name: str, every: int = 6, batches: int = 16) -> pd.DataF
         for t in range(1, config.steps + 1):
             lr = float(recipe.lr_at(t))
             optimizer.param_groups[0]["lr"] = lr
-            if t % every == 0 and t > 1:
+            if t % every == every // 2:  # in the middle of what it stands for
                 samples = {"own": [], "before": []}
                 for k in range(batches):
                     fresh = gradients(model, corpus, 1, t * batches + k, config)
@@ -452,16 +520,20 @@ LOW, HIGH = 0.9, 1.1
 
 def reason(row: pd.Series) -> str:
     """What the measurements and the experiments say of a κ that lies outside 0.9 to 1.1."""
-    kappa, error, path, path_error = row[["kappa", "kappa_se", "kappa_path", "kappa_path_se"]]
-    noisy = LOW - 2 * path_error <= path <= HIGH + 2 * path_error
-    if noisy:
-        off = "noise" if abs(kappa - 1) <= 2 * error else "drift that moves within momentum's window"
-        return f"{off}: the path alone gives {path:.2f} ± {path_error:.2f}"
+    kappa, error, path, path_error, size = row[
+        ["kappa", "kappa_se", "kappa_path", "kappa_path_se", "kappa_size"]
+    ]
+    along = f"the path's is {path:.2f} ± {path_error:.2f}"
+    if LOW - path_error <= path <= HIGH + path_error:
+        what = "noise of the drift" if abs(kappa - 1) <= 2 * error else "drift that moves within the window"
+        return f"{what} ({along})"
     if row["group"] == "other":
-        return f"v̂ that moves: the path gives {path:.2f} ± {path_error:.2f} (rare tokens; 1 with β₂ = 0.999)"
-    if path < LOW:
-        return f"curvature: the path gives {path:.2f} ± {path_error:.2f}"
-    return f"v̂ that falls, gradients that agree: the path gives {path:.2f} ± {path_error:.2f}"
+        return f"rare tokens, whose v̂ is forgotten between their gradients ({along}; about 1 with β₂ = 0.999)"
+    if LOW <= path / size <= HIGH:
+        return f"gradients that change in size ({along}, and their sizes make {size:.2f})"
+    if (size - 1) * (path - 1) > 0 and abs(size - 1) > 0.05:
+        return f"gradients that change in size, in part, and curvature ({along}, sizes make {size:.2f})"
+    return f"curvature ({along}, the gradients' sizes make {size:.2f})"
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
@@ -487,12 +559,13 @@ def report(parts: dict[str, pd.DataFrame], table: pd.DataFrame, published: pd.Da
         index=["model", "start", "role"], columns="way", values="κ", sort=False
     )
     errors = branch.groupby("role")["kappa_se"].median().round(2).to_dict()
-    invariant = parts["invariance"].groupby(["optimizer", "batch", "tensor"], sort=False)
+    invariant = parts["invariance"].groupby(["optimizer", "activation", "tensor"], sort=False)
     invariant = invariant.agg(
         **{
             "drift/diffusion": ("drift/diffusion", "mean"),
-            "its error over seeds": ("drift/diffusion", lambda x: x.std(ddof=1) / np.sqrt(len(x))),
-            "within two errors": ("drift/error", lambda x: f"{(x.abs() <= 2).sum()} of {len(x)}"),
+            "by many batches": ("many batches", "mean"),
+            "0 within two errors": ("drift/error", lambda x: f"{(x.abs() <= 2).sum()} of {len(x)}"),
+            "many batches within two": ("z", lambda x: f"{(x.abs() <= 2).sum()} of {len(x)}"),
             "largest cosine of w and g̃": ("cosine", lambda x: f"{x.max():.0e}"),
         }
     )
