@@ -92,9 +92,15 @@ LOG_TABLE = {
 }
 """Columns that a logged force table has behind those of `FORCE_TABLE`, and their meaning."""
 
+WHITE_NOISE = "white noise"
+"""What `split` says of a table whose memory is that of white noise, and its drift inferred from it."""
+
 RECOVERY_TABLE = {
     "alignment_low": "lower end of where the budget puts the true alignment",
     "alignment_high": "upper end of it",
+    "drift_low": "lower end of where the budget puts the true drift",
+    "drift_high": "upper end of it",
+    "split": f'"{WHITE_NOISE}": drift is inferred, what is left of alignment if memory is that of white noise',
     "flag": '"rounding": within what rounding of the stored weights leaves open; "identical": nothing moved; or ""',
 }
 """Columns that a recovered force table has behind those of `FORCE_TABLE`, and their meaning."""
