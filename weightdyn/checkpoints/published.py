@@ -55,9 +55,7 @@ class _Group(NamedTuple):
         return {self.alignment: (), self.injection: (0,), self.decay: (0,), self.rms: (_TINY,)}
 
 
-_TRANSMISSION = _Group(
-    "transmission", "true_align_full", "inj_full", "dec_full", "rms", (NUMEL, NUMEL_LLAMA)
-)
+_TRANSMISSION = _Group("transmission", "true_align_full", "inj_full", "dec_full", "rms", (NUMEL, NUMEL_LLAMA))
 _SELECTION = _Group("selection", "sel_align", "sel_inj", "sel_dec", "sel_rms", (NUMEL_SELECTION,))
 
 
@@ -249,7 +247,9 @@ def _read_lines(path: Path) -> pd.DataFrame:
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
-        with _named(f"{path}, line {number}, is not a record of a published force log with {['step', *ranges]}"):
+        with _named(
+            f"{path}, line {number}, is not a record of a published force log with {['step', *ranges]}"
+        ):
             record = json.loads(line)
             if not records and _SELECTION.alignment in record:
                 ranges |= _SELECTION.ranges()

@@ -250,6 +250,12 @@ ACCURACY_TABLE = {
     "p90": "its 90 % quantile",
     "median_ratio": "median ratio",
     "inside": "fraction of logged values between alignment_low and alignment_high; NaN of pooled rows",
+    "drift_median": "median of |recovered − logged drift|/(|drift| + |diffusion| + |decay|), all three logged",
+    "drift_p90": "its 90 % quantile",
+    "drift_sign": "fraction of drifts with the sign of the logged one",
+    "drift_inside": "fraction of logged drifts between drift_low and drift_high; NaN of pooled rows",
+    "diffusion_median": "median of |recovered − logged diffusion| over the same sum",
+    "diffusion_p90": "its 90 % quantile",
 }
 """Columns of a table that holds recovered forces against logged ones, and their meaning."""
 
