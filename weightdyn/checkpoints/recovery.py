@@ -56,10 +56,10 @@ RHO_RANGE = {"displacement": (0.55, 1.65), "noise": (0.45, 3.35)}
 """Where ρ lies in logged runs, as multiples of the estimate that knows the displacements and of the one that does
 not: the 5th and 95th percentile over the weight matrices of four runs, at the gaps where they are widest."""
 
-DIFFUSION_RANGE = {"displacement": (0.50, 1.45), "noise": (0.45, 2.45)}
+DIFFUSION_RANGE = {"displacement": (0.58, 1.37), "noise": (0.64, 2.38)}
 """Where diffusion lies in logged runs, as multiples of both estimates: the 5th and 95th percentile over the same
-matrices and all gaps alike, `drift_noise` aside. It is no wider than that of ρ, for where updates are larger than
-noise makes them, they share less of it: κ is below 1."""
+matrices at gaps of 400 updates, where what a log holds by chance (`drift_noise`) is least. It is no wider than that
+of ρ, for where updates are larger than noise makes them they share less of it: κ is below 1."""
 
 _CANCEL, _CANCEL_AT, _FADE = 0.75, 32.0, 32.0  # of `injection_scale`
 
@@ -111,10 +111,15 @@ def injection_scale(
     return np.where(np.isfinite(factor) & (q > 0), factor, 1.0)
 
 
+NOISE_ALONG = 5.5
+"""Gradient noise along w, in units of what noise alike in all directions has there: the median over the weight
+matrices of four runs, of which the embedding has 0.2 and others up to 20."""
+
+
 def drift_noise(norm_sq: Any, lr: Any, span: Any, beta1: float) -> Any:
     """Standard deviation of a logged mean drift about the recovered one that no knowledge of diffusion removes.
 
-        2η‖w‖·√(2β₁²(1−β₁ᴺ)/(1−β₁²))/N
+        c·2η‖w‖·√(2β₁²(1−β₁ᴺ)/(1−β₁²))/N,      c = `NOISE_ALONG`
 
     A log takes the gradients of its updates; the weights move by them later, as momentum lets them. So the noise of
     the last 1/(1−β₁) gradients of a gap is in its log and not yet in ‖w‖², and that of those before it the other
@@ -126,13 +131,14 @@ def drift_noise(norm_sq: Any, lr: Any, span: Any, beta1: float) -> Any:
         span: number N of updates.
         beta1: β₁ of the first moment.
 
-    Source: variance of Σ(u_t − g̃_t) over N updates, u the exponential mean of white noise g̃ of variance 1.
+    Source: variance of ⟨w, Σ(u_t − g̃_t)⟩ over N updates, u the exponential mean of white noise g̃ that has the
+    variance c² along w.
 
     >>> float(drift_noise(norm_sq=4.0, lr=0.5, span=1, beta1=0.0))
     0.0
     """
     kept = 2 * beta1**2 * (1 - beta1 ** np.asarray(span, float)) / (1 - beta1**2)
-    return 2 * lr * np.sqrt(norm_sq * kept) / span
+    return NOISE_ALONG * 2 * lr * np.sqrt(norm_sq * kept) / span
 
 
 # --- one tensor --------------------------------------------------------------------------------------------
@@ -344,9 +350,9 @@ def recover_forces(
 
         alignment_low, alignment_high   where the budget puts the true alignment, whatever the method: with ρ
                       at both ends of `RHO_RANGE`, and ‖W‖² off by two standard deviations of its rounding
-        drift_low, drift_high   where it puts the drift that a log would show: with diffusion at both ends of
-                      `DIFFUSION_RANGE`, and two standard deviations of rounding and of `drift_noise` (with
-                      `every`: those of the gap's mean)
+        drift_low, drift_high   where it puts the drift that a log would show, whatever the method: the root of
+                      the sum of the squares of how far diffusion is from both ends of `DIFFUSION_RANGE`, and of
+                      two standard deviations of ‖W‖²'s rounding and of `drift_noise` (of the mean over the gap)
         split         "white noise", for that is what memory is assumed to be of
         flag          "rounding": this alignment is smaller than what rounding of the stored weights leaves
                       open; "identical": both checkpoints hold the same weights though η was not 0; else ""
@@ -525,7 +531,7 @@ def _recover(
         )
         after = pd.Series(norm_sq, index=steps).reindex(updates[pick]).to_numpy()
         columns |= {"norm_sq_after": after, "step": updates[pick], "span": 1, "lr": lr[pick]}
-    blur, late = blur[of], late[of]
+    blur, chance = blur[of], np.hypot(blur, late)[of]
     flag = np.where(np.abs(columns["alignment"]) < blur, "rounding", "")
     if "hash" in rows:
         hashes = rows["hash"].to_numpy()
@@ -546,8 +552,8 @@ def _recover(
             "weight_decay": weight_decay,
             "alignment_low": gained - rho_high * budget["injection"] - blur,
             "alignment_high": gained - rho_low * budget["injection"] + blur,
-            "drift_low": gained - high * diffusion - blur - late,
-            "drift_high": gained - low * diffusion + blur + late,
+            "drift_low": gained - diffusion - np.hypot((high - 1) * diffusion, chance),
+            "drift_high": gained - diffusion + np.hypot((1 - low) * diffusion, chance),
             "split": WHITE_NOISE,
             "flag": flag,
             "place": place,
