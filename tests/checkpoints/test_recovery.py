@@ -615,6 +615,7 @@ def test_the_command_recovers_prints_draws_and_stores(run, tmp_path):
     done = call(run.path, "--steps", "0,40,80,120", "--out", out, "--figure", figure)
     assert done.exit_code == 0, done.output
     assert "alignment_share" in done.output
+    assert "diffusion" in done.output
     stored = pd.read_parquet(out)
     assert sorted(stored["step"].unique()) == [40, 80, 120]
     assert figure.stat().st_size > 1000
