@@ -377,7 +377,7 @@ def recover_forces(
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {shown(recipe)}")
     measured = _measured(source, method, views, progress)
-    null = _nulls(recipe, int(measured["step"].min()), int(measured["step"].max()))
+    null = _nulls(recipe, measured["step"])
     parts = list(measured.groupby("tensor", sort=False, observed=True))
     bar = progress_bar(parts, progress=progress, unit="tensor", desc="recover", delay=2)
     tables = [
@@ -450,18 +450,23 @@ _ACCEPTED: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray], str], ...] 
 """Columns of a measured table, what they must hold, a check of that, and what to do otherwise."""
 
 
-def _nulls(recipe: Recipe, first: int, last: int) -> Callable[[float, np.ndarray], np.ndarray]:
-    """(λ, updates) -> memory over injection under white noise, of updates first + 1 … last; 0 where η is 0."""
+def _nulls(recipe: Recipe, steps: pd.Series) -> Callable[[float, np.ndarray], np.ndarray]:
+    """(λ, updates) -> memory over injection under white noise, of updates between the steps; 0 where η is 0."""
     beta1 = recipe.betas[0]
-    # What lies further back is forgotten; and where nothing does, the schedule starts with its first update.
-    start = max(0, first - math.ceil(math.log(_FORGOTTEN) / math.log(beta1))) if beta1 > 0 else first
 
     @cache
-    def of(weight_decay: float) -> np.ndarray:
-        lr = recipe.lr_at(np.arange(start + 1, last + 1))
-        return np.where(lr > 0, memory_null(lr, beta1, weight_decay), 0.0)
+    def all_of(weight_decay: float) -> tuple[np.ndarray, int]:
+        # What lies further back is forgotten; and where nothing does, the schedule starts with its first update.
+        lead = math.ceil(math.log(_FORGOTTEN) / math.log(beta1)) if beta1 > 0 else 0
+        start = max(0, int(steps.min()) - lead)
+        lr = recipe.lr_at(np.arange(start + 1, int(steps.max()) + 1))
+        return np.where(lr > 0, memory_null(lr, beta1, weight_decay), 0.0), start
 
-    return lambda weight_decay, updates: of(weight_decay)[updates - start - 1]
+    def null(weight_decay: float, updates: np.ndarray) -> np.ndarray:
+        values, start = all_of(weight_decay)
+        return values[updates - start - 1]
+
+    return null
 
 
 _FORGOTTEN = 1e-12
@@ -674,7 +679,7 @@ def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame, name: str 
     Args:
         truth: the log of the same training, a `RunLog` or its force table.
         table: a force table whose rows may span many updates.
-        name: a column of the log: "alignment", "drift", "memory", …
+        name: a column of numbers that the log has of a force table's: "alignment", "drift", "lr", …
 
     Returns:
         float64 with the index of `table`; NaN where no update of that tensor was logged. Of a log with gaps it
@@ -683,10 +688,7 @@ def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame, name: str 
     table = check_force_table(table, argument="table", unique=True)
     check_columns(table, ("tensor",), "force table of tensors", argument="table")
     log = _log(truth)
-    if name not in (numbers := log.select_dtypes("number").columns):
-        raise ValueError(
-            f"name must be a column of numbers in truth, one of {list(numbers)}, got {shown(name)}"
-        )
+    check_choice("name", name, [each for each in FORCE_TABLE if each in log.select_dtypes("number")])
     return _interval_means(log, table, [name])[name]
 
 
