@@ -113,7 +113,7 @@ def injection_scale(
 
 NOISE_ALONG = 5.5
 """Gradient noise along w, in units of what noise alike in all directions has there: the median over the weight
-matrices of four runs, of which the embedding has 0.2 and others up to 20."""
+matrices of four runs, from 0.2 (an embedding) to 18 (an unembedding)."""
 
 
 def drift_noise(norm_sq: Any, lr: Any, span: Any, beta1: float) -> Any:
