@@ -341,6 +341,10 @@ def recover_forces(
         progress: show bars while checkpoints are measured, and for what takes longer than two seconds; None:
             where someone watches.
 
+    The inferred drift is far less certain than alignment: a wrong ρ goes into it 1 + 2b times. On logged runs that
+    of a matrix was off by a tenth of the budget (median), and that of embeddings, many of whose rows get no
+    gradient, had the wrong sign more often than not (data/recovery.md).
+
     Returns:
         A force table, sorted by step, then in the order of the tensors. `lr` is the mean over the span,
         `norm_sq` and `norm_sq_after` are measured (with `every`: interpolated, and only known at a checkpoint).
