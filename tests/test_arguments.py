@@ -324,7 +324,7 @@ def calls(g):
         ),
         "summarize": (wd.summarize, {"run": _logged_run(), "by": "role"}),
         "overview": (plot.overview, {"run": _logged_run(), "role": "selection", "ax": None}),
-        "wisca_shift": (plot.wisca_shift, {"shift": _shift(), "group": None, "ax": None}),
+        "wisca_shift": (plot.wisca_shift, {"shift": _shift(), "kind": "forces", "group": None, "ax": None}),
         "compare": (
             functools.partial(wisca.compare, steps=1),
             {

@@ -2,19 +2,22 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from weightdyn import cli
 from weightdyn.cli import app
 from weightdyn.explain.summary import summarize
 from weightdyn.record.runlog import RunLog, RunWriter
 from weightdyn.train import trainer
 from weightdyn.train.trainer import DEMO, TrainConfig
 
-FIGURES = ["force_budget.png", "force_shares.png", "loss.png", "overview.png", "weibull_trajectory.png"]
+FIGURES = ["drift_budget.png", "drift_shares.png", "force_budget.png", "force_shares.png", "loss.png"]
+FIGURES += ["overview.png", "weibull_trajectory.png"]
 PNG = b"\x89PNG\r\n"
 
 
@@ -50,13 +53,29 @@ def test_the_demo_leaves_a_run_and_its_figures(demo):
     assert (config.steps, config.lr, config.weight_decay) == (30, DEMO.lr, DEMO.weight_decay)
 
 
-def test_the_demo_prints_a_row_for_each_role_and_a_closure_of_rounding_only(demo):
+def test_the_demo_prints_the_course_of_each_role_and_a_closure_of_rounding_only(demo):
     _, printed = demo
     for role in ("selection", "transmission", "value"):
-        assert re.search(rf"^ *{role} +\d+%", printed, re.MULTILINE)
+        assert re.search(
+            rf"^ *{role} +0\.\d+ +0\.\d+ .*(drift|diffusion|decay|unknown) ", printed, re.MULTILINE
+        )
     pooled = re.search(r"pooled closure.*: (\S+)", printed)
     assert pooled is not None
     assert float(pooled[1]) < 1e-4
+
+
+def test_the_demo_prints_the_signed_shares_of_drift_diffusion_and_decay(demo):
+    out, printed = demo
+    forces = RunLog(out).forces()
+    last = forces[(forces["step"] >= 27) & (forces["role"] == "transmission")]
+    sums = np.array([last["drift"].sum(), (last["injection"] + last["memory"]).sum(), last["decay"].sum()])
+    words = re.findall(r"^ *transmission(?: +(?:[+-]\d+%|–)){3}((?: +[+-]\d+%){3})$", printed, re.MULTILINE)
+    shown = [float(word.rstrip("%")) for word in words[0].split()]
+    np.testing.assert_allclose(shown, 100 * sums / np.abs(sums).sum(), atol=0.51)
+    kappa = re.search(r"^ *transmission +0\.\d.* (\d\.\d\d) +\S+$", printed, re.MULTILINE)
+    own = forces[forces["role"] == "transmission"]
+    known = own.dropna(subset=["memory", "memory_null"])
+    assert float(kappa[1]) == pytest.approx(known["memory"].sum() / known["memory_null"].sum(), abs=0.0051)
 
 
 def test_a_second_demo_draws_without_training_again(demo):
@@ -183,7 +202,27 @@ def test_plot_draws_what_a_run_has(tmp_path):
     writer.close()
     result = call("plot", tmp_path / "run", "--by", "model", "--out", tmp_path / "figures")
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == FIGURES[:2]
+    # Nobody measured the drift.
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "force_budget.png",
+        "force_shares.png",
+    ]
+
+
+def test_plot_draws_no_drift_of_sums_that_miss_some_of_it(demo, tmp_path):
+    forces = RunLog(demo[0]).forces()
+    torn = forces.assign(drift=forces["drift"].where(forces["component"] != "norm"))
+    run = SimpleNamespace(
+        path=demo[0],
+        info={},
+        forces=lambda: torn,
+        weibull=RunLog(demo[0]).weibull,
+        metrics=RunLog(demo[0]).metrics,
+    )
+    cli._draw(run, tmp_path / "model", "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {*FIGURES} - {*FIGURES[:2]}
+    cli._draw(run, tmp_path / "role", "role")
+    assert {path.name for path in (tmp_path / "role").iterdir()} == {*FIGURES}
 
 
 @pytest.mark.parametrize("by", ["tensor", "layer,role", "component", "model"])
@@ -197,7 +236,7 @@ def test_plot_groups_as_tables_do(demo, tmp_path, monkeypatch, by):
     result = call("plot", demo[0], "--by", by, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     expected = {"tensor": None, "layer,role": ["layer", "role"]}.get(by, by)
-    assert drawn == [expected, expected]
+    assert drawn == [expected] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == FIGURES
 
 

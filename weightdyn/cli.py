@@ -19,7 +19,7 @@ import typer
 
 from weightdyn.core.forces import timescale
 from weightdyn.core.naming import Views
-from weightdyn.core.tables import FORCES, IDENTITY, By
+from weightdyn.core.tables import FORCES, IDENTITY, By, aggregate
 from weightdyn.explain.summary import summarize
 from weightdyn.explain.trajectory import closure
 from weightdyn.record.runlog import RunLog
@@ -179,7 +179,7 @@ def demo(
     seq_len: Annotated[int, typer.Option(help="Bytes in a sequence.")] = DEMO.seq_len,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = DEMO.seed,
 ) -> None:
-    """Train a small GPT-NeoX on Python's own source, log the three forces, fit, draw: a few minutes."""
+    """Train a small GPT-NeoX on Python's own source, log what moves its norms, fit, draw: a few minutes."""
     with _told():
         _check_folder("--out", out)
         config = replace(
@@ -201,7 +201,7 @@ def plot(
     by: Annotated[str, typer.Option(help=_BY.format(what="A panel or line"))] = "role",
     out: Annotated[Path | None, typer.Option(help="Folder for the figures. [default: RUN/figures]")] = None,
 ) -> None:
-    """Draw the figures of a run: forces, their shares, the Weibull trajectory, the loss."""
+    """Draw the figures of a run: forces, drift and diffusion, their shares, the Weibull trajectory, the loss."""
     with _told():
         _draw(RunLog(run), out or run / "figures", _by(by), option="--out" if out else "RUN")
 
@@ -223,10 +223,13 @@ def _draw(run: RunLog, folder: Path, by: By | list[str] | None = "role", option:
     weibull = weibull[inside] if inside.any() else weibull
     both = weibull[weibull["role"].isin(set(forces["role"]))]
     losses = metrics if any("loss" in name for name in metrics) else metrics.iloc[:0]
+    known = forces[:0] if aggregate(forces, by)["drift"].isna().all() else forces  # sums may be missing
     figures: dict[str, tuple[pd.DataFrame, Callable[[pd.DataFrame], Any]]] = {
         "overview": (both, lambda _: plot.overview(run)),
         "force_budget": (forces, lambda table: plot.force_budget(table, by=by)),
         "force_shares": (forces, lambda table: plot.force_budget(table, kind="shares", by=by)),
+        "drift_budget": (known, lambda table: plot.force_budget(table, kind="drift", by=by)),
+        "drift_shares": (known, lambda table: plot.force_budget(table, kind="drift_shares", by=by)),
         "weibull_trajectory": (weibull, lambda table: plot.weibull_trajectory(table, by=by)),
         "loss": (losses, lambda table: plot.loss(table, unit=unit)),
     }
@@ -243,28 +246,35 @@ def _draw(run: RunLog, folder: Path, by: By | list[str] | None = "role", option:
 
 
 def _report(run: RunLog) -> str:
-    """Loss, and per role: alignment's share of the budget, the course of λ, the worst closure."""
+    """Loss, and per role: the course of λ, κ, the worst closure, signed shares of drift, diffusion and decay."""
     losses = run.metrics()["eval_loss"].dropna()
     table = summarize(run)
-    shown = pd.DataFrame(
+    course = pd.DataFrame(
         {
             "role": table["role"],
-            "alignment in the rise": table["rise_share"].map("{:.0%}".format),
-            "at the end": table["end_share"].map("{:.0%}".format),
             "λ start": table["start"].map("{:.4f}".format),
             "peak": table["peak"].map("{:.4f}".format),
             "at update": table["peak_step"].map("{:,}".format),
             "end": table["end"].map("{:.4f}".format),
+            "driven by": table["driven_by"].fillna("unknown"),
+            "κ": table["kappa"].map("{:.2f}".format),
             "worst closure": table["closure"].map("{:.1e}".format),
         }
     )
+    shares = pd.DataFrame({"role": table["role"]})
+    for stage, words in (("rise", "in the rise: drift"), ("end", "at the end: drift")):
+        drift, diffusion = table[f"{stage}_drift"], table[f"{stage}_diffusion"]
+        decay = drift.abs() + diffusion.abs() - 1  # the three add up to 1 without their signs
+        for name, values in ((words, drift), ("diffusion", diffusion), ("decay", decay)):
+            shown = values.map("{:+.0%}".format).where(values.notna(), "–")  # of a λ that never rose
+            shares.insert(len(shares.columns), name, shown, allow_duplicates=True)
     config = TrainConfig.from_info(run.info)
     tau = timescale(config.lr, config.weight_decay)
     pooled = closure(run, by="model")
     return (
         f"\nτ = 1/(ηλ) = {tau:,.0f} updates at the peak of the learning rate; the run has {config.steps:,}\n"
         f"held-out loss {losses.iloc[0]:.3f} -> {losses.iloc[-1]:.3f} nats per byte\n\n"
-        f"{shown.to_string(index=False)}\n\n"
+        f"{course.to_string(index=False)}\n\n{shares.to_string(index=False)}\n\n"
         f"pooled closure, the part of all changes of ‖w‖² that the forces leave unexplained: "
         f"{pooled['closure'].item():.1e}\n"
     )
@@ -581,7 +591,8 @@ def _draw_shifts(found: Any, folder: Path, by: By | list[str] | None) -> None:
     for arm in [arm for arm in found.arms if arm != against]:
         last = found.shift(arm, against, by=by, window=max(1, steps // 4))
         last = last[last["step"] == last["step"].max()].drop(columns="step")
-        wanted = last["quantity"].isin([*(f"{force}_share" for force in FORCES), "lam", "k", "loss"])
+        shares = [f"{force}_share" for force in (*FORCES, "drift", "diffusion")]
+        wanted = last["quantity"].isin([*shares, "kappa", "lam", "k", "loss"])
         typer.echo(f"\n{arm}, less {against}, last quarter:")
         typer.echo(last[wanted].to_string(index=False, na_rep="", float_format="{:.4g}".format))
         curves = found.shift(arm, against, by=by, window=max(1, steps // 50))

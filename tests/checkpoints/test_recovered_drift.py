@@ -292,6 +292,7 @@ def test_a_recovered_table_draws_the_budget_of_drift(noise):
     series, log, recipe = noise
     table = recover_forces(series, recipe)
     assert len(plot.recovery(log, table)) == 2
+    assert len(plot.force_budget(table, kind="drift").get_lines()) >= 3
 
 
 @pytest.fixture

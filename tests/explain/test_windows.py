@@ -112,6 +112,13 @@ def test_groups_are_summed_first_and_a_run_is_taken():
     assert wd.smooth(rows.iloc[:0]).empty
 
 
+def test_a_first_update_has_no_signal_and_takes_none_from_its_window():
+    rows = table(40, tensors=("a",))
+    rows["signal"] = np.append(np.nan, np.arange(39.0))
+    assert wd.smooth(rows, windows=2)["signal"].tolist() == pytest.approx([9.0, 28.5])
+    assert wd.smooth(rows.assign(signal=np.nan), windows=2)["signal"].isna().all()
+
+
 def test_without_memory_there_is_no_kappa():
     assert wd.smooth(table().assign(memory_null=0.0))["kappa"].isna().all()
 

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.text import Text
 
 from weightdyn import plot
-from weightdyn.core.tables import FORCES
+from weightdyn.core.tables import DRIFT_FORCES, FORCES
 from weightdyn.plot.recovered import METHOD_COLORS
 from weightdyn.plot.style import DARK, FORCE_COLORS, ROLE_COLORS
 from weightdyn.plot.weights import LAW_COLORS, WEIGHT_COLORS
@@ -63,6 +63,15 @@ def force_table(updates=120, layers=2, seed=0):
         )
     table = grouped(pd.concat(parts))
     return table.sort_values("step", kind="stable", ignore_index=True)
+
+
+def drift_table(updates=120, layers=2, seed=0):
+    """The same with alignment told apart: a drift below zero whose single updates are noise, and memory."""
+    table = force_table(updates, layers, seed)
+    noise = np.random.default_rng(seed + 1).normal(size=len(table))
+    drift = -0.1 * np.exp(-table["step"] / updates) * (1 + 5 * noise)
+    memory = table["alignment"] - drift
+    return table.assign(drift=drift, memory=memory, memory_null=memory, signal=0.0)
 
 
 def weibull_table(layers=2, rows=40, relax=0.5, peak=0.3):
@@ -118,6 +127,8 @@ def every_figure():
     yield plot.force_budget(forces).figure
     yield plot.force_budget(forces, kind="shares").figure
     yield plot.force_budget(forces, by="role")[0].figure
+    yield plot.force_budget(drift_table(300), kind="drift").figure
+    yield plot.force_budget(drift_table(300), kind="drift_shares", by="role")[0].figure
     yield plot.weibull_trajectory(weibull)[0].figure
     yield plot.weibull_trajectory(weibull, by="role")[0].figure
     yield plot.weibull_trajectory(weibull, by="component", value="lam").figure
@@ -162,6 +173,60 @@ def test_shares_are_percentages_of_the_absolute_forces():
     assert legend_texts(ax) == list(FORCES)
     assert ax.get_ylim() == (0, 100)
     assert ax.get_ylabel() == "budget share (%)"
+
+
+def test_drift_and_diffusion_are_alignment_and_injection_told_apart():
+    table = drift_table()
+    ax = plot.force_budget(table, kind="drift")
+    sums = table.groupby("step")[["drift", "memory", *FORCES]].sum()
+    drawn = {name: line(ax, name).get_ydata() for name in (*DRIFT_FORCES, "net")}
+    np.testing.assert_allclose(drawn["drift"], sums["drift"])
+    np.testing.assert_allclose(drawn["diffusion"], sums["injection"] + sums["memory"])
+    np.testing.assert_allclose(drawn["net"], sums[list(FORCES)].sum(axis=1))
+    assert legend_texts(ax) == [*DRIFT_FORCES, "net"]
+    assert {name: to_hex(line(ax, name).get_color()).upper() for name in drawn} == {
+        name: FORCE_COLORS[name] for name in drawn
+    }
+    assert ax.get_ylabel() == "Δ‖w‖² per update"
+
+
+def test_shares_of_drift_keep_their_signs():
+    table = drift_table()
+    ax = plot.force_budget(table, kind="drift_shares")
+    sums = table.groupby("step")[["drift", "memory", "injection", "decay"]].sum()
+    sums["diffusion"] = sums.pop("memory") + sums.pop("injection")
+    for name in DRIFT_FORCES:
+        expected = 100 * sums[name] / sums.abs().sum(axis=1)
+        np.testing.assert_allclose(line(ax, name).get_ydata(), expected)
+    assert line(ax, "drift").get_ydata().mean() < 0
+    assert ax.get_ylim() == (-100, 100)
+    assert ax.get_ylabel() == "budget share (%)"
+
+
+def test_the_drift_of_many_updates_is_their_mean_with_its_standard_error():
+    table = drift_table(updates=500)
+    sums = table.groupby("step")[["drift", "memory", "injection", "decay"]].sum()
+    ax = plot.force_budget(table, kind="drift")
+    # 6 % of 500 rows is 31 of them, centred.
+    means = {}
+    for name in ("drift", "decay"):
+        values = sums[name].to_numpy()
+        means[name] = np.array([values[max(0, i - 15) : i + 16].mean() for i in range(500)])
+        np.testing.assert_allclose(line(ax, name).get_ydata(), means[name])
+    assert len(ax.get_lines()) == 5  # no noise behind the means, but the line of zero
+    (band,) = ax.collections
+    edges = band.get_paths()[0].vertices
+    drift = sums["drift"].to_numpy()
+    rest = (drift - means["drift"])[250 - 15 : 250 + 16]
+    error = np.sqrt((rest**2).mean() / 31)
+    at = sorted(set(edges[edges[:, 0] == 251][:, 1]))
+    np.testing.assert_allclose(at, [means["drift"][250] - error, means["drift"][250] + error])
+
+    shares = plot.force_budget(table, kind="drift_shares")
+    diffusion = (sums["memory"] + sums["injection"]).to_numpy()
+    means["diffusion"] = np.array([diffusion[max(0, i - 15) : i + 16].mean() for i in range(500)])
+    total = sum(np.abs(each) for each in means.values())
+    np.testing.assert_allclose(line(shares, "drift").get_ydata(), 100 * means["drift"] / total)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +470,7 @@ def test_each_call_without_axes_makes_one_figure():
     [
         (
             ValueError,
-            "kind must be 'forces' or 'shares', got 'pie'",
+            "kind must be 'forces', 'shares', 'drift' or 'drift_shares', got 'pie'",
             lambda: plot.force_budget(F, kind="pie"),
         ),
         (ValueError, r"by='depth'.*use 'model', None, or any of", lambda: plot.force_budget(F, by="depth")),
@@ -431,6 +496,12 @@ def test_each_call_without_axes_makes_one_figure():
             "run_or_table has two rows of .* at step 10:",
             lambda: plot.weibull_trajectory(pd.concat([W, W])),
         ),
+        (
+            ValueError,
+            r"run_or_table has no drift: it is measured by ForceLogger\(drift=True\)",
+            lambda: plot.force_budget(F, kind="drift"),
+        ),
+        (ValueError, "run_or_table has no drift", lambda: plot.force_budget(F, kind="drift_shares")),
         (ValueError, "ax must be Axes or None", lambda: plot.force_budget(F, ax=3)),
         (ValueError, "ax must be a sequence of 2 Axes", lambda: plot.weibull_trajectory(W, ax=[])),
         (
@@ -519,12 +590,21 @@ def lab(color, sight):
 @pytest.mark.parametrize(
     ("colors", "apart"),
     [
-        (FORCE_COLORS, 35),
+        ({name: FORCE_COLORS[name] for name in (*FORCES, "net")}, 35),
+        ({name: FORCE_COLORS[name] for name in (*DRIFT_FORCES, "net")}, 35),
+        (FORCE_COLORS, 30),
         (ROLE_COLORS, 20),
         ({**LAW_COLORS, **WEIGHT_COLORS}, 35),
         ({**METHOD_COLORS, "logged": DARK}, 35),
     ],
-    ids=["forces", "roles", "laws and the weights", "methods and the truth"],
+    ids=[
+        "forces",
+        "drift and diffusion",
+        "all forces",
+        "roles",
+        "laws and the weights",
+        "methods and the truth",
+    ],
 )
 def test_colors_stay_apart_for_colour_blind_readers(colors, apart, sight):
     # CIE76 distances; 2.3 is just noticeable.
@@ -533,8 +613,12 @@ def test_colors_stay_apart_for_colour_blind_readers(colors, apart, sight):
     assert min(distances) >= apart
 
 
-def test_forces_and_roles_share_no_color():
+@pytest.mark.parametrize("sight", MACHADO.values(), ids=MACHADO)
+def test_forces_and_roles_share_no_color(sight):
     assert not set(FORCE_COLORS.values()) & set(ROLE_COLORS.values())
+    for force in ("drift", "diffusion"):
+        for role in ROLE_COLORS.values():
+            assert np.linalg.norm(lab(FORCE_COLORS[force], sight) - lab(role, sight)) >= 15
 
 
 def test_importing_the_module_does_not_import_pyplot():
@@ -555,6 +639,14 @@ def test_the_overview_stands_lambda_over_the_forces_of_its_role():
     assert any(set(line.get_xdata()) == {peak} for line in forces.lines)  # marked in both panels
     with pytest.raises(ValueError, match=r"role must be 'transmission', .*got 'gate'"):
         plot.overview(run, role="gate")
+
+
+def test_the_overview_draws_drift_and_diffusion_where_the_run_knows_them():
+    run = SimpleNamespace(forces=drift_table, weibull=weibull_table)
+    labels = plot.overview(run)[1].get_legend_handles_labels()[1]
+    assert labels == [*DRIFT_FORCES, "net"]
+    unknown = SimpleNamespace(forces=lambda: drift_table().assign(drift=np.nan), weibull=weibull_table)
+    assert plot.overview(unknown)[1].get_legend_handles_labels()[1] == [*FORCES, "net"]
 
 
 def test_the_overview_takes_transmission_or_what_a_run_with_names_of_its_own_has():

@@ -68,3 +68,16 @@ def test_a_group_that_is_not_there_is_refused_with_those_that_are():
         plot.wisca_shift(table, group=0)
     with pytest.raises(ValueError, match="whole model only"):
         plot.wisca_shift(shift_table(), group="q")
+
+
+def test_drift_draws_the_shares_of_drift_and_diffusion_alone():
+    table = shift_table()
+    with pytest.raises(ValueError, match=r"shift has no drift: .*kind='forces' draws the rest"):
+        plot.wisca_shift(table, kind="drift")
+    drift = table[table["quantity"] == "alignment_share"].assign(quantity="drift_share", difference=-0.25)
+    top = plot.wisca_shift(pd.concat([table, drift]), kind="drift")[0]
+    (line,) = [one for one in top.lines if one.get_label() == "drift"]
+    np.testing.assert_allclose(line.get_ydata(), -25.0)
+    assert top.get_legend_handles_labels()[1] == ["drift", "diffusion"]
+    with pytest.raises(ValueError, match="kind must be 'forces' or 'drift', got 'shares'"):
+        plot.wisca_shift(table, kind="shares")

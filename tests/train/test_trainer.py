@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -269,7 +270,7 @@ def test_training_is_the_plain_loop(whole):
         betas=SMALL.betas,
         weight_decay=SMALL.weight_decay,
     )
-    corpus, losses = Corpus.read(), []
+    corpus, losses, drifts = Corpus.read(), [], []
     for update in range(1, SMALL.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = float(SMALL.recipe.lr_at(update))
@@ -278,13 +279,25 @@ def test_training_is_the_plain_loop(whole):
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), SMALL.clip)
+        before = [p.detach().double() for p in model.parameters()]
         optimizer.step()
         losses.append(loss.item())
+        drifts.append(0.0)
+        for group in optimizer.param_groups:
+            eta = group["lr"]
+            for p in group["params"]:
+                (w,) = (old for old, each in zip(before, model.parameters(), strict=True) if each is p)
+                v_hat = optimizer.state[p]["exp_avg_sq"].double() / (1 - SMALL.betas[1] ** update)
+                pull = (w * p.grad.double() / (v_hat.sqrt() + group["eps"])).sum().item()
+                drifts[-1] -= 2 * eta * (1 - eta * group["weight_decay"]) * pull
     trained = load_file(whole / "checkpoints" / "step-000020.safetensors")
     assert trained.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(trained[name], tensor, rtol=1e-5, atol=1e-7)
     assert RunLog(whole).metrics()["loss"].dropna().tolist() == pytest.approx(losses, rel=1e-5)
+    logged = RunLog(whole).forces(by="model")
+    scale = logged["alignment"].abs().max()
+    np.testing.assert_allclose(logged["drift"], drifts, atol=1e-3 * scale)
 
 
 def test_the_run_records_every_update_and_the_recipe(whole):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -206,6 +207,35 @@ def test_a_window_sums_the_forces_and_averages_the_rest():
     row = shift.query("quantity == 'loss' and step == 4").squeeze()
     assert row["control"] == pytest.approx(losses(found, "none")[:4].mean())
     assert np.isnan(row["low"])  # of one seed
+
+
+def test_drift_and_diffusion_are_compared_beside_the_forces():
+    found = run(["none", "init"], (0, 1), steps=4)
+    shift = found.shift("init", by="component", window=4)
+    forces = found.forces().query("component == 'q'")
+    expected = {}
+    for arm in ("none", "init"):
+        for seed in (0, 1):
+            rows = forces[(forces["arm"] == arm) & (forces["seed"] == seed)]
+            drift, memory, injection, decay, null = (
+                rows[name].sum() for name in ("drift", "memory", "injection", "decay", "memory_null")
+            )
+            total = abs(drift) + abs(injection + memory) + abs(decay)
+            expected[arm, seed] = {
+                "drift_share": abs(drift) / total,
+                "diffusion_share": abs(injection + memory) / total,
+                "drift": drift / 4,
+                "memory": memory / 4,
+                "diffusion": (injection + memory) / 4,
+                "kappa": memory / null,
+            }
+    for name in expected["none", 0]:
+        row = shift.query(f"quantity == '{name}' and component == 'q'").squeeze()
+        ours, theirs = (np.mean([expected[arm, seed][name] for seed in (0, 1)]) for arm in ("init", "none"))
+        assert (row["value"], row["control"]) == pytest.approx((ours, theirs), rel=1e-9), name
+        assert row["difference"] == pytest.approx(ours - theirs, abs=1e-12)
+    single = found.shift("init", by="component")
+    assert not single.query("step == 1")["quantity"].eq("kappa").any()  # no update before it to remember
 
 
 def test_an_arm_that_is_trained_again_shifts_nothing_and_another_one_does():
@@ -570,6 +600,7 @@ def test_the_command_trains_prints_and_draws_and_goes_on_where_it_was(tmp_path):
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
     assert "init power_of_two, less none, last quarter:" in first.output
+    assert re.search(r"transmission +drift_share ", first.output)
     assert sorted(each.name for each in (tmp_path / "figures").iterdir()) == [
         f"init_power_of_two_{role}.png" for role in ("other", "selection", "transmission", "value")
     ]

@@ -614,10 +614,17 @@ def test_the_logged_forces_behind_a_transported_rescaling_are_the_predicted_ones
     shifted = known & (predicted["factor"] != 1)
     assert shifted.sum() >= 8
     budget = predicted[list(wd.FORCES)].abs().sum(axis=1)
-    for force in wd.FORCES:
-        assert ((predicted[force] - logged[force]).abs() <= 1e-3 * budget)[known].all()
+    for force in (*wd.FORCES, "drift", "memory"):
+        assert ((predicted[force] - logged[force]).abs() <= 1e-3 * budget)[known].all(), force
     for column in ("norm_sq", "norm_sq_after"):
         np.testing.assert_allclose(predicted[column][known], logged[column][known], rtol=1e-5)
+    assert ((predicted["signal"] - logged["signal"]).abs() <= 1e-3 * logged["injection"])[known].all()
+    np.testing.assert_allclose(predicted["memory_null"][known], logged["memory_null"][known], rtol=1e-3)
+    # κ begins at f times what it was.
+    kappa = (logged["memory"] / logged["memory_null"]) / (before["memory"] / before["memory_null"])
+    sure = shifted & (before["memory"].abs() > 0.05 * budget)
+    assert sure.sum() >= 4
+    np.testing.assert_allclose(kappa[sure], predicted["factor"][sure], rtol=0.02)
     # The shift is no rounding: without the prediction the same comparison fails by far.
     apart = (before["decay"] - logged["decay"]).abs() > 0.01 * budget
     assert apart[shifted].any()
@@ -647,11 +654,107 @@ def test_injection_behind_kept_and_reset_moments_is_near_the_prediction(moments)
     np.testing.assert_allclose(predicted["injection"][untouched], before["injection"][untouched])
 
 
+def pure_noise(moments, updates=200, more=30):
+    """Forces behind a rescaling, of gradients that are white noise whatever the weights are, in their units."""
+    from weightdyn.wisca.plan import scale_factors
+
+    sizes = {"hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = make("llama", **sizes, attention_bias=False)
+    with torch.no_grad():  # small: what of w is no random walk tells nothing here
+        for name, p in model.named_parameters():
+            p.mul_(0.1 if "k_proj" in name or "v_proj" in name else 0.02)
+    optimizer = adamw(model, betas=(0.9, 0.999))
+    rng, factors, table = torch.Generator().manual_seed(1), {}, None
+    with wd.ForceLogger(optimizer, model) as logger:
+        for update in range(updates + more):
+            if update == updates and moments is not None:
+                table = wisca.rescale_(model, optimizer, moments=moments, pairs=("qk", "vo"), max_alpha=2)
+                factors = scale_factors(model, table)
+            for name, p in model.named_parameters():
+                p.grad = torch.randn(p.shape, generator=rng)
+                for factor in factors.get(name, {}).values():
+                    p.grad /= float(factor.flatten()[0])
+            optimizer.step()
+    forces = logger.run.forces()
+    return model, table, forces[forces["step"] > updates].reset_index(drop=True)
+
+
+@pytest.mark.parametrize(("moments", "tolerance"), [("transport", 0.1), ("keep", 0.2), ("reset", 0.2)])
+def test_momentum_forgets_the_rescaling_and_drift_does_not(moments, tolerance):
+    before = pure_noise(None)[2]
+    model, table, logged = pure_noise(moments)
+    predicted = wisca.predict_shift(before, table, model, betas=(0.9, 0.999))
+    assert set(predicted["factor"]) > {1.0}
+    j = before["step"] - 200
+    for side in (predicted["factor"] > 1.2, predicted["factor"] < 0.8):
+        for window in ((j == 1) & (moments != "reset"), j.between(2, 6), j.between(16, 30)):
+            rows = side & window
+            for name in ("memory", "alignment"):
+                old, new, got = (each[name][rows].sum() for each in (before, predicted, logged))
+                assert abs(new - got) <= tolerance * max(abs(got), abs(old)), (name, window.sum())
+        late = side & j.between(16, 30)
+        f = predicted["factor"][late].mean()
+        naive = f * before["alignment"][late].sum()
+        got, new = (each["alignment"][late].sum() for each in (logged, predicted))
+        assert abs(naive - got) > 2 * abs(new - got)
+        if moments == "transport":
+            kappa = [
+                each["memory"][late].sum() / each["memory_null"][late].sum() for each in (before, logged)
+            ]
+            assert abs(kappa[1] - kappa[0]) < 0.15
+
+
+def test_without_drift_memory_is_taken_for_white_noise():
+    before = pure_noise(None)[2]
+    model, table, logged = pure_noise("transport")
+    blind = before.drop(columns=["drift", "memory", "memory_null", "signal"])
+    predicted = wisca.predict_shift(blind, table, model)
+    assert "memory" not in predicted
+    late = (predicted["factor"] != 1) & (before["step"] > 215)
+    got, new = (each["alignment"][late].sum() for each in (logged, predicted))
+    assert abs(new / got - 1) < 0.1
+    first = before["step"] == 201
+    np.testing.assert_allclose(
+        predicted["alignment"][first], (before["alignment"] * predicted["factor"])[first]
+    )
+
+
+def test_the_closed_form_of_the_memory_is_that_of_memory_null():
+    from weightdyn.wisca.predict import noise_memory
+
+    for beta1 in (0.0, 0.5, 0.9, 0.99):
+        steps = np.arange(1.0, 400)
+        np.testing.assert_allclose(
+            2 * noise_memory(steps, beta1), wd.memory_null(np.ones(399), beta1), atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset"])
+def test_drift_and_memory_of_the_next_update_are_near_the_prediction(moments):
+    before, predicted, logged = with_and_without("llama", moments, updates=30)
+    shifted = predicted["factor"] != 1
+    for name in ("drift", "memory", "alignment"):
+        error = (predicted[name] - logged[name])[shifted].abs().sum()
+        assert (
+            error
+            < (0.1 if moments == "keep" else 0.5) * before[["drift", "memory"]][shifted].abs().sum().sum()
+        )
+    pd.testing.assert_frame_equal(
+        predicted[~shifted][["alignment", "drift", "memory", "signal", "memory_null"]],
+        before[~shifted][["alignment", "drift", "memory", "signal", "memory_null"]],
+    )
+    if moments == "reset":
+        budget = logged[list(wd.FORCES)].abs().sum(axis=1)
+        assert (logged["memory"].abs() <= 1e-3 * budget)[shifted].all()
+        assert (predicted["memory"][shifted] == 0).all()
+        assert predicted["signal"][shifted].isna().all()
+
+
 def test_at_the_start_there_are_no_moments_and_the_prediction_is_exact_whatever_was_asked_for():
     _, predicted, logged = with_and_without("llama", "keep", updates=0)
     np.testing.assert_allclose(predicted["decay"], logged["decay"], rtol=1e-5)
     budget = predicted[list(wd.FORCES)].abs().sum(axis=1)
-    for force in wd.FORCES:
+    for force in (*wd.FORCES, "drift", "memory"):
         assert ((predicted[force] - logged[force]).abs() <= 1e-3 * budget).all()
 
 

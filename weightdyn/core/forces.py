@@ -170,8 +170,8 @@ def signal_energy(dot_ug: Any, g_sq: Any, fresh: Any) -> Any:
 
         u = f·g̃ + (1−f)·m̃,     ‖ḡ̃‖² = E⟨m̃,g̃⟩ = (⟨u,g̃⟩ − f‖g̃‖²)/(1−f)
 
-    m̃ is the mean of the gradients before this one, as momentum weighs them. Noisy in a single update, and then it
-    may be negative; NaN where there is no momentum (f = 1).
+    m̃ is the mean of the gradients before this one, as momentum weighs them. Noisy in a single update, and below 0
+    in the mean where curvature makes gradients answer to the noise of those before; NaN without momentum (f = 1).
 
     Args:
         dot_ug: ⟨u,g̃⟩.

@@ -63,7 +63,7 @@ FORCE_TABLE = {
     "drift": "−2η(1−ηλ)⟨w,g̃⟩, the part of alignment that the mean gradient pulls; NaN where not measured",
     "memory": "alignment − drift: the noise that u shares with the updates that made w",
     "memory_null": "memory that white gradient noise alone gives; κ is memory over it",
-    "signal": "η²‖ḡ̃‖², the part of injection that the mean gradient makes",
+    "signal": "η²⟨m̃,g̃⟩, the part of injection that the mean gradient makes; negative where gradients swing back",
 }
 """Columns of a force table and their meaning. Tables may carry more columns behind these, and lack the last four.
 """

@@ -92,6 +92,12 @@ def smooth(
         for name in ("lr", "weight_decay", *FORCES, *PARTS)
         if name in rows
     }
+    if "signal" in rows:  # which a first update never has
+        signal = rows["signal"].to_numpy(float)
+        known = ~np.isnan(signal)
+        counted = np.add.reduceat(weight * known, starts)
+        sums = np.add.reduceat(np.where(known, weight * signal, 0.0), starts)
+        means["signal"] = np.where(counted > 0, sums / np.where(counted > 0, counted, 1.0), np.nan)
     out = head.assign(
         step=tail["step"],
         span=tail["step"] - head["step"] + head["span"],

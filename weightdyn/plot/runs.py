@@ -10,11 +10,13 @@ import pandas as pd
 
 from weightdyn.core.checks import check_choice, check_text
 from weightdyn.core.tables import (
+    DRIFT_FORCES,
     FORCES,
     By,
     aggregate,
     budget,
     check_columns,
+    check_drift,
     check_force_table,
     check_weibull_table,
     table_of,
@@ -22,6 +24,7 @@ from weightdyn.core.tables import (
 from weightdyn.explain.trajectory import phases, pool_weibull
 from weightdyn.plot.style import (
     DARK,
+    DRIFT_SMOOTHING,
     FORCE_COLORS,
     GREY,
     LAYERS_IN_LEGEND,
@@ -33,6 +36,7 @@ from weightdyn.plot.style import (
     Group,
     check_number,
     draw_line,
+    draw_mean,
     label_axes,
     layer_bar,
     legend_above,
@@ -40,6 +44,7 @@ from weightdyn.plot.style import (
     make_axes,
     mark_phases,
     name_panel,
+    running_mean,
     split_groups,
     stack_names,
 )
@@ -50,7 +55,7 @@ if TYPE_CHECKING:
     from weightdyn.record.runlog import RunLog
 
 
-Kind = Literal["forces", "shares"]
+Kind = Literal["forces", "shares", "drift", "drift_shares"]
 
 _OVERVIEW = ("transmission", "selection", "value", "other")  # the first that a run has is looked at
 
@@ -78,42 +83,62 @@ def force_budget(
     by: By | Sequence[str] | None = "model",
     ax: Axes | Sequence[Axes] | None = None,
 ) -> Axes | np.ndarray:
-    """Draw what alignment, injection and decay do to ‖w‖² over a run.
+    """Draw what moves ‖w‖² over a run: alignment, injection and decay, or drift, diffusion and decay.
 
     Args:
         run_or_table: a `RunLog` or a force table; its tensors are summed.
-        kind: "forces" draws the signed contributions to ‖w‖² per update and their net; "shares" draws
-            |F| / (|alignment| + |injection| + |decay|) in percent.
+        kind: "forces" draws the signed contributions of alignment, injection and decay to ‖w‖² per update and
+            their net; "shares" draws |F| / (|alignment| + |injection| + |decay|) in percent. "drift" draws drift
+            (the pull of the mean gradient), diffusion = injection + memory (the random walk of its noise), decay
+            and their net; "drift_shares" F / (|drift| + |diffusion| + |decay|) in percent, with their signs, since
+            drift may have either. These two need a table that knows the drift.
         by: "layer", "component", "role" or a list of such columns draws one panel for each; "model" sums all in one
             panel; None draws one for each tensor.
         ax: Axes to draw on, as many as there are panels; None makes a figure.
 
-    Lines of more than 200 rows are the running mean over 2 % of the rows, with the rows themselves in a light
-    tint behind; shares are averaged as shares.
+    Lines of more than 200 rows are the running mean over 2 % of the rows, with the rows themselves in a light tint
+    behind; shares are averaged as shares. The drift of single updates is mostly noise, new in each of them: with
+    "drift" lines are the mean over 6 % of the rows alone, drift's with a band of ± one standard error, and
+    "drift_shares" are the shares of these means.
 
     Returns:
         The Axes; where there is a panel for each group an array of them, in the order of the panels.
 
     Raises:
-        TypeError, ValueError: an argument that is not one of the above; more panels than a figure holds.
+        TypeError, ValueError: an argument that is not one of the above; more panels than a figure holds; "drift" of
+            a table that knows no drift.
     """
-    check_choice("kind", kind, ("forces", "shares"))
+    check_choice("kind", kind, ("forces", "shares", "drift", "drift_shares"))
     table = check_force_table(run_or_table, argument="run_or_table", empty=False, unique=True)
-    table = budget(aggregate(table, by))
+    drift = kind in ("drift", "drift_shares")
+    if drift:
+        check_drift(table, run_or_table, argument="run_or_table")
+    table = budget(aggregate(table, by), kind="drift" if drift else "forces")
     panels = split_groups(table, by)
     check_number(panels, by, PANELS, "panels")
     axes = make_axes(ax, len(panels))
     several = len(panels) > 1 or bool(panels[0].place)
+    names = DRIFT_FORCES if drift else FORCES
+    shares = kind in ("shares", "drift_shares")
     for panel, (name, _, rows) in zip(axes, panels, strict=True):
         panel.axhline(0, color=GREY, linewidth=0.6, zorder=0)
-        for force in (*FORCES, "net") if kind == "forces" else FORCES:
-            values = rows[force] if kind == "forces" else 100 * rows[f"{force}_share"]
-            draw_line(panel, rows["step"], values, color=FORCE_COLORS[force], label=force)
-        if kind == "shares":
-            panel.set_ylim(0, 100)
+        means = rows[list(names)].apply(running_mean, width=DRIFT_SMOOTHING) if drift and shares else None
+        for force in names if shares else (*names, "net"):
+            color = FORCE_COLORS[force]
+            if means is not None:
+                share = 100 * means[force] / means.abs().sum(axis=1, skipna=False)
+                panel.plot(rows["step"], share, linewidth=1.2, color=color, label=force)
+            elif drift:
+                band = force == "drift"
+                draw_mean(panel, rows["step"], rows[force], color=color, label=force, band=band)
+            else:
+                values = 100 * rows[f"{force}_share"] if shares else rows[force]
+                draw_line(panel, rows["step"], values, color=color, label=force)
+        if shares:
+            panel.set_ylim(-100 if drift else 0, 100)
         if several:
             name_panel(panel, name)
-    label_axes(axes, ["Δ‖w‖² per update" if kind == "forces" else "budget share (%)"] * len(axes))
+    label_axes(axes, ["budget share (%)" if shares else "Δ‖w‖² per update"] * len(axes))
     legend_above(axes[0], raised=len(panels[0].name) > LONG_NAME)
     return np.array(axes) if several else axes[0]
 
@@ -244,11 +269,12 @@ def loss(run_or_table: RunLog | pd.DataFrame, *, unit: str | None = None, ax: Ax
 
 
 def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None = None) -> np.ndarray:
-    """Draw the Weibull scale of one role above the forces that move it: rise, overshoot and relaxation.
+    """Draw the Weibull scale of one role above what moves it: rise, overshoot and relaxation.
 
-    λ is pooled over the role's tensors inside the blocks; the forces are summed over all of its tensors. Where
-    λ overshoots, a line through both panels marks its peak: before it the net force is positive, behind it decay
-    outweighs alignment.
+    λ is pooled over the role's tensors inside the blocks; the forces are summed over all of its tensors: drift,
+    diffusion and decay where the run knows the drift, else alignment, injection and decay. Where λ overshoots, a
+    line through both panels marks its peak: before it drift and diffusion outweigh decay, behind it decay outweighs
+    them.
 
     Args:
         run: a `RunLog` with forces and Weibull fits (`weibull_every=…`).
@@ -272,7 +298,8 @@ def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None 
     inside = weibull["layer"].notna()
     axes = make_axes(ax, 2)
     weibull_trajectory(weibull[inside] if inside.any() else weibull, value="lam", by="role", ax=axes[0])
-    force_budget(forces, ax=axes[1])
+    known = "drift" in forces and aggregate(forces, "model")["drift"].notna().any()
+    force_budget(forces, kind="drift" if known else "forces", ax=axes[1])
     peak = phases(pool_weibull(weibull[inside] if inside.any() else weibull, "role")).iloc[0]
     if peak["overshoot"]:
         mark_phases(axes[1], peak["peak_step"], peak["peak_step"], named=False)

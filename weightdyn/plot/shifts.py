@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from weightdyn.core.tables import FORCES, IDENTITY, check_columns
+from weightdyn.core.checks import check_choice
+from weightdyn.core.tables import FORCES, IDENTITY, Kind, check_columns
 from weightdyn.plot.style import (
     DARK,
     FORCE_COLORS,
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | None = None) -> np.ndarray:
+def wisca_shift(
+    shift: pd.DataFrame, *, kind: Kind = "forces", group: Any = None, ax: Sequence[Axes] | None = None
+) -> np.ndarray:
     """Draw what a rescaling shifts, arm minus control over the updates: force shares, λ, k and loss.
 
     Bands are the confidence intervals over seeds that the table has; of one seed there are none.
 
     Args:
         shift: what `Comparison.shift` returned; `window=` there makes calmer lines.
+        kind: "forces" draws the shares of alignment, injection and decay; "drift" those of drift and diffusion
+            among drift, diffusion and decay, of runs that know the drift.
         group: which component, role or layer to draw, of a table that has several ("q" of by="component"); of
             several stacks ("encoder", 0), and of a list of columns their values in its order. The loss is the
             model's.
@@ -40,7 +45,8 @@ def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | 
         An array of four Axes: shares in percentage points, λ, k and losses.
 
     Raises:
-        TypeError, ValueError: not such a table; it has no such group, or several and none is named.
+        TypeError, ValueError: not such a table; it has no such group, or several and none is named; "drift" of
+            runs that do not know it.
 
     >>> row = {"step": [5, 10], "value": 1.0, "control": 1.0, "low": -0.1, "high": 0.1, "seeds": 3}
     >>> quantities = [*(f"{force}_share" for force in FORCES), "lam", "k", "loss"]
@@ -48,9 +54,12 @@ def wisca_shift(shift: pd.DataFrame, *, group: Any = None, ax: Sequence[Axes] | 
     >>> [panel.get_ylabel() for panel in wisca_shift(table)]
     ['Δ share (points)', 'Δλ', 'Δk', 'Δ loss']
     """
+    drawn = FORCES if check_choice("kind", kind, ("forces", "drift")) == "forces" else ("drift", "diffusion")
     table = _one_group(shift, group)
+    if kind == "drift" and not table["quantity"].isin(["drift_share"]).any():
+        raise ValueError("shift has no drift: the runs were logged without it; kind='forces' draws the rest")
     axes = make_axes(ax, 4)
-    shares = [(f"{force}_share", FORCE_COLORS[force], force) for force in FORCES]
+    shares = [(f"{force}_share", FORCE_COLORS[force], force) for force in drawn]
     names = sorted(
         {name for name in table["quantity"] if "loss" in str(name)}, key=lambda name: (len(name), name)
     )

@@ -9,7 +9,9 @@ sizes and fonts are yours. Colours stay apart in every kind of colour blindness 
 each force keeps its own, roles have others, layers run along a sequential map.
 
 Forces of single updates are noisy. A line of more than 200 rows is drawn twice, as it is in a light tint and as a
-running mean, centred, over 2 % of its rows (`SMOOTHING`).
+running mean, centred, over 2 % of its rows (`SMOOTHING`). Drift of single updates is mostly noise, new in every
+update: beside it lines are the running mean over 6 % (`DRIFT_SMOOTHING`) alone, and drift's has a band of ± one
+standard error.
 """
 
 from __future__ import annotations
@@ -29,7 +31,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-FORCE_COLORS = {"alignment": "#0072B2", "injection": "#E69F00", "decay": "#A50F15", "net": "#000000"}
+FORCE_COLORS = {
+    "alignment": "#0072B2",
+    "injection": "#E69F00",
+    "drift": "#6600CC",
+    "diffusion": "#9CC078",
+    "decay": "#A50F15",
+    "net": "#000000",
+}
 """Colour of each force, and of their sum, in every figure."""
 
 ROLE_COLORS = {"selection": "#AA4499", "transmission": "#56B4E9", "value": "#117733", "other": "#999999"}
@@ -37,6 +46,9 @@ ROLE_COLORS = {"selection": "#AA4499", "transmission": "#56B4E9", "value": "#117
 
 SMOOTHING = 0.02
 """Width of the running mean, as a fraction of a line's rows."""
+
+DRIFT_SMOOTHING = 0.06
+"""The same in figures of drift and diffusion."""
 
 PANELS = 64
 """The most panels that a figure has."""
@@ -185,9 +197,25 @@ def draw_line(
         ax.plot(step, values, color=color, linewidth=1.1, label=label, marker="o" if dots else None, ms=2.5)
         return
     ax.plot(step, values, color=color, linewidth=0.4, alpha=0.25, zorder=1, rasterized=True)
-    window = 2 * round(SMOOTHING * len(values) / 2) + 1
-    smooth = values.rolling(window, center=True, min_periods=1).mean()
-    ax.plot(step, smooth, color=color, linewidth=1.2, label=label)
+    ax.plot(step, running_mean(values, SMOOTHING), color=color, linewidth=1.2, label=label)
+
+
+def draw_mean(ax: Axes, step: pd.Series, values: pd.Series, *, color: str, label: str, band: bool) -> None:
+    """Draw the running mean alone, with a band of ± one standard error if asked for."""
+    mean = running_mean(values, DRIFT_SMOOTHING)
+    ax.plot(step, mean, color=color, linewidth=1.2, label=label)
+    if band and len(values) > MANY:
+        squares = running_mean((values - mean) ** 2, DRIFT_SMOOTHING)
+        error = np.sqrt(squares / running_mean(values, DRIFT_SMOOTHING, "count"))
+        ax.fill_between(step, mean - error, mean + error, color=color, alpha=0.25, linewidth=0, zorder=1)
+
+
+def running_mean(values: pd.Series, width: float, of: str = "mean") -> pd.Series:
+    """Centred running mean (or count) over a fraction of a line's rows; of up to `MANY` the line as it is."""
+    if len(values) <= MANY:
+        return values
+    window = 2 * round(width * len(values) / 2) + 1
+    return values.rolling(window, center=True, min_periods=1).agg(of)
 
 
 def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from weightdyn.core.checks import (
     shown,
 )
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.core.tables import FORCES, By, aggregate, budget, group_columns
+from weightdyn.core.tables import FORCES, PARTS, By, aggregate, budget, group_columns
 from weightdyn.explain.trajectory import pool_weibull
 from weightdyn.files.durable import write_file
 from weightdyn.record.runlog import RunLog, RunLogError
@@ -56,8 +56,11 @@ from weightdyn.wisca.runs import (
 INDEX = "comparison.json"
 """Name of the file that says what a folder of runs compares."""
 
-SHIFTED = (*(f"{force}_share" for force in FORCES), *FORCES, "norm_sq", "lam", "k")
-"""Quantities of `Comparison.shift`, besides the losses."""
+SHIFTED = (*(f"{force}_share" for force in FORCES), *FORCES, "norm_sq")
+"""Quantities of `Comparison.shift` of every force table, besides λ, k and the losses."""
+
+DRIFT_SHIFTED = ("drift_share", "diffusion_share", "drift", "memory", "diffusion", "kappa")
+"""Those of a force table that knows the drift."""
 
 
 def compare(
@@ -289,7 +292,9 @@ class Comparison:
         Returns:
             A row for each step, group and `quantity`, with the columns of `core.tables.SHIFT_TABLE`: the shares
             |F|/Σ|F| of the forces (fractions), the forces per update, norm_sq (‖w‖² before the update), `lam` and
-            `k`, and every loss, whose group is missing.
+            `k`, and every loss, whose group is missing. Where the drift is known, also `drift`, `memory` and
+            `diffusion` per update, κ = memory/memory_null, and the shares of drift and diffusion among drift,
+            diffusion and decay, whose own is what is left. Of single updates drift is mostly noise: take a window.
 
         Raises:
             TypeError, ValueError: no such arm; the two share no seed; an unknown `by`.
@@ -339,14 +344,21 @@ class Comparison:
 def _values(log: RunLog, by: By | Sequence[str] | None, keys: list[str], window: int) -> pd.DataFrame:
     """What is compared of one run, in long form: step, groups, quantity, value."""
     forces = aggregate(log.forces(), by)
+    parts = [name for name in PARTS if name in forces]
     forces["updates"] = forces["span"]
-    for name in FORCES:
+    for name in (*FORCES, *parts):
         forces[name] = forces[name] * forces["span"]
-    forces = _windows(forces, keys, window, dict.fromkeys([*FORCES, "updates"], "sum") | {"norm_sq": "mean"})
-    shares = budget(forces.assign(span=forces["updates"]))
-    for name in FORCES:
-        shares[name] = shares[name] / shares["updates"]
-    tables = [_long(shares, keys, [name for name in SHIFTED if name in shares])]
+    sums = dict.fromkeys([*FORCES, *parts, "updates", "rows"], "sum") | {"norm_sq": "mean"}
+    counts = _windows(forces, keys, window, dict.fromkeys(parts, "count")) if parts else None
+    forces = _windows(forces.assign(rows=1), keys, window, sums)
+    if counts is not None:  # a sum over a missing value is missing
+        forces[parts] = forces[parts].where(counts[parts].eq(forces["rows"], axis=0))
+    forces = forces.assign(span=forces["updates"])
+    tables = [_long(_per_update(budget(forces)), keys, SHIFTED)]
+    if "drift" in forces and "memory" in forces and forces["drift"].notna().any():
+        null = forces["memory_null"].where(forces["memory_null"] != 0)
+        shares = budget(forces, kind="drift").assign(kappa=forces["memory"] / null)
+        tables.append(_long(_per_update(shares), keys, DRIFT_SHIFTED).dropna(subset="value"))
     fits = log.weibull()
     if len(fits):
         pooled = pool_weibull(fits, by)
@@ -364,8 +376,14 @@ def _windows(table: pd.DataFrame, keys: list[str], window: int, how: dict[str, A
     return groups.agg(how).reset_index()
 
 
+def _per_update(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its forces, sums over the updates of a window, as means."""
+    names = [name for name in (*FORCES, "drift", "memory", "diffusion") if name in table]
+    return table.assign(**{name: table[name] / table["updates"] for name in names})
+
+
 def _long(table: pd.DataFrame, keys: list[str], names: Sequence[str]) -> pd.DataFrame:
-    return table.melt(["step", *keys], list(names), "quantity", "value")
+    return table.melt(["step", *keys], [name for name in names if name in table], "quantity", "value")
 
 
 def _several(argument: str, values: Any, what: str) -> list[Any]:
