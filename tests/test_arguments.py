@@ -299,7 +299,7 @@ def calls(g):
         ),
         "read_published_forces": (
             wd.read_published_forces,
-            {"path": _published(g), "weight_decay": 0.01, "at": "before"},
+            {"path": _published(g), "weight_decay": 0.01, "beta1": 0.9, "at": "before"},
         ),
         "read_published_trajectory": (wd.read_published_trajectory, {"path": _trajectory(g)}),
         "force_budget": (plot.force_budget, {"run_or_table": F, "kind": "forces", "by": "role", "ax": None}),
@@ -318,7 +318,10 @@ def calls(g):
         ),
         "plot.recovery": (plot.recovery, {"truth": _logged(M), "recovered": recovered, "ax": None}),
         "read_published_recovery": (wd.read_published_recovery, {"path": _published_recovery(g)}),
-        "interval_means": (wd.interval_means, {"truth": _logged(M), "table": recovered}),
+        "interval_means": (
+            wd.interval_means,
+            {"truth": _logged(M), "table": recovered, "name": "alignment"},
+        ),
         "summarize": (wd.summarize, {"run": _logged_run(), "by": "role"}),
         "overview": (plot.overview, {"run": _logged_run(), "role": "selection", "ax": None}),
         "wisca_shift": (plot.wisca_shift, {"shift": _shift(), "kind": "forces", "group": None, "ax": None}),

@@ -452,7 +452,7 @@ def recover(
     from weightdyn.checkpoints.recipe import Recipe
     from weightdyn.checkpoints.recovery import METHODS, recover_forces
     from weightdyn.checkpoints.series import Checkpoints
-    from weightdyn.core.tables import budget
+    from weightdyn.core.tables import budget, diffusion
 
     with _told():
         if method not in METHODS:
@@ -484,13 +484,14 @@ def recover(
             from weightdyn import plot
 
             cast(Any, plot.force_budget(table)).get_figure().savefig(figure)
-        shares = budget(aggregate(table, "model"))
+        shares = budget(table, "model").assign(diffusion=diffusion)
         picked = np.unique(np.linspace(0, len(shares) - 1, 10).round().astype(int))
-        columns = ["step", "norm_sq", *FORCES, *(f"{force}_share" for force in FORCES)]
+        columns = ["step", "norm_sq", *FORCES, *(f"{force}_share" for force in FORCES), "drift", "diffusion"]
         typer.echo(shares.loc[picked, columns].to_string(index=False, float_format="{:.4g}".format))
         typer.echo(
             f"\n{method}: {len(table):,} rows of {table['tensor'].nunique()} tensors, τ = 1/(ηλ) = "
-            f"{hyperparameters.tau:,.0f} updates at the peak of the learning rate"
+            f"{hyperparameters.tau:,.0f} updates at the peak of the learning rate; drift and diffusion are "
+            "inferred, as if gradient noise were white"
         )
         for flag, count in table["flag"].value_counts().items():
             if flag:

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import os
@@ -9,11 +10,13 @@ import pytest
 
 from weightdyn.checkpoints.published import (
     NUMEL,
+    NUMEL_LLAMA,
+    NUMEL_SELECTION,
     read_published_forces,
     read_published_recovery,
     read_published_trajectory,
 )
-from weightdyn.core.tables import FORCE_TABLE, FORCES, budget
+from weightdyn.core.tables import FORCE_TABLE, FORCES, PARTS, budget
 from weightdyn.explain.trajectory import closure, integrate, phases
 
 REFERENCE = os.environ.get("WEIGHTDYN_REFERENCE")
@@ -64,7 +67,7 @@ def logged(tmp_path):
 def test_a_log_of_after_step_products_yields_the_forces_before_the_step(logged):
     path, truth = logged
     table = read_published_forces(path, weight_decay=0.1)
-    assert list(table) == list(FORCE_TABLE)
+    assert list(table) == [*FORCE_TABLE, "split"]
     assert np.allclose(table[list(truth)], truth, rtol=1e-9)
     assert table["role"].unique().tolist() == ["transmission"]
     assert (table["numel"] == NUMEL).all()
@@ -79,6 +82,85 @@ def test_the_uncorrected_alignment_is_too_large_by_twice_the_injection(logged):
     left = excess - 2 * truth["injection"]
     assert (left.abs() <= 2 * rate * (truth["alignment"].abs() + truth["injection"])).all()
     assert np.allclose(after["norm_sq"], truth["norm_sq"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.5, 0.0])
+def test_memory_is_that_of_white_noise_and_drift_the_rest(logged, beta1):
+    table = read_published_forces(logged[0], weight_decay=0.1, beta1=beta1)
+    lr = table["lr"].to_numpy()
+    for t in range(1, 31):  # every update is in the log: the sum itself
+        s = np.arange(1, t)
+        rho = beta1**s * (1 + beta1 ** (t - s)) / (1 + beta1**t)
+        kept = np.array([np.prod(1 - lr[t - k : t - 1] * 0.1) for k in s])
+        null = 2 * (1 - lr[t - 1] * 0.1) * (rho * kept * lr[t - 1 - s]).sum() / lr[t - 1]
+        row = table.iloc[t - 1]
+        assert row["memory"] == pytest.approx(null * row["injection"], rel=1e-9, abs=1e-15)
+    assert np.allclose(table["drift"] + table["memory"], table["alignment"], rtol=1e-12)
+    assert (table["memory_null"] == table["memory"]).all()
+    assert table["signal"].isna().all()
+    assert (table["split"] == "white noise").all()
+    assert np.allclose(budget(table, kind="drift").filter(like="_share").sum(axis=1), 1)
+
+
+def test_a_log_with_gaps_takes_its_learning_rates_between_as_on_a_line_and_warms_up_from_zero(tmp_path):
+    def log(steps, rate):
+        norm = NUMEL * 0.02**2
+        lines = [
+            {
+                "step": t,
+                "eta": rate(t),
+                "true_align_full": -1.0,
+                "inj_full": 0.1,
+                "dec_full": 0.02 * rate(t) * norm,
+            }
+            | {"rms": 0.02}
+            for t in steps
+        ]
+        (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return read_published_forces(tmp_path / "log.jsonl").set_index("step")["memory"]
+
+    def rate(t):
+        return 1e-3 * min(t / 200, 1.0, (1200 - t) / 600)
+
+    whole = log(range(1, 1001), rate)
+    for steps in (range(50, 1001, 50), [300, 600, 1000]):
+        some = log(steps, rate)
+        assert np.allclose(some, whole[some.index], rtol=1e-9)
+
+
+def test_the_parts_are_those_before_the_step_alone(logged):
+    after = read_published_forces(logged[0], weight_decay=0.1, at="after")
+    assert after[list(PARTS)].isna().all(axis=None)
+    assert after["split"].isna().all()
+    with pytest.raises(ValueError, match="has no drift"):
+        budget(after, kind="drift")
+    for beta1 in (1.0, -0.1, math.nan):
+        with pytest.raises((TypeError, ValueError), match="beta1 must be a number"):
+            read_published_forces(logged[0], weight_decay=0.1, beta1=beta1)
+
+
+def test_queries_and_keys_are_rows_of_their_own_where_they_were_logged(tmp_path, logged):
+    lines = [json.loads(line) for line in logged[0].read_text().splitlines() if line]
+    scale = NUMEL / NUMEL_LLAMA  # the same norms in a LLaMA shape
+    lines = [line | {"rms": line["rms"] * np.sqrt(scale)} for line in lines]
+    names = {"true_align_full": "sel_align", "inj_full": "sel_inj", "dec_full": "sel_dec"}
+    both = [
+        line
+        | {theirs: line[name] for name, theirs in names.items()}
+        | {"sel_rms": line["rms"] * np.sqrt(NUMEL_LLAMA / NUMEL_SELECTION)}
+        for line in lines
+    ]
+    (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, both)))
+    table = read_published_forces(tmp_path / "both.jsonl", weight_decay=0.1)
+    assert table["role"].tolist() == ["transmission", "selection"] * 30
+    assert table["numel"].tolist() == [NUMEL_LLAMA, NUMEL_SELECTION] * 30
+    sides = [table[table["role"] == role].reset_index(drop=True) for role in ("transmission", "selection")]
+    for name in ("norm_sq", *FORCES, "drift", "memory"):
+        assert np.allclose(sides[0][name], sides[1][name], rtol=1e-9)
+    del both[7]["sel_inj"]
+    (tmp_path / "both.jsonl").write_text("\n".join(map(json.dumps, both)))
+    with pytest.raises(ValueError, match=r"both\.jsonl, line 8, is not a record .*'sel_inj'"):
+        read_published_forces(tmp_path / "both.jsonl", weight_decay=0.1)
 
 
 def test_a_weight_decay_that_the_log_contradicts_is_refused(logged):
@@ -103,8 +185,8 @@ RECORD = {"step": 5, "eta": 1e-3, "true_align_full": 0.1, "inj_full": 0.1, "dec_
 @pytest.mark.parametrize(
     "change",
     [
-        {"step": 1.5}, {"step": -1}, {"step": "5"}, {"eta": 0}, {"eta": math.nan}, {"rms": 0}, {"rms": -1},
-        {"inj_full": -1}, {"true_align_full": math.inf}, {"dec_full": None},
+        {"step": 1.5}, {"step": -1}, {"step": "5"}, {"step": 10**12}, {"eta": 0}, {"eta": math.nan}, {"rms": 0},
+        {"rms": -1}, {"inj_full": -1}, {"true_align_full": math.inf}, {"dec_full": None},
     ],
 )  # fmt: skip
 def test_a_record_with_a_number_that_cannot_be_is_named(tmp_path, change):
@@ -233,3 +315,31 @@ def test_force_log_and_weibull_trajectory_of_the_baseline_tell_of_one_run():
     assert layers["layer"].unique().tolist() == list(range(6))
     mean_square = (layers["sigma"] ** 2).groupby(layers["step"]).mean()
     assert np.allclose(np.sqrt(mean_square), weibull.set_index("step")["sigma"], rtol=1e-3)
+
+
+@needs_reference
+def test_alignment_in_the_public_logs_is_near_the_memory_of_white_noise_and_queries_and_keys_are_below():
+    benchmarks = Path(__file__).resolve().parents[2] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("published_shares", benchmarks / "published_shares.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table = module.published_shares(REFERENCE)
+    assert table.groupby(["run", "role"], observed=True)["tenth"].apply(list).map(len).tolist() == [10] * 5
+    early = table[table["tenth"] <= 6]
+    matrices = early[early["role"] == "transmission"]
+    assert matrices["share"].between(0.942, 0.959).all()
+    assert np.allclose(matrices["white_noise"], 18 / 19, atol=2e-4)
+    usual = matrices[~matrices["run"].str.contains("3e-4")]
+    assert usual["of_2b"].between(0.91, 1.14).all()
+    assert matrices[matrices["run"].str.contains("3e-4")]["of_2b"].between(1.15, 1.29).all()
+    selection = early[early["role"] == "selection"].set_index("tenth")["kappa"]
+    assert selection[1] < 0.6
+    assert selection.is_monotonic_increasing
+    # By hand, of the baseline's first tenth.
+    log = pd.read_json(BASELINE, lines=True).query("step <= 2000")
+    alignment = (-log["true_align_full"] - 2 * log["inj_full"]).sum()
+    first = table.iloc[0]
+    assert first["share"] == pytest.approx(alignment / (alignment + log["inj_full"].sum()), rel=1e-4)
+    assert first["of_2b"] == pytest.approx(alignment / (18 * log["inj_full"].sum()), rel=1e-4)

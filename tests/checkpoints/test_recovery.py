@@ -535,12 +535,17 @@ def test_a_runs_forces_are_recovered_from_its_checkpoints_alone(run):
     assert error["balance", "tensor"] < 0.03
     assert error["balance", "tensor"] < error["spline", "tensor"] < error["two_point", "tensor"]
     assert found["inside"].iloc[0] > 0.8
+    drift = found.set_index(["method", "pooling"])
+    assert drift.loc[("balance", "model"), "drift_median"] < 0.15
+    assert drift.loc[("balance", "tensor"), "drift_median"] < 0.25
+    assert drift.loc[("balance", "tensor"), "drift_inside"] > 0.8
 
 
 def test_fused_tensors_have_forces_of_their_parts_and_heads(run):
     recipe = Recipe.from_run(run)
     table = recover_forces(run, recipe, "two_point")
     heads = recover_forces(run, recipe, "two_point", views="head")
+    assert np.isfinite(heads[["drift", "memory", "drift_low", "drift_high"]].to_numpy()).all()
     name = "gpt_neox.layers.1.attention.query_key_value.weight"
     last = table["step"].max()
     parts = table[(table["step"] == last) & table["component"].isin(["q", "k", "v"]) & (table["layer"] == 1)]
@@ -615,6 +620,7 @@ def test_the_command_recovers_prints_draws_and_stores(run, tmp_path):
     done = call(run.path, "--steps", "0,40,80,120", "--out", out, "--figure", figure)
     assert done.exit_code == 0, done.output
     assert "alignment_share" in done.output
+    assert "diffusion" in done.output
     stored = pd.read_parquet(out)
     assert sorted(stored["step"].unique()) == [40, 80, 120]
     assert figure.stat().st_size > 1000

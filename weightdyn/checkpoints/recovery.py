@@ -8,6 +8,11 @@ A checkpoint holds w and neither m nor v, so ⟨w,u⟩ is out of reach; but the 
 the gradient's own size, so ρ = ‖u‖²/n is near (1−β₁)/(1+β₁) whatever the model and the data. How far the weights
 moved from one checkpoint to the next says more of it (`injection_scale`).
 
+What momentum remembers of noise follows from injection, β₁ and the schedule as for white noise, so that alignment
+splits further, by inference and not by measurement:
+
+    diffusion = injection·(1 + `memory_null`)        drift = change of ‖w‖² − decay − diffusion
+
 The other two methods are the published ones, which take a path through the checkpoints for the path of the
 weights: straight ("two_point") or a cubic spline ("spline"). Both are linear in the checkpoints, so each inner
 product is a quadratic form in their Gram matrix ⟨W_i,W_j⟩: exact over all weights, and no path is ever built.
@@ -17,7 +22,9 @@ Here are functions of numbers for one tensor, and `recover_forces`, which applie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,10 +33,19 @@ import pandas as pd
 
 from weightdyn.checkpoints.recipe import MAX_UPDATES, Recipe
 from weightdyn.core.checks import check_choice, check_whole, shown
-from weightdyn.core.forces import forces_from_products, noise_rho
+from weightdyn.core.forces import forces_from_products, memory_null, noise_rho
 from weightdyn.core.naming import Views, split_label
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.core.tables import FORCE_TABLE, IDENTITY, RECOVERY_TABLE, check_columns, check_force_table
+from weightdyn.core.tables import (
+    ACCURACY_TABLE,
+    FORCE_TABLE,
+    FORCES,
+    IDENTITY,
+    RECOVERY_TABLE,
+    WHITE_NOISE,
+    check_columns,
+    check_force_table,
+)
 
 if TYPE_CHECKING:
     from weightdyn.checkpoints.series import Checkpoints
@@ -39,6 +55,11 @@ if TYPE_CHECKING:
 RHO_RANGE = {"displacement": (0.55, 1.65), "noise": (0.45, 3.35)}
 """Where ρ lies in logged runs, as multiples of the estimate that knows the displacements and of the one that does
 not: the 5th and 95th percentile over the weight matrices of four runs, at the gaps where they are widest."""
+
+DIFFUSION_RANGE = {"displacement": (0.58, 1.37), "noise": (0.64, 2.38)}
+"""Where diffusion lies in logged runs, as multiples of both estimates: the 5th and 95th percentile over the same
+matrices at gaps of 400 updates, where what a log holds by chance (`drift_noise`) is least. It is no wider than that
+of ρ, for where updates are larger than noise makes them they share less of it: κ is below 1."""
 
 _CANCEL, _CANCEL_AT, _FADE = 0.75, 32.0, 32.0  # of `injection_scale`
 
@@ -88,6 +109,36 @@ def injection_scale(
         cancelled = np.exp(-_CANCEL * (count - 1) / (count - 1 + _CANCEL_AT))
         factor = (q / (rho * kept * cancelled)) ** (1 / np.sqrt(1 + (count - 1) / _FADE))
     return np.where(np.isfinite(factor) & (q > 0), factor, 1.0)
+
+
+NOISE_ALONG = 5.5
+"""Gradient noise along w, in units of what noise alike in all directions has there: the median over the weight
+matrices of four runs, from 0.2 (an embedding) to 18 (an unembedding)."""
+
+
+def drift_noise(norm_sq: Any, lr: Any, span: Any, beta1: float) -> Any:
+    """Standard deviation of a logged mean drift about the recovered one that no knowledge of diffusion removes.
+
+        c·2η‖w‖·√(2β₁²(1−β₁ᴺ)/(1−β₁²))/N,      c = `NOISE_ALONG`
+
+    A log takes the gradients of its updates; the weights move by them later, as momentum lets them. So the noise of
+    the last 1/(1−β₁) gradients of a gap is in its log and not yet in ‖w‖², and that of those before it the other
+    way round.
+
+    Args:
+        norm_sq: ‖w‖².
+        lr: mean η over the updates.
+        span: number N of updates.
+        beta1: β₁ of the first moment.
+
+    Source: variance of ⟨w, Σ(u_t − g̃_t)⟩ over N updates, u the exponential mean of white noise g̃ that has the
+    variance c² along w.
+
+    >>> float(drift_noise(norm_sq=4.0, lr=0.5, span=1, beta1=0.0))
+    0.0
+    """
+    kept = 2 * beta1**2 * (1 - beta1 ** np.asarray(span, float)) / (1 - beta1**2)
+    return NOISE_ALONG * 2 * lr * np.sqrt(norm_sq * kept) / span
 
 
 # --- one tensor --------------------------------------------------------------------------------------------
@@ -290,13 +341,23 @@ def recover_forces(
         progress: show bars while checkpoints are measured, and for what takes longer than two seconds; None:
             where someone watches.
 
+    The inferred drift is far less certain than alignment: a wrong ρ goes into it 1 + 2b times. On logged runs that
+    of a matrix was off by a tenth of the budget (median), and that of embeddings, many of whose rows get no
+    gradient, had the wrong sign more often than not (data/recovery.md).
+
     Returns:
         A force table, sorted by step, then in the order of the tensors. `lr` is the mean over the span,
         `norm_sq` and `norm_sq_after` are measured (with `every`: interpolated, and only known at a checkpoint).
-        Behind its columns stand
+        `drift` and `memory` are inferred: `memory_null` is the budget's injection times `forces.memory_null`,
+        the two are the diffusion, and `memory` is the diffusion less the method's own injection (for "balance"
+        that is `memory_null`). `signal` is NaN. Behind its columns stand
 
         alignment_low, alignment_high   where the budget puts the true alignment, whatever the method: with ρ
                       at both ends of `RHO_RANGE`, and ‖W‖² off by two standard deviations of its rounding
+        drift_low, drift_high   where it puts the drift that a log would show, whatever the method: the root of
+                      the sum of the squares of how far diffusion is from both ends of `DIFFUSION_RANGE`, and of
+                      two standard deviations of ‖W‖²'s rounding and of `drift_noise` (of the mean over the gap)
+        split         "white noise", for that is what memory is assumed to be of
         flag          "rounding": this alignment is smaller than what rounding of the stored weights leaves
                       open; "identical": both checkpoints hold the same weights though η was not 0; else ""
 
@@ -310,26 +371,30 @@ def recover_forces(
     >>> from weightdyn.checkpoints.recipe import Recipe
     >>> measured = pd.DataFrame({"step": [0, 10], "tensor": "w", "component": "up", "role": "transmission",
     ...                          "numel": 100, "norm_sq": [4.0, 4.1]})
-    >>> recover_forces(measured, Recipe(lr=1e-2, weight_decay=0.1))[["step", "span", "alignment"]].round(4)
-       step  span  alignment
-    0    10    10     0.0151
+    >>> table = recover_forces(measured, Recipe(lr=1e-2, weight_decay=0.1))
+    >>> table[["step", "span", "alignment", "drift"]].round(4)
+       step  span  alignment   drift
+    0    10    10     0.0151  0.0031
     """
     check_choice("method", method, METHODS)
     check_whole("every", every, 1, MAX_UPDATES, none="one row for each gap")
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {shown(recipe)}")
     measured = _measured(source, method, views, progress)
+    null = _nulls(recipe, measured["step"])
     parts = list(measured.groupby("tensor", sort=False, observed=True))
     bar = progress_bar(parts, progress=progress, unit="tensor", desc="recover", delay=2)
     tables = [
-        _recover(rows, place, recipe, method, every) for place, (_, rows) in enumerate(bar) if len(rows) > 1
+        _recover(rows, place, recipe, method, every, null)
+        for place, (_, rows) in enumerate(bar)
+        if len(rows) > 1
     ]
     if not tables:
         steps = sorted(measured["step"].unique().tolist())
         raise ValueError(f"source must have at least two checkpoints, got the steps {steps}")
     table = pd.concat(tables, ignore_index=True).sort_values(["step", "place"], ignore_index=True)
     table["layer"] = table["layer"].astype("Int64")
-    kinds = dict.fromkeys(("tensor", "stack", "component", "role", "flag"), "category")
+    kinds = dict.fromkeys(("tensor", "stack", "component", "role", "split", "flag"), "category")
     return table.reindex(columns=[*FORCE_TABLE, *RECOVERY_TABLE]).astype(kinds)
 
 
@@ -389,7 +454,36 @@ _ACCEPTED: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray], str], ...] 
 """Columns of a measured table, what they must hold, a check of that, and what to do otherwise."""
 
 
-def _recover(rows: pd.DataFrame, place: int, recipe: Recipe, method: str, every: int | None) -> pd.DataFrame:
+def _nulls(recipe: Recipe, steps: pd.Series) -> Callable[[float, np.ndarray], np.ndarray]:
+    """(λ, updates) -> memory over injection under white noise, of updates between the steps; 0 where η is 0."""
+    beta1 = recipe.betas[0]
+
+    @cache
+    def all_of(weight_decay: float) -> tuple[np.ndarray, int]:
+        # What lies further back is forgotten; and where nothing does, the schedule starts with its first update.
+        lead = math.ceil(math.log(_FORGOTTEN) / math.log(beta1)) if beta1 > 0 else 0
+        start = max(0, int(steps.min()) - lead)
+        lr = recipe.lr_at(np.arange(start + 1, int(steps.max()) + 1))
+        return np.where(lr > 0, memory_null(lr, beta1, weight_decay), 0.0), start
+
+    def null(weight_decay: float, updates: np.ndarray) -> np.ndarray:
+        values, start = all_of(weight_decay)
+        return values[updates - start - 1]
+
+    return null
+
+
+_FORGOTTEN = 1e-12
+
+
+def _recover(
+    rows: pd.DataFrame,
+    place: int,
+    recipe: Recipe,
+    method: str,
+    every: int | None,
+    null: Callable[[float, np.ndarray], np.ndarray],
+) -> pd.DataFrame:
     """Rows of one tensor."""
     rows = rows.sort_values("step")
     first = rows.iloc[0]
@@ -410,54 +504,75 @@ def _recover(rows: pd.DataFrame, place: int, recipe: Recipe, method: str, every:
         )
     rho = noise_rho(updates, recipe.betas[0])
     lr_sum, lr_sq_sum = np.add.reduceat(lr, starts), np.add.reduceat(lr**2, starts)
+    told = np.zeros(len(span), bool)
     if gram is not None:
         shrink = np.exp(np.add.reduceat(np.log1p(-lr * weight_decay), starts))
         moved_sq = norm_sq[1:] - 2 * shrink * gram.diagonal(1) + shrink**2 * norm_sq[:-1]
         noise = rounding[1:] + rounding[:-1]
         # Below twice its rounding a displacement tells nothing of the updates.
-        moved_sq = np.where(moved_sq > 2 * noise, moved_sq - noise, 0.0)
+        told = moved_sq > 2 * noise
+        moved_sq = np.where(told, moved_sq - noise, 0.0)
         mean = np.add.reduceat(lr**2 * rho, starts) / np.where(lr_sq_sum > 0, lr_sq_sum, np.inf)
         rho = rho * injection_scale(moved_sq, numel, lr_sum, lr_sq_sum, mean, recipe.betas[0])[gap]
-    low, high = RHO_RANGE["noise" if gram is None else "displacement"]
-
     known = Known(norm_sq, gram, steps, lr, weight_decay, numel, rho)
     balance = METHODS["balance"].forces(known)
     course = balance if method == "balance" else wanted.forces(known)
+    budget = {name: getattr(balance, name) for name in FORCES}
+    budget["memory"] = balance.injection * null(weight_decay, updates)
 
     # Stored weights are w + e: ‖W‖² is off by 2⟨w,e⟩, of variance 4·Σw²e² = 4·kurtosis·‖w‖²·‖e‖²/n.
     variance = 4 * _KURTOSIS * norm_sq * rounding / numel
     blur = 2 * np.sqrt(variance[1:] + variance[:-1]) / span
+    late = 2 * drift_noise(norm_sq[:-1], lr_sum / span, span, recipe.betas[0])
     if every is None:
-        pick, of = slice(None), np.arange(len(span))
-        columns = {name: np.add.reduceat(values, starts) / span for name, values in course._asdict().items()}
-        budget = {name: np.add.reduceat(values, starts) / span for name, values in balance._asdict().items()}
+        of = np.arange(len(span))
+        columns, budget = (
+            {name: np.add.reduceat(values, starts) / span for name, values in each.items()}
+            for each in (course._asdict(), budget)
+        )
         columns |= {"norm_sq": norm_sq[:-1], "norm_sq_after": norm_sq[1:], "step": steps[1:], "span": span}
         columns["lr"] = lr_sum / span
     else:
         pick = np.flatnonzero(updates % every == 0)
         of = gap[pick]
-        columns = {name: values[pick] for name, values in course._asdict().items()}
-        budget = {name: values[pick] for name, values in balance._asdict().items()}
+        columns, budget = (
+            {name: values[pick] for name, values in each.items()} for each in (course._asdict(), budget)
+        )
         after = pd.Series(norm_sq, index=steps).reindex(updates[pick]).to_numpy()
         columns |= {"norm_sq_after": after, "step": updates[pick], "span": 1, "lr": lr[pick]}
-    blur = blur[of]
+    blur, chance = blur[of], np.hypot(blur, late)[of]
     flag = np.where(np.abs(columns["alignment"]) < blur, "rounding", "")
     if "hash" in rows:
         hashes = rows["hash"].to_numpy()
         same = (hashes[1:] == hashes[:-1]) & pd.notna(hashes[1:]) & (lr_sum > 0)
         flag = np.where(same[of], "identical", flag)
+    diffusion = budget["injection"] + budget["memory"]
+    gained = budget["alignment"] + budget["injection"]  # what decay leaves of the change
+    memory = diffusion - columns["injection"]
+    (rho_low, rho_high), (low, high) = (_range(each, told)[:, of] for each in (RHO_RANGE, DIFFUSION_RANGE))
     return pd.DataFrame(
         {
             **columns,
+            "drift": columns["alignment"] - memory,
+            "memory": memory,
+            "memory_null": budget["memory"],
             **{name: first[name] for name in IDENTITY},
             "numel": numel,
             "weight_decay": weight_decay,
-            "alignment_low": budget["alignment"] - (high - 1) * budget["injection"] - blur,
-            "alignment_high": budget["alignment"] + (1 - low) * budget["injection"] + blur,
+            "alignment_low": gained - rho_high * budget["injection"] - blur,
+            "alignment_high": gained - rho_low * budget["injection"] + blur,
+            "drift_low": gained - diffusion - np.hypot((high - 1) * diffusion, chance),
+            "drift_high": gained - diffusion + np.hypot((1 - low) * diffusion, chance),
+            "split": WHITE_NOISE,
             "flag": flag,
             "place": place,
         }
     )
+
+
+def _range(ranges: Mapping[str, tuple[float, float]], told: np.ndarray) -> np.ndarray:
+    """Both ends of a range for each gap (2, gaps), by whether the displacement told anything."""
+    return np.where(told, np.array([ranges["displacement"]]).T, np.array([ranges["noise"]]).T)
 
 
 def _gram(rows: pd.DataFrame, full: bool) -> np.ndarray | None:
@@ -479,7 +594,10 @@ def _gram(rows: pd.DataFrame, full: bool) -> np.ndarray | None:
 def compare_recovery(
     truth: pd.DataFrame | RunLog, recovered: pd.DataFrame | Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
-    """Accuracy of recovered alignments: their error |1 − ratio| against the logged mean over the same updates.
+    """Accuracy of recovered forces against the logged means over the same updates.
+
+    Of alignment it is |1 − ratio|. Drift goes through zero, where a ratio means nothing; of drift and of diffusion
+    it is |recovered − logged| over the whole logged budget, |drift| + |diffusion| + |decay|.
 
     Args:
         truth: the log of the same training, a `RunLog` or its force table, best of every update.
@@ -487,28 +605,35 @@ def compare_recovery(
 
     Returns:
         One row for each method and pooling ("tensor": each tensor by itself, "model": the sum of all tensors),
-        with `intervals`, the number of ratios, `median` and `p90` of |1 − ratio|, `median_ratio`, and
-        `inside`, the fraction of true values between `alignment_low` and `alignment_high` (tensors only).
+        with the columns of `ACCURACY_TABLE`: `intervals`, `median` and `p90` of alignment's error,
+        `median_ratio`, and `inside`, the fraction of true values between `alignment_low` and `alignment_high`
+        (tensors only); then `drift_median`, `drift_p90`, `drift_sign` (the fraction of drifts with the right
+        sign), `drift_inside`, `diffusion_median` and `diffusion_p90`, NaN where truth has no drift.
 
     Raises:
         TypeError, ValueError: not force tables, or tables of different tensors or updates.
     """
     tables = recovered if isinstance(recovered, Mapping) else {"recovered": recovered}
+    log = _log(truth)
+    columns = [name for name in _COMPARED if name in log]
     found = []
     for name, table in tables.items():
         table = check_force_table(table, argument=f"recovered ({name})", unique=True)
-        check_columns(
-            table, ("alignment_low", "alignment_high"), "recovered force table", argument="recovered"
-        )
-        both = table.assign(true=interval_means(truth, table))
-        both = both[both["true"].notna()]
+        check_columns(table, _BOUNDS, "recovered force table", argument="recovered")
+        both = pd.concat([table, _interval_means(log, table, columns).add_prefix("true_")], axis=1)
+        both = both[both["true_alignment"].notna()]
         if both.empty:
             raise ValueError(f"truth has no update of the tensors and spans of recovered ({name})")
-        inside = both["true"].between(both["alignment_low"], both["alignment_high"]).mean()
-        pooled = both.groupby(["step", "span"])[["alignment", "true"]].sum()
-        for pooling, rows, within in (("tensor", both, inside), ("model", pooled, np.nan)):
-            ratio = (rows["alignment"] / rows["true"]).to_numpy()
+        summed = [each for each in (*_COMPARED, *(f"true_{each}" for each in columns)) if each in both]
+        groups = both.groupby(["step", "span"])
+        pooled = groups[summed].sum().where(groups[summed].count().eq(groups.size(), axis=0))
+        for pooling, rows in (("tensor", both), ("model", pooled)):
+            ratio = (rows["alignment"] / rows["true_alignment"]).to_numpy()
             error = np.abs(1 - ratio)
+            one = pooling == "tensor"
+            inside = (
+                rows["true_alignment"].between(rows[_BOUNDS[0]], rows[_BOUNDS[1]]).mean() if one else np.nan
+            )
             found.append(
                 {
                     "method": name,
@@ -517,38 +642,84 @@ def compare_recovery(
                     "median": np.median(error),
                     "p90": np.quantile(error, 0.9),
                     "median_ratio": np.median(ratio),
-                    "inside": within,
+                    "inside": inside,
+                    **_drift_accuracy(rows),
                 }
             )
-    return pd.DataFrame(found)
+    return pd.DataFrame(found).reindex(columns=list(ACCURACY_TABLE))
 
 
-def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame) -> pd.Series:
-    """Mean logged alignment over the updates of each row of a recovered table.
+_COMPARED = ("alignment", "injection", "decay", "drift", "memory")
+
+_BOUNDS = ("alignment_low", "alignment_high")
+
+
+def _drift_accuracy(rows: pd.DataFrame) -> dict[str, float]:
+    """Accuracy of recovered drift and diffusion, of the rows whose drift was logged."""
+    if "true_drift" not in rows or "drift" not in rows:
+        return {}
+    rows = rows[rows["true_drift"].notna() & rows["drift"].notna()]
+    if rows.empty:
+        return {}
+    true_diffusion = rows["true_injection"] + rows["true_memory"]
+    size = rows["true_drift"].abs() + true_diffusion.abs() + rows["true_decay"].abs()
+    drift = ((rows["drift"] - rows["true_drift"]) / size).abs()
+    diffusion = ((rows["injection"] + rows["memory"] - true_diffusion) / size).abs()
+    found = {
+        "drift_median": drift.median(),
+        "drift_p90": drift.quantile(0.9),
+        "drift_sign": (np.sign(rows["drift"]) == np.sign(rows["true_drift"])).mean(),
+        "diffusion_median": diffusion.median(),
+        "diffusion_p90": diffusion.quantile(0.9),
+    }
+    if "drift_low" in rows and "drift_high" in rows:
+        found["drift_inside"] = rows["true_drift"].between(rows["drift_low"], rows["drift_high"]).mean()
+    return found
+
+
+def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame, name: str = "alignment") -> pd.Series:
+    """Mean of a logged force over the updates of each row of a recovered table.
 
     Args:
         truth: the log of the same training, a `RunLog` or its force table.
         table: a force table whose rows may span many updates.
+        name: a column of numbers that the log has of a force table's: "alignment", "drift", "lr", …
 
     Returns:
         float64 with the index of `table`; NaN where no update of that tensor was logged. Of a log with gaps it
         is the mean over what was logged.
     """
-    log = check_force_table(truth, argument="truth", unique=True)
     table = check_force_table(table, argument="table", unique=True)
-    for each, argument in ((log, "truth"), (table, "table")):
-        check_columns(each, ("tensor",), "force table of tensors", argument=argument)
-    out = pd.Series(np.nan, index=table.index)
-    logged = dict(list(log.groupby("tensor", observed=True)))
-    for name, rows in table.groupby("tensor", observed=True):
+    check_columns(table, ("tensor",), "force table of tensors", argument="table")
+    log = _log(truth)
+    check_choice("name", name, [each for each in FORCE_TABLE if each in log.select_dtypes("number")])
+    return _interval_means(log, table, [name])[name]
+
+
+def _log(truth: Any) -> pd.DataFrame:
+    log = check_force_table(truth, argument="truth", unique=True)
+    return check_columns(log, ("tensor",), "force table of tensors", argument="truth")
+
+
+def _interval_means(log: pd.DataFrame, table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    out = np.full((len(table), len(columns)), np.nan)
+    logged = {name: rows.sort_values("step") for name, rows in log.groupby("tensor", observed=True)}
+    end = table["step"].to_numpy()
+    start = end - table["span"].to_numpy()
+    for name, places in table.groupby("tensor", observed=True).indices.items():
         if name not in logged:
             continue
-        own = logged[name].sort_values("step")
-        steps, span = own["step"].to_numpy(), own["span"].to_numpy(float)
-        total = np.append(0.0, np.cumsum(span * own["alignment"].to_numpy(float)))
-        count = np.append(0.0, np.cumsum(span))
-        stop = np.searchsorted(steps, rows["step"].to_numpy(), side="right")
-        start = np.searchsorted(steps, (rows["step"] - rows["span"]).to_numpy(), side="right")
-        with np.errstate(divide="ignore", invalid="ignore"):
-            out[rows.index] = (total[stop] - total[start]) / (count[stop] - count[start])
-    return out
+        own = logged[name]
+        for i, column in enumerate(columns):
+            values = own[column].to_numpy(float)
+            steps, span = (
+                own["step"].to_numpy()[~np.isnan(values)],
+                own["span"].to_numpy(float)[~np.isnan(values)],
+            )
+            total = np.append(0.0, np.cumsum(span * values[~np.isnan(values)]))
+            count = np.append(0.0, np.cumsum(span))
+            last = np.searchsorted(steps, end[places], side="right")
+            first = np.searchsorted(steps, start[places], side="right")
+            with np.errstate(divide="ignore", invalid="ignore"):
+                out[places, i] = (total[last] - total[first]) / (count[last] - count[first])
+    return pd.DataFrame(out, index=table.index, columns=columns)

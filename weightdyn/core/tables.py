@@ -92,9 +92,15 @@ LOG_TABLE = {
 }
 """Columns that a logged force table has behind those of `FORCE_TABLE`, and their meaning."""
 
+WHITE_NOISE = "white noise"
+"""What `split` says of a table whose memory is that of white noise, and its drift inferred from it."""
+
 RECOVERY_TABLE = {
     "alignment_low": "lower end of where the budget puts the true alignment",
     "alignment_high": "upper end of it",
+    "drift_low": "lower end of where the budget puts the true drift",
+    "drift_high": "upper end of it",
+    "split": f'"{WHITE_NOISE}": drift is inferred, what is left of alignment if memory is that of white noise',
     "flag": '"rounding": within what rounding of the stored weights leaves open; "identical": nothing moved; or ""',
 }
 """Columns that a recovered force table has behind those of `FORCE_TABLE`, and their meaning."""
@@ -244,6 +250,12 @@ ACCURACY_TABLE = {
     "p90": "its 90 % quantile",
     "median_ratio": "median ratio",
     "inside": "fraction of logged values between alignment_low and alignment_high; NaN of pooled rows",
+    "drift_median": "median of |recovered − logged drift|/(|drift| + |diffusion| + |decay|), all three logged",
+    "drift_p90": "its 90 % quantile",
+    "drift_sign": "fraction of drifts with the sign of the logged one",
+    "drift_inside": "fraction of logged drifts between drift_low and drift_high; NaN of pooled rows",
+    "diffusion_median": "median of |recovered − logged diffusion| over the same sum",
+    "diffusion_p90": "its 90 % quantile",
 }
 """Columns of a table that holds recovered forces against logged ones, and their meaning."""
 
