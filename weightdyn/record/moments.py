@@ -87,6 +87,7 @@ class _Piece(NamedTuple):
     flats: tuple[Tensor, ...]  # (blocks, block size), one for each input of the tensors
     owner: int | Tensor  # index of the tensor: of all, or of each block (blocks,)
     row: Tensor  # row of the result of each block (blocks,)
+    alone: bool  # whether that is one row for all
 
     def pick(self, column: Any) -> Any:
         """The tensors' own values of a column, or the one value of all, to combine with the flats."""
@@ -207,11 +208,11 @@ class Plan:
             sums.add(piece, norms=[u, w, m, *fresh_norms], dots=[(w, u), *fresh_dots], sums=[v], peak=u)
         scale, root2 = self._by_row(root2 / correction1), self._by_row(root2)
         if drift:
-            u_sq, w_sq, m_sq, g_sq, dot_wu, dot_wg, dot_ug, v_sum, u_max = sums.totals()
+            dot_wu, dot_wg, dot_ug, u_sq, w_sq, m_sq, g_sq, v_sum, u_max = sums.totals()
             unit = root2 * self._by_row(factor) if plain else root2
             of_fresh = (dot_wg * unit, dot_ug * scale * unit, g_sq * unit**2)
         else:
-            u_sq, w_sq, m_sq, dot_wu, v_sum, u_max = sums.totals()
+            dot_wu, u_sq, w_sq, m_sq, v_sum, u_max = sums.totals()
             of_fresh = (torch.full_like(u_sq, math.nan),) * 3
         m_rms = (m_sq / self.numel).sqrt() / self._by_row(correction1)
         v_mean = v_sum / self.numel / root2**2
@@ -269,10 +270,10 @@ class Plan:
                 g = g / (more[1].sqrt() / piece.pick(root2) + piece.pick(epsilon))
             sums.add(piece, norms=[u, w, g], dots=[(w, u), (w, g), (u, g)], peak=u)
         if fresh is None:
-            u_sq, w_sq, dot_wu, u_max = sums.totals()
+            dot_wu, u_sq, w_sq, u_max = sums.totals()
             g_sq = dot_wg = dot_ug = torch.full_like(u_sq, math.nan)
         else:
-            u_sq, w_sq, g_sq, dot_wu, dot_wg, dot_ug, u_max = sums.totals()
+            dot_wu, dot_wg, dot_ug, u_sq, w_sq, g_sq, u_max = sums.totals()
         missing = torch.full_like(u_sq, math.nan)
         return torch.stack((dot_wu, u_sq, w_sq, missing, missing, u_max, dot_wg, dot_ug, g_sq), dim=1)
 
@@ -351,10 +352,10 @@ class Plan:
                 else:
                     start = torch.arange(offset, offset + length, block, device=self.device)
                     row = pattern[start.div_(each.unit, rounding_mode="floor").remainder_(len(pattern))]
-                yield _Piece(_blocks(flats, block), i, row)
+                yield _Piece(_blocks(flats, block), i, row, len(pattern) == 1)
         for pack, dtype, block, owner, row in self._packs:
             flats = [_end_to_end([column[i] for i in pack], name) for name, column in enumerate(inputs)]
-            yield _Piece(_blocks(flats, block, dtype), owner, row)
+            yield _Piece(_blocks(flats, block, dtype), owner, row, False)
 
 
 class _Sums:
@@ -363,7 +364,8 @@ class _Sums:
     def __init__(self, columns: int, plan: Plan):
         rows = plan.numel.numel()
         self._totals = torch.zeros(columns + 1, rows, dtype=torch.float64, device=plan.device)
-        self._kept: list[tuple[Tensor, list[Tensor]]] = []  # rows and columns of blocks not yet in the totals
+        # By their columns in the totals: rows and values of what is not yet in them.
+        self._kept: dict[range, list[tuple[Tensor, list[Tensor]]]] = {}
         self._blocks = 0
 
     def add(
@@ -374,33 +376,38 @@ class _Sums:
         sums: Sequence[Tensor] = (),
         peak: Tensor | None = None,
     ) -> None:
-        """Take in √Σa² of each of `norms`, then Σab of `dots`, Σa of `sums`, and max|peak|."""
+        """Take in Σab of each of `dots`, then √Σa² of `norms`, Σa of `sums`, and max|peak|."""
+        self._squares = range(len(dots), len(dots) + len(norms))
+        if piece.alone:  # no product needs to be stored
+            products = [torch.dot(a.view(-1), b.view(-1)).view(1) for a, b in dots]
+        else:
+            products = [torch.mul(a, b, out=_like("product", a)).sum(-1) for a, b in dots]
         columns = [torch.linalg.vector_norm(a, dim=-1) for a in norms]
-        columns += [torch.mul(a, b, out=_like("product", a)).sum(-1) for a, b in dots]
         columns += [a.sum(-1) for a in sums]
         columns += [] if peak is None else [torch.abs(peak, out=_like("product", peak)).amax(-1)]
-        self._kept.append((piece.row, columns))
-        self._squares = len(norms)
+        first, end = len(dots), len(dots) + len(columns)
+        if dots:
+            self._kept.setdefault(range(first), []).append((piece.row[: len(products[0])], products))
+        self._kept.setdefault(range(first, end), []).append((piece.row, columns))
         self._blocks += len(piece.row)
         if self._blocks > _KEPT:
             self._settle()
 
     def totals(self) -> Tensor:
-        """Σa² of each norm, then the other sums, then the peak: float64 (columns + 1, R)."""
+        """The dots, Σa² of each norm, the sums, and the peak: float64 (columns + 1, R)."""
         self._settle()
         return self._totals
 
     def _settle(self) -> None:
-        if not self._kept:
-            return
-        row = torch.cat([row for row, _ in self._kept])
-        for i, total in enumerate(self._totals[: len(self._kept[0][1])]):
-            blocks = torch.cat([columns[i].double() for _, columns in self._kept])
-            if i == len(self._totals) - 1:
-                total.scatter_reduce_(0, row, blocks, "amax")
-            else:
-                total.index_add_(0, row, blocks.square_() if i < self._squares else blocks)
-        self._kept, self._blocks = [], 0
+        for columns, kept in self._kept.items():
+            row = torch.cat([row for row, _ in kept])
+            for i, parts in zip(columns, zip(*(parts for _, parts in kept), strict=True), strict=True):
+                values = torch.cat(parts).double()
+                if i == len(self._totals) - 1:
+                    self._totals[i].scatter_reduce_(0, row, values, "amax")
+                else:
+                    self._totals[i].index_add_(0, row, values.square_() if i in self._squares else values)
+        self._kept, self._blocks = {}, 0
 
 
 def _chunks(tensors: tuple[Tensor, ...], size: int, block: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
@@ -442,7 +449,7 @@ _BUFFERS = threading.local()
 def _scratch(name: object, size: int, like: Tensor) -> Tensor:
     """Memory for `size` numbers of the type of `like`: a fresh megabyte costs more than what is done in it."""
     buffers = _BUFFERS.__dict__
-    key = f"{name} {like.dtype} {like.device}"
+    key = name, like.dtype, like.device
     if key not in buffers or buffers[key].numel() < size:
         buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
     return buffers[key][:size]

@@ -252,7 +252,7 @@ def adam_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], param
     state = optimizer.state.get(parameter) or {}
     zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
     first, second = (state.get(key, zeros) for key in ("exp_avg", "exp_avg_sq"))
-    return AdamState(first, second, state.get("max_exp_avg_sq", zeros) if group["amsgrad"] else None)
+    return AdamState(first, second, state.get("max_exp_avg_sq", zeros) if group.get("amsgrad") else None)
 
 
 def adam_constants(group: Mapping[str, Any], count: float | Tensor) -> Adam:
