@@ -1,6 +1,8 @@
 """Drift, memory and signal that ForceLogger measures, against a float64 loop that keeps w, g, m and v."""
 
 import math
+import warnings
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,7 +79,9 @@ class Loop:
                 kept["top"] = v = torch.maximum(v, kept.get("top", torch.zeros_like(v)))
             below = (v / (1 - beta2**count)).sqrt() + eps
             if kind == "NAdam":
-                now, then = (beta1 * (1 - 0.5 * 0.96 ** (s * group["momentum_decay"])) for s in (count, count + 1))
+                now, then = (
+                    beta1 * (1 - 0.5 * 0.96 ** (s * group["momentum_decay"])) for s in (count, count + 1)
+                )
                 kept["product"] = kept.get("product", 1.0) * now
                 on_g, on_m = (1 - now) / (1 - kept["product"]), then / (1 - kept["product"] * then)
                 u, of_u = (on_g * g + on_m * m) / below, on_g * fresh + on_m * of_m
@@ -146,14 +150,15 @@ def names_of(model):
     return {p: name for name, p in model.named_parameters()}
 
 
-def record(model, optimizer, updates=8, logger=None, loop=None, **options):
+def record(model, optimizer, updates=8, after=lambda: None, **options):
     """Train beside the loop; the table of the log, and the loop's."""
-    loop = loop or Loop(optimizer, names_of(model))
-    with logger or wd.ForceLogger(optimizer, model, **options) as logger:
+    loop = Loop(optimizer, names_of(model))
+    with wd.ForceLogger(optimizer, model, **options) as logger:
         for t in range(1, updates + 1):
             optimizer.zero_grad()
             loss_of(model, t).backward()
             loop.step(t)
+            after()
     return logger.run.forces(), loop.table()
 
 
@@ -194,12 +199,7 @@ def test_groups_have_their_own_rates_decays_and_betas():
     ]
     optimizer = torch.optim.AdamW(groups, lr=5e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: (n + 1) / 10)
-    optimizer.register_step_post_hook(lambda *_: schedule.step())  # every η is another one
-    loop = Loop(optimizer, names_of(model))
-    hook = list(optimizer._optimizer_step_post_hooks.items())
-    logger = wd.ForceLogger(optimizer, model)
-    optimizer._optimizer_step_post_hooks.move_to_end(hook[0][0])  # behind the logger's
-    agree(*record(model, optimizer, logger=logger, loop=loop, updates=12))
+    agree(*record(model, optimizer, updates=12, after=schedule.step))
 
 
 SGDS = {
@@ -225,7 +225,9 @@ def test_products_of_sgd_agree_with_the_loop(options):
     agree(*record(model, optimizer, source="displacement", drift=drift), matrices=1e-7, others=1e-7)
 
 
-@pytest.mark.parametrize("options", [{}, {"decoupled_weight_decay": True}, {"foreach": False}, {"maximize": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"decoupled_weight_decay": True}, {"foreach": False}, {"maximize": True}]
+)
 @pytest.mark.parametrize("drift", [True, "before"])
 def test_products_of_nadam_agree_with_the_loop(options, drift):
     model = mlp(torch.float64)
@@ -252,7 +254,9 @@ def test_a_fused_step_under_a_grad_scaler_and_clipping(drift):
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), 0.01)
                 t += not skipped
-                loop.step(t, lambda: scaler.step(optimizer), 1.0 if unscale else scale, moved=not skipped)
+                loop.step(
+                    t, lambda s=scaler, o=optimizer: s.step(o), 1.0 if unscale else scale, moved=not skipped
+                )
                 scaler.update()
         table = logger.run.forces()
         agree(table, loop.table())
@@ -277,7 +281,9 @@ def test_the_clipped_gradient_is_the_one_that_acts():
 @pytest.mark.parametrize("drift", [True, "before"])
 def test_other_types_of_weights(dtype, kind, drift):
     p = nn.Parameter(torch.randn(60, 40, generator=torch.Generator().manual_seed(0)).to(dtype))
-    optimizer = torch.optim.AdamW([("p", p)], lr=1e-2, weight_decay=0.125, eps=1e-4, betas=(0.9, 0.95), **kind)
+    optimizer = torch.optim.AdamW(
+        [("p", p)], lr=1e-2, weight_decay=0.125, eps=1e-4, betas=(0.9, 0.95), **kind
+    )
     loop = Loop(optimizer, {p: "p"}, stored=True)
     with wd.ForceLogger(optimizer, drift=drift) as logger:
         for t in range(1, 8):
@@ -370,3 +376,357 @@ def test_parameters_without_gradient_in_some_updates(kind, drift):
     assert known[both["tensor"] == "p"].all()
     np.testing.assert_allclose(both["memory_null_x"][known], both["memory_null_y"][known], rtol=0.02)
     assert known[both["step"] > 100].all()
+
+
+# --- momentum that has not had the same updates everywhere ------------------------------------------------------
+
+
+OPTIMIZERS = {
+    "adamw": (torch.optim.AdamW, {"lr": 1e-2}),
+    "adamw-coupled-groups": (torch.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1}),
+    "sgd": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.8}),
+    "nesterov": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.8, "nesterov": True, "foreach": False}),
+    "nadam": (torch.optim.NAdam, {"lr": 1e-2, "weight_decay": 0.1}),
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_each_tensor_is_followed_through_its_own_updates(kind, options):
+    torch.manual_seed(0)
+    params = {name: nn.Parameter(torch.randn(9, 8, dtype=torch.float64)) for name in "pqrs"}
+    given = {"p": lambda t: True, "q": lambda t: t % 3, "r": lambda t: t > 20, "s": lambda t: t < 5 or t > 15}
+    optimizer = kind(list(params.items()), **options)
+    loop = Loop(optimizer, {p: name for name, p in params.items()})
+    with wd.ForceLogger(optimizer, source="displacement") as logger:
+        for t in range(1, 41):
+            for name, p in params.items():
+                p.grad = torch.randn(9, 8, dtype=torch.float64) if given[name](t) else None
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1.5 + math.sin(t))
+            loop.step(t)
+    agree(logger.run.forces(), loop.table(), matrices=1e-6)
+
+
+def test_betas_and_rates_that_cycle_and_a_group_that_comes_later():
+    model, late = mlp(), nn.Parameter(torch.randn(5, 6))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-2, total_steps=40)
+    loop = Loop(optimizer, names_of(model) | {late: "late"})
+    with wd.ForceLogger(optimizer, [*model.named_parameters(), ("late", late)], every=5) as logger:
+        for t in range(1, 36):
+            if t == 13:
+                optimizer.add_param_group({"params": [late], "betas": (0.8, 0.9)})
+            optimizer.zero_grad()
+            (loss_of(model, t) + (late.square() * t).mean() * (t >= 13)).backward()
+            if t < 13:
+                late.grad = None
+            loop.step(t)
+            if t < 12:
+                schedule.step()
+                assert optimizer.param_groups[0]["betas"][0] != 0.9
+    want = loop.table()
+    agree(logger.run.forces(), want[want["step"] % 5 == 0])
+
+
+def test_every_fifth_update_has_the_numbers_of_every_update():
+    tables = []
+    for every in (1, 5):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: (n + 1) / 20)
+        with wd.ForceLogger(optimizer, model, every=every) as logger:
+            for t in range(1, 21):
+                optimizer.zero_grad()
+                loss_of(model, t).backward()
+                optimizer.step()
+                schedule.step()
+        tables.append(logger.run.forces())
+    everything, fifth = tables
+    want = everything[everything["step"] % 5 == 0].reset_index(drop=True)
+    pd.testing.assert_frame_equal(fifth, want)
+
+
+def test_without_drift_its_columns_are_missing_and_the_others_stay():
+    tables = []
+    for drift in (True, False):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        tables.append(record(model, optimizer, drift=drift)[0])
+    with_drift, without = tables
+    gone = [*PARTS, "dot_wg", "dot_ug", "g_sq", "fresh", "lr_memory"]
+    assert without[gone].isna().all(axis=None)
+    rest = [name for name in without if name not in gone]
+    pd.testing.assert_frame_equal(without[rest], with_drift[rest])
+
+
+# --- a run that is resumed --------------------------------------------------------------------------------------
+
+
+def run_to(updates, out, start=0, saved=None, every=1, attach=0, drift=True):
+    """Train with η that changes in every update; the state to go on from, and the loop's rows."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if saved is not None:
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+    logger: Any = None
+    for t in range(start + 1, updates + 1):
+        if t == start + 1 + attach:
+            logger = wd.ForceLogger(optimizer, model, out=out, every=every, drift=drift)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1.5 + math.sin(t))
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        optimizer.step()
+    logger.close()
+    return model.state_dict(), optimizer.state_dict()
+
+
+def compare_memory(got, want, rtol):
+    both = got.merge(want, on=["step", "tensor"], suffixes=("", "_want"))
+    assert len(both) == len(got)
+    known = both["memory_null"].notna()
+    np.testing.assert_allclose(both["memory_null"][known], both["memory_null_want"][known], rtol=rtol)
+    np.testing.assert_allclose(both["fresh"], both["fresh_want"], rtol=1e-9)
+    np.testing.assert_allclose(both["drift"], both["drift_want"], rtol=1e-9)
+    return both["step"][known]
+
+
+def test_a_resumed_run_goes_on_to_remember_where_the_log_tells_it(tmp_path):
+    run_to(80, tmp_path / "whole")
+    want = wd.RunLog(tmp_path / "whole").forces()
+    for every, rtol in ((1, 1e-9), (7, 0.05)):
+        out = tmp_path / f"every-{every}"
+        saved = run_to(20, out, every=every)
+        run_to(80, out, start=20, saved=saved, every=every)
+        known = compare_memory(wd.RunLog(out).forces(), want, rtol)
+        if every == 1:
+            assert sorted(set(known)) == list(range(1, 81))
+        else:  # update 20 is not in the log: not known until it is forgotten
+            assert sorted(set(known)) == [7, 14, 70, 77]
+
+
+def test_a_logger_that_came_late_says_nothing_of_what_it_did_not_see_also_after_a_resume(tmp_path):
+    run_to(120, tmp_path / "whole")
+    want = wd.RunLog(tmp_path / "whole").forces()
+    out = tmp_path / "late"
+    saved = run_to(30, out, attach=10)
+    run_to(120, out, start=30, saved=saved)
+    known = compare_memory(wd.RunLog(out).forces(), want, 0.05)
+    assert set(range(80, 121)) <= set(known) <= set(range(53, 121))
+
+
+# --- gradients that are gone after the step ---------------------------------------------------------------------
+
+
+def clears(optimizer, how):
+    """Let a hook that is older than the logger's, or the step itself, clear or write to the gradients."""
+    if how == "hook, freed":
+        optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad(set_to_none=True))
+    elif how == "hook, zeroed":
+        optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad(set_to_none=False))
+    elif how == "hook, scaled":
+        optimizer.register_step_post_hook(
+            lambda *_: [p.grad.mul_(0.5) for group in optimizer.param_groups for p in group["params"]]
+        )
+    elif how == "hook, replaced":
+
+        def replace(*_):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
+
+        optimizer.register_step_post_hook(replace)
+
+
+GONE = ["hook, freed", "hook, zeroed", "hook, scaled", "hook, replaced", "nesterov", "nesterov, closure"]
+
+
+@pytest.mark.parametrize("drift", [True, "before"])
+@pytest.mark.parametrize("how", GONE)
+@pytest.mark.parametrize("source", ["moments", "displacement"])
+def test_a_gradient_that_the_step_leaves_changed_is_missing_or_read_before(how, drift, source):
+    if how.startswith("nesterov") and source == "moments":
+        pytest.skip("Adam writes into no gradient")
+    model = mlp(torch.float64)
+    if how.startswith("nesterov"):  # torch's foreach step makes its update in the place of the gradients
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, nesterov=True, foreach=True)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    clears(optimizer, how)
+    loop = Loop(optimizer, names_of(model))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with wd.ForceLogger(optimizer, model, drift=drift, source=source) as logger:
+            for t in range(1, 6):
+                optimizer.zero_grad()
+                loss = loss_of(model, t)
+                loss.backward()
+                closure = how.endswith("closure")
+                loop.step(t, (lambda loss=loss: optimizer.step(lambda: loss)) if closure else None)
+    table = logger.run.forces()
+    told = [
+        str(each.message) for each in caught if "freed or written to inside the step" in str(each.message)
+    ]
+    if drift == "before":
+        agree(table, loop.table(), matrices=1e-6)
+        assert not told
+    else:
+        assert table[["drift", "memory", "signal"]].isna().all(axis=None)
+        assert table[["alignment", "injection", "memory_null"]].notna().all(axis=None)
+        assert len(told) == 1
+        assert 'drift="before"' in told[0]
+
+
+@pytest.mark.parametrize("drift", [True, "before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_closure_makes_the_gradients_inside_the_step(drift, dtype, named):
+    model = mlp(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.125)
+    loop, t = Loop(optimizer, names_of(model), stored=True), 0
+    given = {}
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, t)
+        loss.backward()
+        given.update((p, p.grad.clone()) for p in model.parameters())
+        return loss
+
+    with wd.ForceLogger(optimizer, model, drift=drift, every=2) as logger:
+        for t in range(1, 7):
+            closure()  # so that the loop knows them
+            step = (lambda: optimizer.step(closure=closure)) if named else (lambda: optimizer.step(closure))
+            optimizer.zero_grad()
+            loop.step(t, step, grads=dict(given))
+    want = loop.table()
+    exact = dtype == torch.float32
+    agree(logger.run.forces(), want[want["step"] % 2 == 0], *((1e-4, 1e-3) if exact else (1e-2, 2e-2)))
+
+
+def test_an_optimizer_in_the_backward_pass_is_logged_by_a_logger_of_its_own():
+    model = mlp()
+    optimizers = {p: torch.optim.AdamW([(name, p)], lr=1e-2) for name, p in model.named_parameters()}
+    loops = {p: Loop(optimizer, {p: names_of(model)[p]}) for p, optimizer in optimizers.items()}
+    t = 0
+
+    def step(p):
+        loops[p].step(t)
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    loggers = [wd.ForceLogger(optimizer) for optimizer in optimizers.values()]
+    for t in range(1, 6):
+        loss_of(model, t).backward()
+    for logger, loop in zip(loggers, loops.values(), strict=True):
+        logger.close()
+        agree(logger.run.forces(), loop.table())
+
+
+def test_a_hook_that_changes_the_gradients_before_the_step_is_not_overlooked():
+    for change, known in [("in place", False), ("behind torch", True), ("in place, older", True)]:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        loop, acted = Loop(optimizer, names_of(model)), {}
+
+        def clip(*_, change=change, model=model, acted=acted):
+            for p in model.parameters():
+                (p.grad.data if change == "behind torch" else p.grad).mul_(0.5)
+                acted[p] = p.grad.clone()
+
+        if change.endswith("older"):
+            optimizer.register_step_pre_hook(clip)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*freed or written to")
+            with wd.ForceLogger(optimizer, model) as logger:
+                if not change.endswith("older"):
+                    optimizer.register_step_pre_hook(clip)
+                for t in range(1, 5):
+                    optimizer.zero_grad()
+                    loss_of(model, t).backward()
+                    halves = {p: p.grad / 2 for p in model.parameters()}
+                    loop.step(t, grads=halves)
+        table = logger.run.forces()
+        if known:
+            agree(table, loop.table())
+        else:
+            assert table["drift"].isna().all(), change
+
+
+@pytest.mark.parametrize("drift", [True, "before"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sparse_gradients_are_read_like_dense_ones(drift, momentum):
+    torch.manual_seed(0)
+    embed = nn.Embedding(30, 8, sparse=True, dtype=torch.float64)
+    optimizer = torch.optim.SGD(embed.parameters(), lr=0.1, momentum=momentum)
+    loop = Loop(optimizer, {embed.weight: "weight"})
+    with wd.ForceLogger(optimizer, embed, source="displacement", drift=drift) as logger:
+        for t in range(1, 6):
+            optimizer.zero_grad()
+            ids = torch.randint(0, 30, (40,), generator=torch.Generator().manual_seed(t))
+            embed(ids).square().sum().backward()
+            assert embed.weight.grad.is_sparse
+            loop.step(t)
+    agree(logger.run.forces(), loop.table(), matrices=1e-9)
+
+
+def test_gradients_of_another_type_than_the_weights():
+    torch.manual_seed(0)
+    params = {name: nn.Parameter(torch.randn(30, 20)) for name in ("half", "single", "large")}
+    params["large"] = nn.Parameter(torch.randn(300, 400))
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch wants the gradient to have the type of the weights")
+    optimizer = torch.optim.SGD(params.items(), lr=0.1)
+    loop = Loop(optimizer, {p: name for name, p in params.items()})
+    with wd.ForceLogger(optimizer, source="displacement") as logger:
+        for t in range(1, 4):
+            for name, p in params.items():
+                p.grad_dtype = None
+                p.grad = torch.randn(p.shape).to(torch.float64 if name == "single" else torch.bfloat16)
+            loop.step(t)
+    table = logger.run.forces()
+    np.testing.assert_allclose(table["g_sq"], loop.table()["g_sq"], rtol=1e-9)
+    agree(table, loop.table())
+
+
+UNTOLD = {
+    "RMSprop": {},
+    "Adagrad": {},
+    "RAdam": {},
+    "Adamax": {},
+    "Rprop": {},
+}
+
+
+@pytest.mark.parametrize("kind", [*UNTOLD, "Muon", "Lion", "subclass"])
+def test_where_u_is_not_linear_in_the_gradients_the_run_says_so(kind):
+    class Lion(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 1e-3, "weight_decay": 0.0})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["lr"] * p.grad.sign())
+
+    class Mine(torch.optim.AdamW):
+        def step(self, closure=None):  # pyright: ignore
+            super().step(closure)
+            self.zero_grad()
+
+    params = [nn.Parameter(torch.randn(6, 5))]
+    if kind == "Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    made = {"Lion": Lion, "subclass": Mine}.get(kind) or getattr(torch.optim, kind)
+    optimizer = made(params)
+    with wd.ForceLogger(optimizer, source="displacement") as logger:
+        for _ in range(3):
+            params[0].grad = torch.randn(6, 5)
+            optimizer.step()
+    table = logger.run.forces()
+    assert sorted(table["step"]) == [1, 2, 3]
+    assert table[["drift", "memory", "signal", "memory_null"]].isna().all(axis=None)
+    assert table["alignment"].notna().all()
+    why = "has a step() of its own" if kind == "subclass" else "is not known to make u a linear function"
+    assert why in logger.run.info["no_drift"]

@@ -443,12 +443,17 @@ def _blocks(flats: Sequence[Tensor], block: int, least: torch.dtype = torch.floa
     return tuple(flat.to(dtype).view(-1, block) for flat in flats)
 
 
-_BUFFERS = threading.local()
+class _Buffers(threading.local):
+    def __init__(self) -> None:
+        self.held: dict[tuple[object, torch.dtype, torch.device], Tensor] = {}
+
+
+_BUFFERS = _Buffers()
 
 
 def _scratch(name: object, size: int, like: Tensor) -> Tensor:
     """Memory for `size` numbers of the type of `like`: a fresh megabyte costs more than what is done in it."""
-    buffers = _BUFFERS.__dict__
+    buffers = _BUFFERS.held
     key = name, like.dtype, like.device
     if key not in buffers or buffers[key].numel() < size:
         buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)

@@ -157,11 +157,10 @@ def momentum_of(
     return momentum(group, step, state)
 
 
-def momentum_age(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
-    """Updates that a group's momentum has had; inf where there were some, and nobody counts them."""
-    states = [state for p in group["params"] if (state := optimizer.state.get(p))]
-    counts = [float(state["step"]) for state in states if "step" in state]
-    return max(counts, default=math.inf if states else 0.0)
+def momentum_age(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
+    """Updates that a parameter's momentum has had; inf where there were some, and nobody counts them."""
+    state = optimizer.state.get(parameter)
+    return float(state.get("step", math.inf)) if state else 0.0
 
 
 def why_no_drift(optimizer: torch.optim.Optimizer) -> str | None:
