@@ -689,13 +689,7 @@ def test_gradients_of_another_type_than_the_weights():
     agree(table, loop.table())
 
 
-UNTOLD = {
-    "RMSprop": {},
-    "Adagrad": {},
-    "RAdam": {},
-    "Adamax": {},
-    "Rprop": {},
-}
+UNTOLD = ["RMSprop", "Adagrad", "RAdam", "Adamax", "Rprop"]
 
 
 @pytest.mark.parametrize("kind", [*UNTOLD, "Muon", "Lion", "subclass"])
@@ -730,3 +724,91 @@ def test_where_u_is_not_linear_in_the_gradients_the_run_says_so(kind):
     assert table["alignment"].notna().all()
     why = "has a step() of its own" if kind == "subclass" else "is not known to make u a linear function"
     assert why in logger.run.info["no_drift"]
+
+
+def test_betas_that_are_tensors():
+    model = mlp()
+    betas = torch.tensor(0.8), torch.tensor(0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2), betas=betas, foreach=False)  # type: ignore[arg-type]
+    agree(*record(model, optimizer))
+
+
+def test_a_decay_that_erases_the_weights_leaves_what_is_known():
+    model = mlp(torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=2.0)
+    got, want = record(model, optimizer)
+    agree(got, want)
+    assert got["drift"].notna().all()
+
+
+def test_a_gradient_that_is_not_finite_spoils_its_own_row_only():
+    params = {name: nn.Parameter(torch.randn(6, 5)) for name in "pq"}
+    optimizer = torch.optim.AdamW(params.items(), lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has NaN or inf")
+        with wd.ForceLogger(optimizer) as logger:
+            for t in range(3):
+                for p in params.values():
+                    p.grad = torch.randn(6, 5)
+                if t == 1:
+                    params["p"].grad[0, 0] = math.nan
+                optimizer.step()
+    table = logger.run.forces().set_index(["tensor", "step"])
+    assert np.isfinite(table.loc["q", ["drift", "memory"]]).all(axis=None)
+    assert table.loc["p", "drift"].isna().tolist() == [False, True, True]
+
+
+# --- pure noise -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+def test_noise_that_knows_nothing_of_the_weights_has_memory_as_theory_says_and_no_drift(beta1, beta2):
+    rng = torch.Generator().manual_seed(1)
+    p = nn.Parameter(torch.randn(100, 100, generator=rng) * 0.02)
+    optimizer = torch.optim.AdamW([("p", p)], lr=1e-3, betas=(beta1, beta2), weight_decay=0.1)
+    with wd.ForceLogger(optimizer) as logger:
+        for t in range(1, 801):
+            p.grad = torch.randn(100, 100, generator=rng)
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1, t / 100) * (1 + 0.5 * math.sin(t / 50))
+            optimizer.step()
+    rows = wd.smooth(logger.run, windows=4)
+    assert (rows["drift"].abs() <= 3 * rows["drift_se"]).all()
+    assert (rows["drift_se"] < 0.1 * (rows["injection"] + rows["memory"])).all()
+    whole = wd.smooth(logger.run, windows=1).iloc[0]
+    if beta1 == 0:
+        assert rows["kappa"].isna().all()
+        np.testing.assert_allclose(whole["memory"], 0, atol=0.02 * whole["injection"])
+    else:
+        assert whole["kappa"] == pytest.approx(1, abs=0.03)
+    # Diffusion is a random walk of steps η: each gradient moves the weights by ηg/√v in the end, whatever β₁ is.
+    table = logger.run.forces()
+    table = table[table["step"] > 200]
+    walk = (table["lr"] ** 2).mean() * p.numel()
+    moved = (table["injection"] + table["memory"]).mean()
+    assert moved == pytest.approx(walk, rel=0.05)
+
+
+def behind_a_norm(kind, **options):
+    """Train a tensor whose scale its loss does not see, on targets that are noise."""
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 30, bias=False)
+    optimizer = kind(layer.parameters(), lr=1e-3, **options)
+    with wd.ForceLogger(optimizer, layer, source="displacement") as logger:
+        for t in range(1, 401):
+            optimizer.zero_grad()
+            rng = torch.Generator().manual_seed(t)
+            x, y = torch.randn(16, 40, generator=rng), torch.randn(16, 30, generator=rng)
+            (layer(x) / layer.weight.norm() - y).square().mean().backward()
+            w, g = layer.weight.detach(), layer.weight.grad
+            assert abs(float((w * g).sum() / w.norm() / g.norm())) < 1e-6
+            optimizer.step()
+    return logger.run
+
+
+def test_a_scale_invariant_tensor_has_no_drift():
+    table = behind_a_norm(torch.optim.SGD, momentum=0.9).forces()
+    assert (table["drift"].abs() < 5e-4 * table["alignment"].abs().mean()).all()
+    rows = wd.smooth(behind_a_norm(torch.optim.AdamW, betas=(0.9, 0.95)), windows=4)
+    assert (rows["drift"].abs() <= 3 * rows["drift_se"]).all()
+    assert (rows["drift_se"] < 0.03 * rows["memory"]).all()

@@ -310,6 +310,7 @@ class ForceLogger:
         self._last = pd.DataFrame(columns=[*STORED["forces"]])
         self._flushed_at = time.monotonic()
         self._warned: set[str] = set()
+        self._stepping = False
         self._before: _Before | None = None
         self._had_gradient: set[Tensor] = set()
         self._begun = False
@@ -453,7 +454,7 @@ class ForceLogger:
     @uninterrupted
     @torch.no_grad()
     def _on_step_begin(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
-        self._called = True
+        self._called = self._stepping = True
         if not self._begun:
             self._begin()
         self._before = None
@@ -517,6 +518,9 @@ class ForceLogger:
     @uninterrupted
     @torch.no_grad()
     def _on_step_end(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self._stepping:  # a step() that calls that of its class has called this already
+            return
+        self._stepping = False
         before, self._before = self._before, None
         found_inf = getattr(optimizer, "found_inf", None)  # a fused step under a GradScaler may move nothing
         if isinstance(found_inf, Tensor):
