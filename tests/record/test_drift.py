@@ -811,4 +811,4 @@ def test_a_scale_invariant_tensor_has_no_drift():
     assert (table["drift"].abs() < 5e-4 * table["alignment"].abs().mean()).all()
     rows = wd.smooth(behind_a_norm(torch.optim.AdamW, betas=(0.9, 0.95)), windows=4)
     assert (rows["drift"].abs() <= 3 * rows["drift_se"]).all()
-    assert (rows["drift_se"] < 0.03 * rows["memory"]).all()
+    assert (rows["drift_se"] < 0.1 * rows["memory"]).all()

@@ -721,7 +721,7 @@ class ForceLogger:
             grad = self._tracked[i].parameter.grad
             kept, version = before.gradients.get(i, (None, None))
             if kept is not None and (version == -1 or (grad is kept and kept._version == version)):
-                found[i] = kept.detach().to_dense()
+                found[i] = kept if kept.layout == torch.strided else kept.to_dense()
             elif i not in before.ahead and self._tracked[i].parameter in self._had_gradient:
                 gone = self._tracked[i].name.name if gone is None else gone
         if gone is not None:
@@ -771,11 +771,12 @@ class ForceLogger:
 
     def _acting(self, grads: Sequence[Tensor], groups: Sequence[Mapping[str, Any]], after: bool) -> Fresh:
         optimizer = self._optimizer
-        return Fresh(
-            grads,
-            [grad_factor(optimizer, group, after) for group in groups],
-            [coupled_decay(optimizer, group) for group in groups],
-        )
+        acting = {
+            id(group): (grad_factor(optimizer, group, after), coupled_decay(optimizer, group))
+            for group in optimizer.param_groups
+        }
+        factors, decays = zip(*(acting[id(group)] for group in groups), strict=True)
+        return Fresh(grads, factors, decays)
 
     def _measure_moments(
         self,

@@ -190,18 +190,18 @@ class Plan:
             w, m, v, *more = piece.flats
             grad = more[0] if more else w
             if ahead:
-                top = more[1:]
                 kind = exp_avgs[0].dtype
-                grad = _rounded(grad * piece.pick(factor) + w * piece.pick(coupled), kind)
-                m = _rounded(torch.lerp(grad, m, piece.pick(beta1)), kind)
-                v = _rounded(v * piece.pick(beta2), kind)
-                v = _rounded(v + grad * grad * (1 - piece.pick(beta2)), kind)
-                v = torch.maximum(v, top[0]) if top else v
+                grad = _rounded(_acting(grad, w, piece.pick(factor), piece.pick(coupled)), kind)
+                m = _rounded(torch.lerp(grad, m, piece.pick(beta1), out=_like("m", m)), kind)
+                v = _rounded(torch.mul(v, piece.pick(beta2), out=_like("v", v)), kind)
+                square = torch.mul(grad, grad, out=_like("product", v)).mul_(1 - piece.pick(beta2))
+                v = _rounded(v.add_(square), kind)
+                v = torch.maximum(v, more[1], out=v) if len(more) > 1 else v
             root = torch.sqrt(v, out=_like("u", v))
             root.add_(piece.pick(eps))
             if drift and not ahead and not plain:
-                before = w + m / root * piece.pick(back)
-                grad = grad * piece.pick(factor) + before * piece.pick(coupled)
+                before = torch.div(m, root, out=_like("w", w)).mul_(piece.pick(back)).add_(w)
+                grad = _acting(grad, before, piece.pick(factor), piece.pick(coupled))
             g = torch.div(grad, root, out=_like("g", v)) if drift else None
             u = torch.div(m, root, out=root)
             fresh_norms, fresh_dots = ([], []) if g is None else ([g], [(w, g), (u, g)])
@@ -259,15 +259,16 @@ class Plan:
         root2 = (1 - beta2**step) ** 0.5
         sums = _Sums(3 if fresh is None else 6, self)
         for piece in self._pieces(inputs):
-            piece = piece._replace(flats=tuple(flat.double() for flat in piece.flats))
+            piece = piece._replace(flats=_widened(piece.flats, torch.float64))
             w, moved, *more = piece.flats
-            u = (w * piece.pick(shrink) - moved) * piece.pick(inverse)
+            u = torch.mul(w, piece.pick(shrink), out=_like("u", w)).sub_(moved).mul_(piece.pick(inverse))
             if fresh is None:
                 sums.add(piece, norms=[u, w], dots=[(w, u)], peak=u)
                 continue
-            g = more[0] * piece.pick(factor) + w * piece.pick(coupled)
+            g = _acting(more[0], w, piece.pick(factor), piece.pick(coupled))
             if adams is not None:
-                g = g / (more[1].sqrt() / piece.pick(root2) + piece.pick(epsilon))
+                root = torch.sqrt(more[1], out=_like("v", w)).div_(piece.pick(root2))
+                g.div_(root.add_(piece.pick(epsilon)))
             sums.add(piece, norms=[u, w, g], dots=[(w, u), (w, g), (u, g)], peak=u)
         if fresh is None:
             dot_wu, u_sq, w_sq, u_max = sums.totals()
@@ -434,13 +435,14 @@ def _chunks(tensors: tuple[Tensor, ...], size: int, block: int) -> Iterator[tupl
 def _end_to_end(tensors: Sequence[Tensor], name: object) -> Tensor:
     """Tensors of one type in one dimension, in memory that the next of this name will take."""
     size = sum(each.numel() for each in tensors)
-    return torch.cat([each.reshape(-1) for each in tensors], out=_scratch(name, size, tensors[0]))
+    out = _scratch(name, size, tensors[0].dtype, tensors[0].device)
+    return torch.cat([each.reshape(-1) for each in tensors], out=out)
 
 
 def _blocks(flats: Sequence[Tensor], block: int, least: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """Shape to (blocks, block size); raise narrower types to `least`."""
     dtype = functools.reduce(torch.promote_types, (flat.dtype for flat in flats), least)
-    return tuple(flat.to(dtype).view(-1, block) for flat in flats)
+    return tuple(flat.view(-1, block) for flat in _widened(flats, dtype))
 
 
 class _Buffers(threading.local):
@@ -451,22 +453,43 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
-def _scratch(name: object, size: int, like: Tensor) -> Tensor:
-    """Memory for `size` numbers of the type of `like`: a fresh megabyte costs more than what is done in it."""
+def _scratch(name: object, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for `size` numbers: a fresh megabyte costs more than what is done in it, and leaves holes behind."""
     buffers = _BUFFERS.held
-    key = name, like.dtype, like.device
+    key = name, dtype, device
     if key not in buffers or buffers[key].numel() < size:
-        buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        buffers[key] = torch.empty(size, dtype=dtype, device=device)
     return buffers[key][:size]
 
 
 def _like(name: object, piece: Tensor) -> Tensor:
-    return _scratch(name, piece.numel(), piece).view(piece.shape)
+    return _scratch(name, piece.numel(), piece.dtype, piece.device).view(piece.shape)
+
+
+def _as(name: object, piece: Tensor, dtype: torch.dtype) -> Tensor:
+    if piece.dtype == dtype:
+        return piece
+    return _scratch(name, piece.numel(), dtype, piece.device).view(piece.shape).copy_(piece)
+
+
+def _widened(flats: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The same in a wider type."""
+    return tuple(_as(("wide", i), flat, dtype) for i, flat in enumerate(flats))
+
+
+def _acting(grad: Tensor, weights: Tensor, factor: Any, coupled: Any) -> Tensor:
+    """factor·grad + coupled·w, in memory of its own."""
+    out = torch.mul(grad, factor, out=_like("grad", weights))
+    return (
+        out
+        if isinstance(coupled, float) and coupled == 0
+        else out.add_(torch.mul(weights, coupled, out=_like("product", weights)))
+    )
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values as they come back from storage in `dtype`."""
-    return values.to(dtype).to(values.dtype)
+    """Values made what storage in `dtype` leaves of them."""
+    return values if values.dtype == dtype else values.copy_(_as("narrow", values, dtype))
 
 
 def _largest_divisor(number: int) -> int:

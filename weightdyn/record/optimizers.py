@@ -149,10 +149,10 @@ def momentum_of(
 ) -> Momentum | None:
     """How update `step` of a group was made of its gradients; `state` is that of one of its parameters, after it.
 
-    None where that cannot be told, or not without waiting for a device.
+    None where that cannot be told without waiting for a device. Only for optimizers that `why_no_drift` lets pass.
     """
     momentum = known(optimizer).momentum
-    if momentum is None or own_step(optimizer) or any(map(is_remote, group.get("betas", ()))):
+    if momentum is None or any(map(is_remote, group.get("betas", ()))):
         return None
     return momentum(group, step, state)
 
