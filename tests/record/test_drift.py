@@ -514,6 +514,44 @@ def test_a_logger_that_came_late_says_nothing_of_what_it_did_not_see_also_after_
     assert set(range(80, 121)) <= set(known) <= set(range(53, 121))
 
 
+def test_momentum_that_somebody_resets_is_young_again():
+    p = nn.Parameter(torch.randn(20, 10))
+    optimizer = torch.optim.AdamW([("p", p)], lr=1e-2)
+    loop = Loop(optimizer, {p: "p"})
+    with wd.ForceLogger(optimizer) as logger:
+        for t in range(1, 21):
+            if t == 13:
+                optimizer.state.clear()
+                loop.past[p].clear()
+                loop.kept[p].clear()
+            p.grad = torch.randn(20, 10)
+            loop.step(t)
+    agree(logger.run.forces(), loop.table())
+
+
+def test_sgd_does_not_count_its_updates_and_is_told_or_waited_for():
+    def train(attach, **options):
+        model = mlp(torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.8)
+        for t in range(1, 61):
+            if t == attach + 1:
+                logger = wd.ForceLogger(optimizer, model, source="displacement", **options)
+            optimizer.zero_grad()
+            loss_of(model, t).backward()
+            optimizer.step()
+        logger.close()
+        return logger.run.forces()
+
+    want = train(0)
+    told = train(5, start_step=5)
+    np.testing.assert_allclose(told["drift"], want.loc[want["step"] > 5, "drift"], rtol=1e-9)
+    waited = train(5)
+    known = waited["drift"].notna()
+    assert set(waited["step"][known]) == set(range(21, 56))  # 0.8²¹ < 1 %
+    later = want[want["step"] > 5].reset_index(drop=True)
+    np.testing.assert_allclose(waited["drift"][known], later["drift"][known], rtol=0.01)
+
+
 # --- gradients that are gone after the step ---------------------------------------------------------------------
 
 
@@ -787,6 +825,20 @@ def test_noise_that_knows_nothing_of_the_weights_has_memory_as_theory_says_and_n
     walk = (table["lr"] ** 2).mean() * p.numel()
     moved = (table["injection"] + table["memory"]).mean()
     assert moved == pytest.approx(walk, rel=0.05)
+
+
+def test_the_variance_that_holds_the_fresh_gradient_hides_little_of_a_mean_gradient():
+    # w stays a row of ones, so that ⟨w,u⟩ and ⟨w,g̃⟩ are what the two hold of the mean gradient 0.3.
+    rng = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.ones(200, 200))
+    optimizer = torch.optim.AdamW([("p", p)], lr=1e-12, betas=(0.9, 0.95), weight_decay=0.0)
+    with wd.ForceLogger(optimizer) as logger:
+        for _ in range(400):
+            p.grad = 0.3 + torch.randn(p.shape, generator=rng)
+            optimizer.step()
+    table = logger.run.forces()[160:]
+    # (1−β₂)·(1 − (1−β₁)/(1−β₁β₂)) = 1.55 % to first order
+    assert table["dot_wg"].sum() / table["dot_wu"].sum() - 1 == pytest.approx(-0.0155, abs=0.006)
 
 
 def behind_a_norm(kind, **options):

@@ -249,7 +249,8 @@ class ForceLogger:
         FileExistsError: at the first update from 0 on, `out` holds updates of another training.
 
     Under data parallelism attach it on rank 0 only: the ranks make the same updates. A hook of your own that
-    changes gradients before the step must be registered before the logger where parameters are below 32 bits.
+    changes gradients before the step must be registered before the logger, for it reads them then where parameters
+    are below 32 bits or drift="before"; elsewhere what such a hook changes is NaN, and the log says so.
 
     On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
     flushed, every 60 s or 50,000 rows, and after each Weibull fit. A NaN or inf is recorded as it is and warned
@@ -406,6 +407,7 @@ class ForceLogger:
         if not isinstance(state, Mapping) or "step" not in state:
             raise ValueError(f"state must be what ForceLogger.state_dict() returned, got {state!r}")
         self._go_to(check_whole("state['step']", state["step"]))
+        self._set_clocks()
 
     def close(self) -> None:
         """Take the hooks off the optimizer and write what is left. Closing twice does no harm.
@@ -468,6 +470,8 @@ class ForceLogger:
             return None
         everything = range(len(self._tracked))
         before = _Before(update_counts(optimizer, [each.parameter for each in self._tracked]))
+        if self._out_of_step(before.counts):
+            self._set_clocks()
         if audit:
             before.waiting += self._measure_norms(_NormBefore, everything)
         wanted = everything if self._source == "displacement" else self._shrunk()
@@ -830,7 +834,7 @@ class ForceLogger:
         alike: dict[tuple[int, int | None, float], list[int]] = {}
         for i, each in enumerate(self._tracked):
             clock = followed.get(each.parameter)
-            age = momentum_age(optimizer, each.parameter) if clock is None else 0.0
+            age = 0.0 if clock is not None else momentum_age(optimizer, each.parameter, self._step or np.inf)
             alike.setdefault((each.group, clock and id(clock), age), []).append(i)
         self._clocks = []
         anew = []
@@ -844,6 +848,15 @@ class ForceLogger:
             self._clocks.append(clock)
         if self._step and anew:
             self._recall(anew)
+
+    def _out_of_step(self, counts: Sequence[float | Tensor]) -> bool:
+        """Whether somebody else has changed the state: a moment that was reset is young again."""
+        return is_normalised(self._optimizer) and any(  # all of those count
+            counts[i] != clock.step and counts[i] < COUNT_STOPS
+            for clock in self._clocks
+            for i in clock.members
+            if not isinstance(counts[i], Tensor) and not isinstance(clock.step, Tensor)
+        )
 
     def _recall(self, clocks: Iterable[_Clock]) -> None:
         """Go on from the last update, if the log has it."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -157,10 +156,10 @@ def momentum_of(
     return momentum(group, step, state)
 
 
-def momentum_age(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
-    """Updates that a parameter's momentum has had; inf where there were some, and nobody counts them."""
+def momentum_age(optimizer: torch.optim.Optimizer, parameter: Tensor, uncounted: float) -> float:
+    """Updates that a parameter's momentum has had; `uncounted` where there were some and the state counts none."""
     state = optimizer.state.get(parameter)
-    return float(state.get("step", math.inf)) if state else 0.0
+    return float(state.get("step", uncounted)) if state else 0.0
 
 
 def why_no_drift(optimizer: torch.optim.Optimizer) -> str | None:
