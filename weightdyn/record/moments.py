@@ -204,7 +204,9 @@ class Plan:
             if drift and not ahead and not plain:
                 before = torch.div(m, root, out=_like("w", w)).mul_(piece.pick(back)).add_(w)
                 grad = _acting(grad, before, piece.pick(factor), piece.pick(coupled))
-            g = torch.div(grad, root, out=_like("g", v)) if drift else None
+            # The dots of a piece that is one row leave the memory for products free.
+            room = _like("product" if piece.alone else "g", v)
+            g = torch.div(grad, root, out=room) if drift else None
             u = torch.div(m, root, out=root)
             fresh_norms, fresh_dots = ([], []) if g is None else ([g], [(w, g), (u, g)])
             sums.add(piece, norms=[u, w, m, *fresh_norms], dots=[(w, u), *fresh_dots], sums=[v], peak=u)
