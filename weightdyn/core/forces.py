@@ -212,8 +212,8 @@ class Remembered(NamedTuple):
         lr_memory: Σ_{s≥1} ρₛ·η_{t−s}, ρₛ the correlation of u_t with u_{t−s} under white noise, β₁ˢ for Adam once
             t is a few times 1/(1−β₁); NaN until the learning rates before the first one seen weigh less than 1 %.
             White noise makes memory = 2η(1−ηλ)·lr_memory·‖u‖².
-        fresh: f, the share of the fresh gradient in E[u].
-        gain: E[u]/E[g]: 1 for Adam with gradients in units of u, (1−μᵗ)/(1−μ) for SGD.
+        fresh: f, the share of the fresh gradient in E[u]; NaN as long if the updates before were not counted.
+        gain: E[u]/E[g], likewise: 1 for Adam with gradients in units of u, (1−μᵗ)/(1−μ) for SGD.
     """
 
     lr_memory: Any
@@ -281,9 +281,12 @@ class NoiseMemory:
         if not isinstance(made, int):
             new = tuple(old + made * (value - old) for value, old in zip(new, self._state, strict=True))
         self._state, self._unseen = new, beta * self._unseen
+        fresh = (of_m * taken + of_g) / gain
         if self._unseen > _FORGOTTEN:
             lr_memory = lr_memory * np.nan
-        return Remembered(lr_memory, (of_m * taken + of_g) / gain, gain)
+            if self._made == np.inf:  # not counted: nor is known what momentum there was
+                fresh, gain = fresh * np.nan, gain * np.nan
+        return Remembered(lr_memory, fresh, gain)
 
 
 _FORGOTTEN = 0.01  # what weighs less needs not be known

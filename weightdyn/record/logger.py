@@ -16,7 +16,8 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -68,7 +69,6 @@ Tensors = str | Callable[[str, Tensor], bool]
 _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
 _SHRINK = 0.5  # at a smaller |1−ηλ| what is before the step is measured there: w' tells too little of w
-_SETTLED = 0.01  # momentum that has less than this of its beginning does not depend on its age
 _LOST = 0.01  # ... and at a smaller one w' tells nothing of it
 
 
@@ -145,13 +145,6 @@ class _Remembers(_Measured):
         columns.remembered[i][:, self.rows] = values.reshape(-1, len(Remembered._fields)).T
 
 
-class _OutOfStep(_Measured):
-    """Above 0 where a tensor has had fewer updates than its group, and its momentum has not settled."""
-
-    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
-        _forget(columns.remembered[i], np.array(self.rows)[values > 0])
-
-
 class _NormAfter(_Measured):
     """‖w‖² after the step."""
 
@@ -181,14 +174,13 @@ class _Record:
 
 @dataclass
 class _Clock:
-    """A group's momentum, followed from update to update."""
+    """The momentum of tensors that have had the same updates, followed from one to the next."""
 
+    group: int
+    members: list[int]  # the tensors
     memory: NoiseMemory
     step: Any  # updates that it has had: a number, or on a device
-    ticks: float  # the same with those that were skipped
     remembered: Remembered = field(default_factory=lambda: Remembered(np.nan, np.nan, np.nan))
-    settled: bool = False  # whether its age no longer matters
-    recalled: bool = False  # whether the log told what it remembers
 
 
 @dataclass
@@ -257,7 +249,8 @@ class ForceLogger:
         FileExistsError: at the first update from 0 on, `out` holds updates of another training.
 
     Under data parallelism attach it on rank 0 only: the ranks make the same updates. A hook of your own that
-    changes gradients before the step must be registered before the logger where parameters are below 32 bits.
+    changes gradients before the step must be registered before the logger, for it reads them then where parameters
+    are below 32 bits or drift="before"; elsewhere what such a hook changes is NaN, and the log says so.
 
     On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
     flushed, every 60 s or 50,000 rows, and after each Weibull fit. A NaN or inf is recorded as it is and warned
@@ -318,9 +311,11 @@ class ForceLogger:
         self._last = pd.DataFrame(columns=[*STORED["forces"]])
         self._flushed_at = time.monotonic()
         self._warned: set[str] = set()
+        self._stepping = False
         self._before: _Before | None = None
         self._had_gradient: set[Tensor] = set()
         self._begun = False
+        self._tracked: list[_Tracked] = []
         self._clocks: list[_Clock] = []
         self._made, self._called = 0, False  # updates of this logger; whether the optimizer was asked for any
         self._step = updates_made(optimizer) if start_step is None else start_step
@@ -412,6 +407,7 @@ class ForceLogger:
         if not isinstance(state, Mapping) or "step" not in state:
             raise ValueError(f"state must be what ForceLogger.state_dict() returned, got {state!r}")
         self._go_to(check_whole("state['step']", state["step"]))
+        self._set_clocks()
 
     def close(self) -> None:
         """Take the hooks off the optimizer and write what is left. Closing twice does no harm.
@@ -459,42 +455,59 @@ class ForceLogger:
 
     @uninterrupted
     @torch.no_grad()
-    def _on_step_begin(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self._called = True
+    def _on_step_begin(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
+        self._called = self._stepping = True
         if not self._begun:
             self._begin()
         self._before = None
         self._had_gradient = with_gradient(optimizer)  # before and after: another hook may clear them
-        t = self._step + 1
-        audit = _due(self._audit_every, t)
-        if not audit and not _due(self._every, t):
-            return
         if self._signature != signature(optimizer):
             self._bring_over()
             self._track()
+        t = self._step + 1
+        audit = _due(self._audit_every, t)
+        if not audit and not _due(self._every, t):
+            return None
         everything = range(len(self._tracked))
         before = _Before(update_counts(optimizer, [each.parameter for each in self._tracked]))
-        closure = (
-            len(args) > 1 or kwargs.get("closure") is not None
-        )  # which makes the gradients inside the step
-        if self._drift and not closure:
-            gradients = {i: self._tracked[i].parameter.grad for i in everything}
-            before.gradients = {i: (grad, grad._version) for i, grad in gradients.items() if grad is not None}
+        if self._out_of_step(before.counts):
+            self._set_clocks()
         if audit:
             before.waiting += self._measure_norms(_NormBefore, everything)
-        narrow = [i for i in everything if self._tracked[i].parameter.dtype.itemsize < 4]
-        wanted = set(everything if self._source == "displacement" else self._shrunk())
-        if self._source == "moments" and closure:
-            wanted |= set(narrow)
-        elif self._source == "moments":
-            ahead = everything if self._drift == "before" else narrow
-            before.ahead = [i for i in ahead if self._tracked[i].parameter.grad is not None]
-            before.waiting += self._measure_moments(_Products, before.ahead, before.counts, ahead=True)
-        wanted -= set(before.ahead)
-        before.copies = {i: self._tracked[i].parameter.detach().clone() for i in sorted(wanted)}
-        if self._source == "displacement" and self._drift == "before":
-            before.gradients = {i: (grad.clone(), -1) for i, (grad, _) in before.gradients.items()}
+        wanted = everything if self._source == "displacement" else self._shrunk()
+        before.copies = {i: self._tracked[i].parameter.detach().clone() for i in wanted}
         self._before = before
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            self._read_gradients(before)
+            return None
+
+        def read() -> Any:
+            loss = closure()  # makes the gradients
+            self._read_gradients(before)
+            return loss
+
+        return ((args[0], read, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": read})
+
+    @uninterrupted
+    @torch.no_grad()
+    def _read_gradients(self, before: _Before) -> None:
+        """Note the gradients that the step is given, and measure what is measured from them before it."""
+        gradients = {
+            i: grad for i, each in enumerate(self._tracked) if (grad := each.parameter.grad) is not None
+        }
+        if self._source == "moments":
+            before.ahead = [
+                i
+                for i in gradients
+                if self._drift == "before" or self._tracked[i].parameter.dtype.itemsize < 4
+            ]
+            before.waiting += self._measure_moments(_Products, before.ahead, before.counts, ahead=True)
+            before.copies = {i: kept for i, kept in before.copies.items() if i not in before.ahead}
+        if self._drift == "before" and self._source == "displacement":
+            before.gradients = {i: (grad.clone(), -1) for i, grad in gradients.items()}
+        elif self._drift:
+            before.gradients = {i: (grad, grad._version) for i, grad in gradients.items()}
 
     def _shrunk(self) -> list[int]:
         """Tensors of which this step's decay leaves so little that w cannot be told from w'."""
@@ -509,6 +522,9 @@ class ForceLogger:
     @uninterrupted
     @torch.no_grad()
     def _on_step_end(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self._stepping:  # a step() that calls that of its class has called this already
+            return
+        self._stepping = False
         before, self._before = self._before, None
         found_inf = getattr(optimizer, "found_inf", None)  # a fused step under a GradScaler may move nothing
         if isinstance(found_inf, Tensor):
@@ -593,9 +609,10 @@ class ForceLogger:
     def _track(self) -> None:
         """List the selected tensors and number their rows."""
         self._signature = signature(self._optimizer)
-        self._tracked: list[_Tracked] = []
+        before, self._tracked = self._tracked, []
         self._labels: dict[str, dict[str, Any]] = {}
         self._plans.clear()
+        followed = {before[i].parameter: clock for clock in self._clocks for i in clock.members}
         self._names = {**_names(own_names(self._optimizer)), **self._given}
         groups = self._optimizer.param_groups
         for index, group in enumerate(groups):
@@ -621,7 +638,7 @@ class ForceLogger:
         sizes = [len(each.rows) for each in self._tracked]
         self._row_group = np.repeat([each.group for each in self._tracked], sizes)
         self._describe(tensors=self._labels)
-        self._set_clocks()
+        self._set_clocks(followed)
 
     def _add(self, group: int, name: str, parameter: Tensor) -> None:
         shape = tuple(parameter.shape)
@@ -660,22 +677,13 @@ class ForceLogger:
             waiting.append(_Moved(rows, (1 - found_inf.double()).expand(len(rows))))
 
         remembered = np.full((len(Remembered._fields), len(moved)), np.nan)
-        for index, clock in enumerate(self._clocks):
-            rows = np.flatnonzero(self._row_group == index)
+        for clock in self._clocks:
+            rows = [row for i in clock.members for row in self._tracked[i].rows]
             if any(isinstance(value, Tensor) for value in clock.remembered):
                 values = _on_one_device(clock.remembered)
-                waiting.append(_Remembers(rows.tolist(), values.expand(len(rows), -1)))
+                waiting.append(_Remembers(rows, values.expand(len(rows), -1)))
             else:
                 remembered[:, rows] = np.array(clock.remembered, dtype=float)[:, None]
-        for each, count in zip(self._tracked, counts, strict=True):
-            clock = self._clocks[each.group]
-            if clock.settled or "step" not in optimizer.state.get(each.parameter, {}):
-                continue
-            if isinstance(count, Tensor) or isinstance(clock.step, Tensor):
-                late = torch.as_tensor(count != clock.step).double()
-                waiting.append(_OutOfStep([*each.rows], late.expand(len(each.rows))))
-            elif count != clock.step:
-                _forget(remembered, each.rows)
 
         lrs, decays = [], []
         for index, group in enumerate(optimizer.param_groups):
@@ -716,14 +724,8 @@ class ForceLogger:
         for i in active:
             grad = self._tracked[i].parameter.grad
             kept, version = before.gradients.get(i, (None, None))
-            if version == -1:
-                found[i] = cast(Tensor, kept)
-            elif (
-                grad is not None
-                and grad.layout == torch.strided
-                and (kept is None or (grad is kept and grad._version == version))
-            ):
-                found[i] = grad.detach()
+            if kept is not None and (version == -1 or (grad is kept and kept._version == version)):
+                found[i] = kept if kept.layout == torch.strided else kept.to_dense()
             elif i not in before.ahead and self._tracked[i].parameter in self._had_gradient:
                 gone = self._tracked[i].name.name if gone is None else gone
         if gone is not None:
@@ -773,11 +775,12 @@ class ForceLogger:
 
     def _acting(self, grads: Sequence[Tensor], groups: Sequence[Mapping[str, Any]], after: bool) -> Fresh:
         optimizer = self._optimizer
-        return Fresh(
-            grads,
-            [grad_factor(optimizer, group, after) for group in groups],
-            [coupled_decay(optimizer, group) for group in groups],
-        )
+        acting = {
+            id(group): (grad_factor(optimizer, group, after), coupled_decay(optimizer, group))
+            for group in optimizer.param_groups
+        }
+        factors, decays = zip(*(acting[id(group)] for group in groups), strict=True)
+        return Fresh(grads, factors, decays)
 
     def _measure_moments(
         self,
@@ -823,44 +826,77 @@ class ForceLogger:
 
     # ------------------------------------------------------------------ what momentum remembers
 
-    def _set_clocks(self) -> None:
-        """Follow the momentum of each group from here on: anew, or from what the log says of it."""
-        optimizer = self._optimizer
-        ages = [momentum_age(optimizer, group) if self._drift else 0 for group in optimizer.param_groups]
-        self._clocks = [_Clock(NoiseMemory(age), age, age) for age in ages]
-        if self._step == 0 or not any(0 < age < np.inf for age in ages):
-            return
-        rows = self._writer.run().forces()
-        rows = rows[(rows["step"] == self._step) & rows["lr_memory"].notna()].set_index("tensor")
-        for each in self._tracked:
-            clock, label = self._clocks[each.group], list(self._labels)[each.rows[0]]
-            if not clock.recalled and clock.step < np.inf and label in rows.index:
-                lr, decay, lr_memory = rows.loc[label, ["lr", "weight_decay", "lr_memory"]].tolist()
-                group, state = optimizer.param_groups[each.group], optimizer.state.get(each.parameter, {})
-                momentum = momentum_of(optimizer, group, clock.step, state)
-                if momentum is not None and state.get("step", clock.step) == clock.step:
-                    clock.memory.resume(momentum, lr, decay, lr_memory)
-                    clock.recalled = True
-
-    def _tick(self, found_inf: Tensor | None) -> None:
-        """An update was made, of those groups that had gradients, or skipped, as only the device knows."""
+    def _set_clocks(self, followed: Mapping[Tensor, _Clock] | None = None) -> None:
+        """Follow the momentum of each tensor from here on: as before, from what the log says of it, or anew."""
         if not self._drift:
             return
-        made = 1 - found_inf.double() if found_inf is not None and is_remote(found_inf) else 1
-        for clock, group in zip(self._clocks, self._optimizer.param_groups, strict=True):
-            moved = next((p for p in group["params"] if p in self._had_gradient), None)
-            if moved is None:
+        optimizer, followed = self._optimizer, followed or {}
+        alike: dict[tuple[int, int | None, float], list[int]] = {}
+        for i, each in enumerate(self._tracked):
+            clock = followed.get(each.parameter)
+            age = 0.0 if clock is not None else momentum_age(optimizer, each.parameter, self._step or np.inf)
+            alike.setdefault((each.group, clock and id(clock), age), []).append(i)
+        self._clocks = []
+        anew = []
+        for (group, _, age), members in alike.items():
+            known = followed.get(self._tracked[members[0]].parameter)
+            if known is not None:
+                clock = replace(known, group=group, members=members, memory=copy(known.memory))
+            else:
+                clock = _Clock(group, members, NoiseMemory(age), age)
+                anew += [clock] if 0 < age < np.inf else []
+            self._clocks.append(clock)
+        if self._step and anew:
+            self._recall(anew)
+
+    def _out_of_step(self, counts: Sequence[float | Tensor]) -> bool:
+        """Whether somebody else has changed the state: a moment that was reset is young again."""
+        return is_normalised(self._optimizer) and any(  # all of those count
+            counts[i] != clock.step and counts[i] < COUNT_STOPS
+            for clock in self._clocks
+            for i in clock.members
+            if not isinstance(counts[i], Tensor) and not isinstance(clock.step, Tensor)
+        )
+
+    def _recall(self, clocks: Iterable[_Clock]) -> None:
+        """Go on from the last update, if the log has it."""
+        rows = self._writer.run().forces()
+        rows = rows[(rows["step"] == self._step) & rows["lr_memory"].notna()].set_index("tensor")
+        labels = list(self._labels)
+        for clock in clocks:
+            found = [i for i in clock.members if labels[self._tracked[i].rows[0]] in rows.index]
+            if not found:
                 continue
-            state = self._optimizer.state.get(moved, {})
+            each = self._tracked[found[0]]
+            lr, decay, lr_memory = rows.loc[
+                labels[each.rows[0]], ["lr", "weight_decay", "lr_memory"]
+            ].tolist()
+            group, state = self._optimizer.param_groups[clock.group], self._optimizer.state[each.parameter]
+            momentum = momentum_of(self._optimizer, group, clock.step, state)
+            if momentum is not None:
+                clock.memory.resume(momentum, lr, decay, lr_memory)
+
+    def _tick(self, found_inf: Tensor | None) -> None:
+        """An update was made, of the tensors that had gradients, or skipped, as only the device knows."""
+        made = 1 - found_inf.double() if found_inf is not None and is_remote(found_inf) else 1
+        for clock in [*self._clocks]:
+            moved = [i for i in clock.members if self._tracked[i].parameter in self._had_gradient]
+            if not moved:
+                continue
+            if len(moved) < len(clock.members):  # from here on they differ
+                rest = sorted({*clock.members} - {*moved})
+                self._clocks.append(replace(clock, members=rest, memory=copy(clock.memory)))
+                clock.members = moved
+            group = self._optimizer.param_groups[clock.group]
+            state = self._optimizer.state.get(self._tracked[moved[0]].parameter, {})
             momentum = momentum_of(self._optimizer, group, clock.step + 1, state)
-            clock.step, clock.ticks = clock.step + made, clock.ticks + 1
+            clock.step = clock.step + made
             if momentum is None:
                 continue
             lr = group["lr"] if is_remote(group["lr"]) else float(group["lr"])
             clock.remembered = clock.memory.update(
                 momentum, lr, decoupled_decay(self._optimizer, group), made
             )
-            clock.settled = momentum.beta ** (clock.ticks / 2) < _SETTLED  # were half of them skipped
 
     def _by_device(self, *parts: Iterable[int]) -> list[tuple[list[int], list[int], Plan]]:
         """The tensors of each part, device and type, their rows, and the plan that reads them."""
@@ -1120,10 +1156,12 @@ def _first_given(values: Sequence[Tensor | None], otherwise: Sequence[Tensor]) -
     return [other if value is None else value for value, other in zip(values, otherwise, strict=True)]
 
 
-def _split(indices: Iterable[int], fresh: Mapping[int, Tensor]) -> tuple[list[int], list[int]]:
-    """Those with a gradient, and those without."""
-    indices = list(indices)
-    return [i for i in indices if i in fresh], [i for i in indices if i not in fresh]
+def _split(indices: Iterable[int], fresh: Mapping[int, Tensor]) -> list[list[int]]:
+    """Those with gradients of one type, and those without."""
+    parts: dict[torch.dtype | None, list[int]] = {}
+    for i in indices:
+        parts.setdefault(fresh[i].dtype if i in fresh else None, []).append(i)
+    return list(parts.values())
 
 
 def _on_one_device(values: Iterable[Any]) -> Tensor:
@@ -1133,11 +1171,6 @@ def _on_one_device(values: Iterable[Any]) -> Tensor:
     return torch.stack(
         [torch.as_tensor(value, dtype=torch.float64).to(device).reshape(()) for value in values]
     )
-
-
-def _forget(remembered: np.ndarray, rows: Any) -> None:
-    """The age of this momentum is not known, nor is what it remembers; the gain of Adam's is 1 all the same."""
-    remembered[:2, list(rows)] = np.nan
 
 
 def _to_host(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -149,19 +148,18 @@ def momentum_of(
 ) -> Momentum | None:
     """How update `step` of a group was made of its gradients; `state` is that of one of its parameters, after it.
 
-    None where that cannot be told, or not without waiting for a device.
+    None where that cannot be told without waiting for a device. Only for optimizers that `why_no_drift` lets pass.
     """
     momentum = known(optimizer).momentum
-    if momentum is None or own_step(optimizer) or any(map(is_remote, group.get("betas", ()))):
+    if momentum is None or any(map(is_remote, group.get("betas", ()))):
         return None
     return momentum(group, step, state)
 
 
-def momentum_age(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
-    """Updates that a group's momentum has had; inf where there were some, and nobody counts them."""
-    states = [state for p in group["params"] if (state := optimizer.state.get(p))]
-    counts = [float(state["step"]) for state in states if "step" in state]
-    return max(counts, default=math.inf if states else 0.0)
+def momentum_age(optimizer: torch.optim.Optimizer, parameter: Tensor, uncounted: float) -> float:
+    """Updates that a parameter's momentum has had; `uncounted` where there were some and the state counts none."""
+    state = optimizer.state.get(parameter)
+    return float(state.get("step", uncounted)) if state else 0.0
 
 
 def why_no_drift(optimizer: torch.optim.Optimizer) -> str | None:
@@ -252,7 +250,7 @@ def adam_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], param
     state = optimizer.state.get(parameter) or {}
     zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
     first, second = (state.get(key, zeros) for key in ("exp_avg", "exp_avg_sq"))
-    return AdamState(first, second, state.get("max_exp_avg_sq", zeros) if group["amsgrad"] else None)
+    return AdamState(first, second, state.get("max_exp_avg_sq", zeros) if group.get("amsgrad") else None)
 
 
 def adam_constants(group: Mapping[str, Any], count: float | Tensor) -> Adam:
