@@ -107,7 +107,7 @@ class Normalised(nn.Module):
 
 
 def invariance(seeds: int = 4, steps: int = 1000, batch: int = 8, batches: int = 64) -> pd.DataFrame:
-    """A student of a random teacher, SGD with momentum and AdamW, and the drift by many batches at frozen weights."""
+    """A student of a random teacher, under SGD and AdamW, and the drift by many batches at frozen weights."""
     found = []
     for name in ("SGD", "AdamW"):
         for kind, activation in (("GELU", F.gelu), ("tanh", torch.tanh)):
@@ -143,7 +143,7 @@ def invariance(seeds: int = 4, steps: int = 1000, batch: int = 8, batches: int =
                                     )
                                     g = w.grad / root
                                     here[p].append(
-                                        -2 * optimizer.param_groups[0]["lr"] * float((w * g).sum())
+                                        -2 * optimizer.param_groups[0]["lr"] * float((w.detach() * g).sum())
                                     )
                             for p, values in here.items():
                                 pulls[p].append([np.mean(values), np.var(values, ddof=1) / batches])
@@ -552,12 +552,13 @@ def sentences(table: pd.DataFrame) -> list[str]:
 
 def report(parts: dict[str, pd.DataFrame], table: pd.DataFrame, published: pd.DataFrame | None) -> str:
     roles = table[table["by"] == "role"]
-    matrices = roles[roles["group"] != "other"]
     truth = pd.concat([parts[f"truth-{model}"] for model in MODELS])
     branch = pd.concat([parts[f"branches-{model}"] for model in MODELS])
-    ways = branch.assign(κ=branch["kappa"]).pivot_table(
-        index=["model", "start", "role"], columns="way", values="κ", sort=False
+    branch["signal/injection"] = branch["signal"] / branch["injection"]
+    ways = branch.pivot_table(
+        index=["model", "start", "role"], columns="way", values=["kappa", "signal/injection"], sort=False
     )
+    ways.columns = [f"{'κ' if value == 'kappa' else 'signal'}, {way}" for value, way in ways.columns]
     errors = branch.groupby("role")["kappa_se"].median().round(2).to_dict()
     invariant = parts["invariance"].groupby(["optimizer", "activation", "tensor"], sort=False)
     invariant = invariant.agg(
@@ -570,10 +571,6 @@ def report(parts: dict[str, pd.DataFrame], table: pd.DataFrame, published: pd.Da
         }
     )
     outside = sentences(roles)
-    inside = matrices["kappa"].between(LOW, HIGH)
-    path = matrices["kappa_path"].between(LOW, HIGH)
-    later = matrices["tenth"] > 2
-    within = (truth["z"].abs() <= 2).mean()
     lines = [
         "# What alignment is made of: drift and momentum's memory",
         "",
@@ -584,12 +581,10 @@ def report(parts: dict[str, pd.DataFrame], table: pd.DataFrame, published: pd.Da
         "makes with the schedule as it was (`weightdyn.memory_null`), and κ = memory/null. Injection and memory "
         "are diffusion.",
         "",
-        *TAKEN.format(
-            inside=f"{inside.sum()} of {len(inside)}",
-            path=f"{path.sum()} of {len(path)}",
-            path_later=f"{(path & later).sum()} of {later.sum()}",
-            within=f"{(truth['z'].abs() <= 2).sum()} of {len(truth)} ({within:.0%})",
-        ).splitlines(),
+        "![κ of the path by tenth of the run, the logged drift against that of the mean gradient, drift's share by "
+        "batch](drift.png)",
+        "",
+        *taken(parts, roles, truth, branch),
         "",
         "## (a) Pure noise",
         "",
@@ -603,7 +598,7 @@ def report(parts: dict[str, pd.DataFrame], table: pd.DataFrame, published: pd.Da
         "## (b) Scale invariance",
         "",
         "Two matrices with a normalisation behind each (a student of a random teacher, 1,000 updates, the last "
-        "four fifths; six seeds), and a read-out that has none. A gradient is orthogonal to such a matrix, so "
+        "four fifths; four seeds), and a read-out that has none. A gradient is orthogonal to such a matrix, so "
         "SGD's drift is 0 to rounding. Adam divides it by √v̂, weight by weight, and then it is so only in the "
         "mean over weights.",
         "",
@@ -658,7 +653,11 @@ def report(parts: dict[str, pd.DataFrame], table: pd.DataFrame, published: pd.Da
         "",
         "### Every cell outside 0.9 to 1.1",
         "",
+        "<details><summary>One by one</summary>",
+        "",
         *outside,
+        "",
+        "</details>",
         "",
         "## (e) The mean gradient over many batches",
         "",
@@ -690,8 +689,84 @@ def report(parts: dict[str, pd.DataFrame], table: pd.DataFrame, published: pd.Da
     return "\n".join(lines)
 
 
-TAKEN = """"""
-"""What the tables say, in words: read off them, and checked when they change."""
+def taken(
+    parts: dict[str, pd.DataFrame], roles: pd.DataFrame, truth: pd.DataFrame, branch: pd.DataFrame
+) -> list[str]:
+    """What to take from it: the words were written beside these numbers."""
+    noise, square, invariant = (parts[name] for name in ("noise", "quadratic", "invariance"))
+    steady = noise[(noise["schedule"] == "constant") & (noise["β₂"] == 0.999)]
+    worst = {beta2: (rows["memory/null"] - 1).abs().max() for beta2, rows in noise.groupby("β₂")}
+    inner = roles[(roles["group"] != "other") & roles["kappa"].notna()]
+    later = inner[inner["tenth"] > 2]
+    first = inner[inner["tenth"] == 1]
+    low, high = later["kappa_path"].quantile([0.05, 0.95])
+    negative = {role: (rows["drift"] < 0).mean() for role, rows in roles.groupby("group")}
+    clear = {role: (rows["drift"] < -2 * rows["drift_se"]).mean() for role, rows in roles.groupby("group")}
+    frozen = branch[(branch["way"] == "frozen w") & (branch["role"] != "other")]
+    total = frozen["kappa"] + frozen["signal/injection"]
+    live = branch[(branch["way"] == "live") & (branch["role"] != "other")]
+    outer = roles[(roles["group"] == "other") & roles["kappa_path"].notna()]
+    rare, kept_long = (
+        outer.loc[(outer["setting"] == "β₂ 0.999") == which, "kappa_path"].median() for which in (False, True)
+    )
+    adam, sgd = (
+        invariant[(invariant["optimizer"] == name) & (invariant["tensor"] != "out")]
+        for name in ("AdamW", "SGD")
+    )
+    even, uneven = (
+        adam.loc[adam["activation"] == kind].groupby("tensor")["drift/diffusion"].mean().to_dict()
+        for kind in ("tanh", "GELU")
+    )
+
+    def within(rows: pd.Series) -> str:
+        return f"{rows.between(LOW, HIGH).sum()} of {len(rows)} cells ({rows.between(LOW, HIGH).mean():.0%})"
+
+    return [
+        "What to take from it:",
+        "",
+        f"- On pure noise the split is exact: κ is within {worst[0.999]:.2%} of 1 for every β₁ with β₂ = 0.999 "
+        f"and within {worst[0.95]:.1%} with 0.95, drift within {noise['drift/error'].abs().max():.1f} standard "
+        f"errors of 0, and ‖w‖² grows by {steady['growth/η²n'].min():.3f} to {steady['growth/η²n'].max():.3f} of "
+        "η²n whatever β₁ is (β₂ = 0.999, η steady). With β₂ = 0.95 v̂ follows the gradient that it divides, and "
+        "it is 0.956 to 1.015 of it.",
+        "- Where the mean gradient is known the drift is it, to "
+        f"{(square['logged/by hand'] - 1).abs().max():.1%}. By many batches at frozen weights the drift of a "
+        f"training is the logged one within two errors of both in {(truth['z'].abs() <= 2).sum()} of {len(truth)} "
+        "cells of role and tenth.",
+        "- v̂ of the update, which holds (1−β₂)g², is the one to divide by: it costs a fresh gradient 1 to 4 % "
+        "of its mean at β₂ = 0.95 (u's own gradients lose nearly as much), and v̂ before the update has no bound "
+        "where gradients are rare: in the embedding the sign of such a drift is a matter of chance (e).",
+        f"- A normalisation makes the drift 0 for SGD (cosines up to {sgd['cosine'].max():.0e}), **not for "
+        "Adam**: divided by √v̂ weight by weight, the gradient is no longer orthogonal. Behind tanh drift is "
+        f"{even['first']:+.1%} and {even['second']:+.1%} of diffusion, behind GELU, whose activations make v̂ "
+        f"uneven, {uneven['first']:+.1%} and {uneven['second']:+.1%}, and many batches say much the same.",
+        f"- In trainings κ lies within 0.9 to 1.1 in {within(inner['kappa'])} of role and tenth, without the role "
+        "“other”. Most of what lies outside is noise of the drift at the window's edges: of the path, which has "
+        f"none, {within(inner['kappa_path'])}; behind the second tenth {within(later['kappa_path'])}, 90 % of them "
+        f"from {low:.2f} to {high:.2f}. **It is a few percent below 1, not at 1.**",
+        "- At the start κ is off for another reason than curvature: gradients that change in size within "
+        "momentum's window, those of q and k growing (κ 0.3 to 0.9), those of the others shrinking (1.1 to 1.4). "
+        "White noise of the measured sizes makes the same in the first tenth: the correlation of the two over "
+        f"settings and roles is {np.corrcoef(first['kappa_path'], first['kappa_size'])[0, 1]:.2f}. What is left "
+        "there, and at small η, is curvature.",
+        f"- In “other” (embeddings, norms, biases) κ of the path has the median {rare:.1f} with β₂ = 0.95 and "
+        f"{kept_long:.2f} with 0.999: v̂ forgets a rare token between its gradients, so that old gradients in u "
+        "weigh more than new ones. Drift leads there all the same.",
+        f"- With gradients taken at frozen weights the mean gradient makes {frozen['signal/injection'].min():.0%} "
+        f"to {frozen['signal/injection'].max():.0%} of an update's energy, and κ falls to 1 − signal/injection "
+        f"(their sum is {total.min():.2f} to {total.max():.2f}): a mean gradient that stands still adds to drift "
+        "and not to memory. In live training it does not stand still: signal/injection is "
+        f"{live['signal/injection'].min():.2f} to {live['signal/injection'].max():.2f}, for curvature turns the "
+        "gradient back within momentum's window, and κ stays near 1.",
+        f"- Drift is negative in {negative['selection']:.0%} of the tenths for q and k (by more than two errors "
+        f"in {clear['selection']:.0%}), in {negative['value']:.0%} for v ({clear['value']:.0%}), in "
+        f"{negative['transmission']:.0%} for the MLP and o ({clear['transmission']:.0%}), and nearly never in the "
+        "rest. For q and k it grows with the batch and with a smaller η, and everywhere towards the end of a "
+        "schedule, where diffusion, η²n, fades first. At β₁ = 0, where there is no memory at all, shares of "
+        "drift and diffusion are much as at 0.9.",
+        "- Alignment/(alignment + injection) is near 2b/(2b+1) at every β₁ (last table of d) and in the published "
+        "logs over their first half (f); towards their end it is above, which is drift if their noise is white.",
+    ]
 
 
 def whole_shares(roles: pd.DataFrame) -> pd.DataFrame:
@@ -728,7 +803,7 @@ def figure(parts: dict[str, pd.DataFrame], table: pd.DataFrame, path: Path) -> N
     left.set(xlabel="tenth of the run", ylabel="κ of the path", ylim=(0, 2))
     truth = pd.concat([parts[f"truth-{model}"] for model in MODELS])
     for role, rows in truth.groupby("role"):
-        scale = rows["diffusion"]
+        scale = rows["diffusion"].abs()
         middle.errorbar(
             rows["truth"] / scale, rows["drift"] / scale, xerr=rows["truth_se"] / scale,
             yerr=rows["drift_se"] / scale, fmt="o", ms=2, linewidth=0.6, color=ROLE_COLORS[role], label=role,
@@ -755,6 +830,8 @@ def figure(parts: dict[str, pd.DataFrame], table: pd.DataFrame, path: Path) -> N
     right.axhline(0, color="#808080", linewidth=0.6, zorder=0)
     right.set(xscale="log", xlabel="batch", ylabel="drift's share, signed")
     right.set_xticks([2, 8, 64], ["2", "8", "64"])
+    right.set_xticks([], minor=True)
+    right.set_title("solid: GPT-NeoX, dashed: LLaMA", fontsize=6)
     for ax in (left, middle, right):
         ax.tick_params(labelsize=7, width=0.6, length=2.5)
         ax.xaxis.label.set_size(8)
