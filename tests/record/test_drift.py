@@ -263,6 +263,57 @@ def test_a_fused_step_under_a_grad_scaler_and_clipping(drift):
         assert table["drift"].notna().all()
 
 
+def test_a_fused_optimizer_with_an_init_of_its_own_is_logged_under_a_grad_scaler():
+    class Mine(torch.optim.AdamW):
+        def __init__(self, model):
+            super().__init__(model.parameters(), lr=1e-2, fused=True)
+
+    tables = []
+    for make in (Mine, lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)):
+        model = mlp()
+        optimizer, scaler = make(model), torch.amp.GradScaler("cpu", init_scale=64.0)
+        with wd.ForceLogger(optimizer, model) as logger:
+            for t in range(3):
+                scaler.scale(loss_of(model, t)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        tables.append(logger.run.forces())
+    pd.testing.assert_frame_equal(*tables)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own
+def test_a_compiled_step_is_logged_as_a_plain_one():
+    tables = []
+    for compiled in (False, True):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-2)
+
+        def step(optimizer=optimizer):
+            optimizer.step()
+
+        call = torch.compile(step, backend="eager") if compiled else step
+        with wd.ForceLogger(optimizer, model) as logger:
+            for t in range(4):
+                optimizer.zero_grad()
+                loss_of(model, t).backward()
+                call()
+        tables.append(logger.run.forces()[["step", "tensor", "alignment", *PARTS]])
+    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-6)
+
+
+def test_with_the_weights_after_the_step_nothing_is_said_of_drift_and_memory():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with wd.ForceLogger(optimizer, model) as logger:
+        for t in range(3):
+            loss_of(model, t).backward()
+            optimizer.step()
+    before, after = logger.run.forces(), logger.run.forces(at="after")
+    assert before["drift"].notna().all()
+    assert after[["drift", "memory", "memory_null"]].isna().all(axis=None)
+    pd.testing.assert_series_equal(after["signal"], before["signal"])
+
+
 def test_the_clipped_gradient_is_the_one_that_acts():
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -333,9 +333,10 @@ class ForceLogger:
             raise
         self._closed = False
         self._process = os.getpid()
+        as_it_is: Any = torch.compiler.disable  # also inside a step() that was compiled
         self._handles = [
-            optimizer.register_step_pre_hook(self._on_step_begin),
-            optimizer.register_step_post_hook(self._on_step_end),
+            optimizer.register_step_pre_hook(as_it_is(self._on_step_begin)),
+            optimizer.register_step_post_hook(as_it_is(self._on_step_end)),
             optimizer.register_load_state_dict_post_hook(self._on_load),
             optimizer.register_state_dict_pre_hook(self._on_save),
         ]

@@ -189,7 +189,9 @@ def grad_factor(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], afte
     if scale is None:
         return sign
     if after:
-        scale = scale ** _left_scaled(type(optimizer), scale.device)
+        # Those whose drift is told have the step() of torch's class, and maybe an __init__ of their own.
+        kind = next(kind for kind in type(optimizer).mro() if _within(kind.__module__, "torch"))
+        scale = scale ** _left_scaled(kind, scale.device)
     return sign / scale
 
 
