@@ -9,7 +9,6 @@ from weightdyn.core.forces import (
     before_step,
     drift_from_products,
     forces_from_products,
-    fresh_after_step,
     fresh_before_step,
     memory_null,
     signal_energy,
@@ -94,6 +93,17 @@ def test_an_update_that_was_skipped_leaves_no_trace():
         assert clock.update(momentum, eta, 0.1, made=np.float64(1)) == other.update(momentum, eta, 0.1), t
 
 
+@pytest.mark.parametrize("made", [0, 7, np.inf])
+def test_a_momentum_that_forgets_nothing_is_followed(made):
+    clock, lr = NoiseMemory(made), RNG.random(20)
+    got = [clock.update(Momentum(1.0, 1.0, 1.0, 0.0), eta, 0.0) for eta in lr.tolist()]
+    if made == 0:  # u_t is the sum of all gradients: ρ of u_j and u_t is j/t
+        sums = [sum((j + 1) * lr[j] for j in range(t)) / (t + 1) for t in range(20)]
+        np.testing.assert_allclose([each.lr_memory for each in got], sums, rtol=1e-12)
+    else:
+        assert np.isnan([each.lr_memory for each in got]).all()
+
+
 @pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9, 0.99])
 def test_the_memory_of_a_steady_learning_rate_is_twice_b(beta1):
     null = memory_null(np.full(3000, 1e-3), beta1)
@@ -128,11 +138,10 @@ def test_what_is_no_schedule_is_named(arguments, message):
         memory_null(**arguments)
 
 
-def test_products_with_the_fresh_gradient_before_and_after_a_step():
+def test_products_with_the_fresh_gradient_before_a_step_from_those_after_it():
     w, u, g = RNG.normal(size=(3, 50))
     lr, decay = 0.1, 0.3
     after = (1 - lr * decay) * w - lr * u
-    assert fresh_after_step(w @ g, u @ g, lr, decay) == pytest.approx(after @ g, rel=1e-12)
     assert fresh_before_step(after @ g, u @ g, lr, decay) == pytest.approx(w @ g, rel=1e-12)
     # An update that is the fresh gradient alone has a drift that is its alignment.
     before = before_step(*(((1 - lr * decay) * w - lr * g) @ x for x in (g,)), g @ g, 1.0, lr, decay)

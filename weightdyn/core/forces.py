@@ -155,16 +155,6 @@ def fresh_before_step(dot_wg_after: Any, dot_ug: Any, lr: Any, weight_decay: Any
     return (dot_wg_after + lr * dot_ug) / (1 - lr * weight_decay)
 
 
-def fresh_after_step(dot_wg: Any, dot_ug: Any, lr: Any, weight_decay: Any) -> Any:
-    """⟨w',g̃⟩ of the weights after a step: the inverse of `fresh_before_step`, (1−ηλ)⟨w,g̃⟩ − η⟨u,g̃⟩.
-
-    >>> fresh_after_step(dot_wg=-1.0, dot_ug=1.0, lr=0.5, weight_decay=0.0)
-    -1.5
-    """
-    _check(dot_wg=dot_wg, dot_ug=dot_ug, lr=lr, weight_decay=weight_decay)
-    return (1 - lr * weight_decay) * dot_wg - lr * dot_ug
-
-
 def signal_energy(dot_ug: Any, g_sq: Any, fresh: Any) -> Any:
     """‖ḡ̃‖², the part of ‖u‖² that the mean gradient makes, from two gradients with independent noise.
 
@@ -256,9 +246,11 @@ class NoiseMemory:
 
     def _settled(self, momentum: Momentum) -> tuple[Any, Any]:
         """V and E[m]/E[g] after the updates made, had they all had these constants."""
-        left = momentum.beta**self._made if self._made < np.inf else 0.0
-        variance = momentum.taken**2 * (1 - left**2) / (1 - momentum.beta**2)
-        return variance, momentum.taken * (1 - left) / (1 - momentum.beta)
+        beta, taken = momentum.beta, momentum.taken
+        if self._made == 0 or beta == 1:
+            return self._made * taken**2, self._made * taken
+        left = beta**self._made if self._made < np.inf else 0.0
+        return taken**2 * (1 - left**2) / (1 - beta**2), taken * (1 - left) / (1 - beta)
 
     def update(self, momentum: Momentum, lr: Any, weight_decay: Any, made: Any = 1) -> Remembered:
         """Take in an update, in order; `made` is 0 for one that was skipped.
@@ -267,10 +259,11 @@ class NoiseMemory:
         """
         beta, taken, of_m, of_g = momentum
         if self._state is None:
-            variance, mean = self._settled(momentum)
-            steady = of_m * taken**2 / (1 - beta**2) + of_g * taken
-            # As if η had been what it is: what that gets wrong is unknown until it is forgotten.
-            self._state = variance, mean, 0.0 if self._made == 0 else lr * steady / (1 - beta)
+            past = 0.0
+            if self._made and beta != 1:
+                # As if η had been what it is: what that gets wrong is unknown until it is forgotten.
+                past = lr * (of_m * taken**2 / (1 - beta**2) + of_g * taken) / (1 - beta)
+            self._state = *self._settled(momentum), past
         variance, mean, past = self._state
         variance, mean, past = beta**2 * variance + taken**2, beta * mean + taken, beta * past
         square = of_m**2 * variance + 2 * of_m * of_g * taken + of_g**2

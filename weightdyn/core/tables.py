@@ -22,7 +22,6 @@ from weightdyn.core.forces import (
     angle,
     drift_from_products,
     forces_from_products,
-    fresh_after_step,
     relative_update,
     signal_energy,
 )
@@ -169,7 +168,7 @@ SMOOTH_TABLE = {
     **FORCE_TABLE,
     "rows": "number of rows in the window",
     "diffusion": "injection + memory",
-    "kappa": "κ = memory/memory_null: 1 where gradient noise is white",
+    "kappa": "κ = memory/memory_null: 1 where gradient noise is white, or where memory was inferred from that",
     "drift_se": "standard error of drift in the window's mean: its noise is new in every update",
     "memory_se": "standard error of memory, from its autocovariances (Newey and West 1987)",
     "kappa_se": "memory_se/memory_null",
@@ -194,7 +193,7 @@ CLOSURE_TABLE = {
     "residual": "Σ|measured change of ‖w‖² less the forces|",
     "change": "Σ|measured change of ‖w‖²|",
     "closure": "residual/change; NaN where nothing is covered",
-    "kappa": "κ = Σ memory/Σ memory_null: 1 where gradient noise is white; NaN where not measured",
+    "kappa": "κ = Σ memory/Σ memory_null: 1 where noise is white, or memory inferred from that; NaN where unknown",
 }
 """Columns of a table of closures, and their meaning."""
 
@@ -554,7 +553,8 @@ def force_table(
         order: "exact", or "leading" without the O(η²λ) terms; see `forces_from_products`.
         at: "before" evaluates the forces with the weights before the step, so that they sum to the change of
             ‖w‖²; "after" with those after it, as the script of arXiv 2606.19367 does, which makes the
-            alignment too large by 2·injection. `norm_sq` is ‖w‖² before the update either way.
+            alignment too large by 2·injection. w' holds the noise of the fresh gradient, so with it drift,
+            memory and memory_null are NaN. `norm_sq` is ‖w‖² before the update either way.
 
     Returns:
         The columns of `FORCE_TABLE`, then those of `LOG_TABLE`.
@@ -583,10 +583,11 @@ def force_table(
     # A diverged run has inf and NaN, a tensor of zeros no direction: they pass through without a warning.
     with np.errstate(all="ignore"):
         products_at = Products(dot_wu, u_sq, w_sq)
+        dot_wg_at, remembered = dot_wg, -lr_memory * u_sq
         if at == "after":
             products_at = after_step(*products_at, lr, weight_decay)
+            dot_wg_at = remembered = nothing
         forces = forces_from_products(*products_at, lr, weight_decay, order=order)
-        dot_wg_at = dot_wg if at == "before" else fresh_after_step(dot_wg, dot_ug, lr, weight_decay)
         drift = drift_from_products(dot_wg_at, lr, weight_decay, order=order)
         columns = {
             "step": products["step"].to_numpy(dtype=np.int64),
@@ -600,7 +601,7 @@ def force_table(
             **forces._asdict(),
             "drift": drift,
             "memory": forces.alignment - drift,
-            "memory_null": drift_from_products(-lr_memory * u_sq, lr, weight_decay, order=order),
+            "memory_null": drift_from_products(remembered, lr, weight_decay, order=order),
             "signal": lr**2 * signal_energy(dot_ug, g_sq, fresh),
             "u_sq": u_sq,
             "dot_wu": dot_wu,
