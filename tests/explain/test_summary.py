@@ -79,3 +79,16 @@ def test_roles_stand_in_their_order_and_a_table_is_no_run():
         summarize("runs/mine")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="by='depth': cannot group"):
         summarize(run(), "depth")  # pyright: ignore[reportArgumentType]
+
+
+def test_updates_that_were_not_logged_count_as_those_around_them():
+    every, sparse = run(), run()
+    for log, kept in ((every, range(1, STEPS + 1)), (sparse, [*range(1, 20), *range(20, STEPS + 1, 5)])):
+        forces, t = log.forces(), log.forces()["step"]
+        forces = forces.assign(drift=t < 20, memory=t / 100, injection=0.1, decay=-0.5)
+        forces["alignment"] = forces["drift"] + forces["memory"]
+        kept_rows = forces[t.isin(kept)].astype({"drift": float})
+        log.forces = lambda rows=kept_rows: rows
+    columns = ["rise_share", "end_share", "rise_drift", "rise_diffusion", "end_drift", "end_diffusion"]
+    got, want = summarize(sparse)[columns], summarize(every)[columns]
+    np.testing.assert_allclose(got, want, atol=0.02)

@@ -193,3 +193,25 @@ def test_phases_say_what_drives_a_rise():
     assert wd.phases(weibull, forces=wanders)["driven_by"].item() == "diffusion"
     falls = weibull.assign(lam=-norm + 90 - t)
     assert wd.phases(falls, forces=wanders)["driven_by"].isna().all()
+
+
+def test_what_drives_a_rise_is_not_decided_by_where_the_log_is_dense():
+    step = np.array([*range(1, 51), *range(100, 501, 50)])
+    early = step <= 50
+    rows = pd.DataFrame({"step": step, "span": 1, "norm_sq": 10.0 + step, "injection": 0.0, "decay": 0.0})
+    rows = rows.assign(drift=np.where(early, 1.0, 0.0), memory=np.where(early, 0.0, 1.0))
+    rows = rows.assign(
+        alignment=rows["drift"] + rows["memory"]
+    )  # 51 of 60 rows, and 60 of 500 updates, drift
+    assert wd.phases(rows, "norm_sq")["driven_by"].item() == "diffusion"
+
+
+def test_what_drives_a_rise_is_told_of_tensors_with_spans_of_their_own():
+    a = pd.DataFrame({"tensor": "a", "step": [100, 200], "span": 100, "drift": 1.0, "memory": 0.0})
+    b = pd.DataFrame({"tensor": "b", "step": [200], "span": 200, "drift": 0.0, "memory": 1.5})
+    rows = pd.concat([a, b]).assign(role="value", norm_sq=1.0, injection=0.0, decay=0.0)
+    rows = rows.assign(alignment=rows["drift"] + rows["memory"])
+    lam = pd.DataFrame({"step": [0, 100, 200], "role": "value", "lam": [1.0, 2.0, 3.0], "k": 1.2})
+    assert wd.phases(lam, forces=rows)["driven_by"].item() == "diffusion"
+    with pytest.raises(ValueError, match=r"forces lacks the columns \['role'\]"):
+        wd.phases(lam, forces=rows.drop(columns="role"))

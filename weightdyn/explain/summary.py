@@ -13,14 +13,12 @@ from weightdyn.core.tables import (
     FORCES,
     SUMMARY_TABLE,
     By,
-    aggregate,
     check_force_table,
     check_weibull_table,
-    diffusion,
     group_columns,
     in_order,
 )
-from weightdyn.explain.trajectory import closure, phases, pool_weibull, rows_at
+from weightdyn.explain.trajectory import added_by, closure, phases, pool_weibull, rows_at
 
 if TYPE_CHECKING:
     from weightdyn.record.runlog import RunLog
@@ -55,12 +53,10 @@ def summarize(run: RunLog, by: By | Sequence[str] | None = "role") -> pd.DataFra
         )
     worst = closure(forces)
     kappa = closure(forces, by)
-    sums = aggregate(forces, by)
-    sums = sums.assign(diffusion=diffusion(sums)) if "memory" in sums else sums
-    last = sums["step"].max()
+    last = forces["step"].max()
     found = []
     for _, row in table.iterrows():
-        own = rows_at(sums, row[keys])
+        own = rows_at(forces, row[keys])
         rise = _shares(own[own["step"] <= row["half_step"]])
         end = _shares(own[own["step"] >= 0.9 * last])
         found.append(
@@ -80,9 +76,8 @@ def summarize(run: RunLog, by: By | Sequence[str] | None = "role") -> pd.DataFra
 
 def _shares(rows: pd.DataFrame) -> dict[str, float]:
     """Signed shares of sums over rows: of alignment among its forces, of drift and diffusion among theirs."""
-    shares = {}
+    added, shares = added_by(rows), {}
     for names in (FORCES, DRIFT_FORCES):
-        known = rows.reindex(columns=list(names)).mul(rows["span"], axis=0)
-        totals = known.sum(skipna=False) if len(rows) else known.sum() * float("nan")
+        totals = added[list(names)]
         shares |= (totals / totals.abs().sum(skipna=False)).to_dict()
     return shares

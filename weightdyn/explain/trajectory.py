@@ -39,7 +39,6 @@ from weightdyn.core.tables import (
     check_columns,
     check_force_table,
     check_weibull_table,
-    diffusion,
     group_columns,
     group_numbers,
     in_order,
@@ -284,16 +283,27 @@ def _driven_by(
     forces = check_force_table(source, argument="forces", unique=True)
     if "drift" not in forces or "memory" not in forces:
         return nothing
-    sums = aggregate(forces, keys or "model")
-    sums = sums.assign(diffusion=diffusion(sums))
+    if missing := [key for key in keys if key not in forces]:
+        raise ValueError(f"forces lacks the columns {missing}, which tell the table's groups apart")
     drivers: list[str | None] = []
     for _, row in found.iterrows():
-        own = rows_at(sums, row[keys])
-        rise = own.loc[own["step"] <= row["peak_step"]]
-        added = rise[list(DRIFT_FORCES)].mul(rise["span"], axis=0).sum(skipna=False)
-        rose = len(rise) and row["peak"] > row["start"] and added.notna().all()
+        own = rows_at(forces, row[keys])
+        added = added_by(own[own["step"] <= row["peak_step"]])[list(DRIFT_FORCES)]
+        rose = row["peak"] > row["start"] and added.notna().all()
         drivers.append(str(added.idxmax()) if rose else None)
     return drivers
+
+
+def added_by(rows: pd.DataFrame) -> pd.Series:
+    """What each force, and diffusion, added to ‖w‖² over the rows of some tensors; NaN where it is not known."""
+    names = list(dict.fromkeys((*FORCES, *DRIFT_FORCES)))
+    if rows.empty:
+        return pd.Series(np.nan, index=names)
+    sums = integrate(rows)
+    last = sums.groupby(group_numbers(sums, group_columns(sums, None))).tail(1)
+    added = last.reindex(columns=["memory", *names]).astype(float).sum(skipna=False)
+    added["diffusion"] = added["injection"] + added["memory"]
+    return added[names]
 
 
 def rows_at(table: pd.DataFrame, place: pd.Series) -> pd.DataFrame:
