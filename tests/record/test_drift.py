@@ -312,6 +312,8 @@ def test_with_the_weights_after_the_step_nothing_is_said_of_drift_and_memory():
     assert before["drift"].notna().all()
     assert after[["drift", "memory", "memory_null"]].isna().all(axis=None)
     pd.testing.assert_series_equal(after["signal"], before["signal"])
+    with pytest.raises(ValueError, match=r'has no drift: .*told with at="before"'):
+        wd.budget(after, kind="drift")
 
 
 def test_the_clipped_gradient_is_the_one_that_acts():

@@ -484,7 +484,8 @@ def check_drift(table: pd.DataFrame, source: Any = None, *, argument: str = "tab
     why = info.get("no_drift") if isinstance(info, Mapping) else None
     reason = (
         "it is measured by ForceLogger(drift=True) while the model trains, from gradients that are there behind "
-        "the step, and estimated by recover_forces and read_published_forces"
+        'the step, told with at="before", and estimated by recover_forces and read_published_forces; a sum has one '
+        "where all of its tensors have"
     )
     if why:
         reason = f"it was not measured: {why}"
