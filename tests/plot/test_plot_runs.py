@@ -176,7 +176,7 @@ def test_shares_are_percentages_of_the_absolute_forces():
 
 
 def test_drift_and_diffusion_are_alignment_and_injection_told_apart():
-    table = drift_table()
+    table = drift_table(updates=40)
     ax = plot.force_budget(table, kind="drift")
     sums = table.groupby("step")[["drift", "memory", *FORCES]].sum()
     drawn = {name: line(ax, name).get_ydata() for name in (*DRIFT_FORCES, "net")}
@@ -191,7 +191,7 @@ def test_drift_and_diffusion_are_alignment_and_injection_told_apart():
 
 
 def test_shares_of_drift_keep_their_signs():
-    table = drift_table()
+    table = drift_table(updates=40)
     ax = plot.force_budget(table, kind="drift_shares")
     sums = table.groupby("step")[["drift", "memory", "injection", "decay"]].sum()
     sums["diffusion"] = sums.pop("memory") + sums.pop("injection")
@@ -203,30 +203,38 @@ def test_shares_of_drift_keep_their_signs():
     assert ax.get_ylabel() == "budget share (%)"
 
 
-def test_the_drift_of_many_updates_is_their_mean_with_its_standard_error():
-    table = drift_table(updates=500)
+# 6 % of 500 rows is 31 of them; 13 at least.
+@pytest.mark.parametrize(("updates", "half"), [(500, 15), (120, 6)])
+def test_the_drift_of_many_updates_is_their_mean_with_its_standard_error(updates, half):
+    table = drift_table(updates=updates)
     sums = table.groupby("step")[["drift", "memory", "injection", "decay"]].sum()
     ax = plot.force_budget(table, kind="drift")
-    # 6 % of 500 rows is 31 of them, centred.
     means = {}
     for name in ("drift", "decay"):
         values = sums[name].to_numpy()
-        means[name] = np.array([values[max(0, i - 15) : i + 16].mean() for i in range(500)])
+        means[name] = np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(updates)])
         np.testing.assert_allclose(line(ax, name).get_ydata(), means[name])
     assert len(ax.get_lines()) == 5  # no noise behind the means, but the line of zero
     (band,) = ax.collections
     edges = band.get_paths()[0].vertices
     drift = sums["drift"].to_numpy()
-    rest = (drift - means["drift"])[250 - 15 : 250 + 16]
-    error = np.sqrt((rest**2).mean() / 31)
-    at = sorted(set(edges[edges[:, 0] == 251][:, 1]))
-    np.testing.assert_allclose(at, [means["drift"][250] - error, means["drift"][250] + error])
+    rest = (drift - means["drift"])[60 - half : 60 + half + 1]
+    error = np.sqrt((rest**2).mean() / (2 * half + 1))
+    at = sorted(set(edges[edges[:, 0] == 61][:, 1]))
+    np.testing.assert_allclose(at, [means["drift"][60] - error, means["drift"][60] + error])
 
     shares = plot.force_budget(table, kind="drift_shares")
     diffusion = (sums["memory"] + sums["injection"]).to_numpy()
-    means["diffusion"] = np.array([diffusion[max(0, i - 15) : i + 16].mean() for i in range(500)])
+    means["diffusion"] = np.array([diffusion[max(0, i - half) : i + half + 1].mean() for i in range(updates)])
     total = sum(np.abs(each) for each in means.values())
     np.testing.assert_allclose(line(shares, "drift").get_ydata(), 100 * means["drift"] / total)
+
+
+def test_a_drift_over_many_updates_is_drawn_as_it_is():
+    table = drift_table(updates=120)
+    table = table.assign(step=10 * table["step"], span=10)
+    sums = table.groupby("step")["drift"].sum()
+    np.testing.assert_allclose(line(plot.force_budget(table, kind="drift"), "drift").get_ydata(), sums)
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,12 @@ from weightdyn.core.tables import (
 from weightdyn.explain.trajectory import phases, pool_weibull
 from weightdyn.plot.style import (
     DARK,
-    DRIFT_SMOOTHING,
     FORCE_COLORS,
     GREY,
     LAYERS_IN_LEGEND,
     LONG_NAME,
     NAMED_LINES,
+    NOISY,
     PANELS,
     ROLE_COLORS,
     SYMBOLS,
@@ -44,7 +44,7 @@ from weightdyn.plot.style import (
     make_axes,
     mark_phases,
     name_panel,
-    running_mean,
+    noisy_mean,
     split_groups,
     stack_names,
 )
@@ -98,8 +98,8 @@ def force_budget(
 
     Lines of more than 200 rows are the running mean over 2 % of the rows, with the rows themselves in a light tint
     behind; shares are averaged as shares. The drift of single updates is mostly noise, new in each of them: with
-    "drift" lines are the mean over 6 % of the rows alone, drift's with a band of ± one standard error, and
-    "drift_shares" are the shares of these means.
+    "drift" lines of more than 50 of them are the mean over 6 % of the rows, 13 at least, alone, drift's with a band
+    of ± one standard error, and "drift_shares" are the shares of these means.
 
     Returns:
         The Axes; where there is a panel for each group an array of them, in the order of the panels.
@@ -122,13 +122,14 @@ def force_budget(
     shares = kind in ("shares", "drift_shares")
     for panel, (name, _, rows) in zip(axes, panels, strict=True):
         panel.axhline(0, color=GREY, linewidth=0.6, zorder=0)
-        means = rows[list(names)].apply(running_mean, width=DRIFT_SMOOTHING) if drift and shares else None
+        noisy = drift and len(rows) > NOISY and (rows["span"] == 1).all()
+        means = rows[list(names)].apply(noisy_mean) if noisy else rows[list(names)]
         for force in names if shares else (*names, "net"):
             color = FORCE_COLORS[force]
-            if means is not None:
+            if drift and shares:
                 share = 100 * means[force] / means.abs().sum(axis=1, skipna=False)
                 panel.plot(rows["step"], share, linewidth=1.2, color=color, label=force)
-            elif drift:
+            elif noisy:
                 band = force == "drift"
                 draw_mean(panel, rows["step"], rows[force], color=color, label=force, band=band)
             else:

@@ -10,8 +10,8 @@ each force keeps its own, roles have others, layers run along a sequential map.
 
 Forces of single updates are noisy. A line of more than 200 rows is drawn twice, as it is in a light tint and as a
 running mean, centred, over 2 % of its rows (`SMOOTHING`). Drift of single updates is mostly noise, new in every
-update: beside it lines are the running mean over 6 % (`DRIFT_SMOOTHING`) alone, and drift's has a band of ± one
-standard error.
+update: beside it lines of more than 50 such rows are the running mean over 6 % (`DRIFT_SMOOTHING`), 13 at least,
+alone, and drift's has a band of ± one standard error.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from weightdyn.core.tables import By, group_columns, group_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from pandas.api.typing import Rolling
 
 
 FORCE_COLORS = {
@@ -57,6 +58,8 @@ NAMED_LINES = 16
 """The most lines that a legend names; layers have a colour bar, whatever their number."""
 
 MANY = 200
+NOISY = 50  # rows of single updates, with drift
+LEAST = 13  # rows of a running mean with drift
 WIDTH = 3.4
 GREY = "#808080"
 DARK = "#404040"
@@ -201,21 +204,29 @@ def draw_line(
 
 
 def draw_mean(ax: Axes, step: pd.Series, values: pd.Series, *, color: str, label: str, band: bool) -> None:
-    """Draw the running mean alone, with a band of ± one standard error if asked for."""
-    mean = running_mean(values, DRIFT_SMOOTHING)
+    """Draw the running mean of noisy values alone, with a band of ± one standard error if asked for."""
+    mean = noisy_mean(values)
     ax.plot(step, mean, color=color, linewidth=1.2, label=label)
-    if band and len(values) > MANY:
-        squares = running_mean((values - mean) ** 2, DRIFT_SMOOTHING)
-        error = np.sqrt(squares / running_mean(values, DRIFT_SMOOTHING, "count"))
+    if band:
+        error = np.sqrt(noisy_mean((values - mean) ** 2) / noisy_mean(values, "count"))
         ax.fill_between(step, mean - error, mean + error, color=color, alpha=0.25, linewidth=0, zorder=1)
 
 
-def running_mean(values: pd.Series, width: float, of: str = "mean") -> pd.Series:
-    """Centred running mean (or count) over a fraction of a line's rows; of up to `MANY` the line as it is."""
+def running_mean(values: pd.Series, width: float) -> pd.Series:
+    """Centred running mean over a fraction of a line's rows; of up to `MANY` the line as it is."""
     if len(values) <= MANY:
         return values
-    window = 2 * round(width * len(values) / 2) + 1
-    return values.rolling(window, center=True, min_periods=1).agg(of)
+    return _rolling(values, width, 1).mean()
+
+
+def noisy_mean(values: pd.Series, of: str = "mean") -> pd.Series:
+    """Centred running mean (or count) of what is mostly noise in single updates."""
+    return _rolling(values, DRIFT_SMOOTHING, LEAST).agg(of)
+
+
+def _rolling(values: pd.Series, width: float, least: int) -> Rolling:
+    window = max(2 * round(width * len(values) / 2) + 1, least)
+    return values.rolling(window, center=True, min_periods=1)
 
 
 def line_styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
