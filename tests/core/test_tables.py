@@ -278,7 +278,10 @@ def test_what_is_no_table_of_the_kind_is_named():
 )
 def test_results_have_the_documented_columns_in_their_order(table, columns):
     assert list(table) == [name for name in columns if name in table]
-    of_a_kind = {f"{name}_share" for name in ("alignment", "injection", "drift", "diffusion")} | {"diffusion"}
+    of_a_kind = {f"{name}_share" for name in ("alignment", "injection", "drift", "diffusion")} | {
+        "diffusion",
+        "split",
+    }
     assert set(columns) - set(table) <= {*PLACE, "numel", "r_squared", "ks", *of_a_kind}
 
 

@@ -215,3 +215,26 @@ def test_what_drives_a_rise_is_told_of_tensors_with_spans_of_their_own():
     assert wd.phases(lam, forces=rows)["driven_by"].item() == "diffusion"
     with pytest.raises(ValueError, match=r"forces lacks the columns \['role'\]"):
         wd.phases(lam, forces=rows.drop(columns="role"))
+
+
+def test_kappa_has_its_error_wherever_it_stands():
+    rows = table()
+    got = wd.closure(rows).set_index("tensor")
+    want = wd.smooth(rows, windows=1).set_index("tensor")
+    for name in ("kappa", "kappa_se"):
+        np.testing.assert_allclose(got[name], want[name].reindex(got.index), rtol=1e-12)
+    some = rows.copy()
+    some.loc[some["tensor"] == "a", "memory"] = np.nan
+    assert wd.closure(some).set_index("tensor")["kappa"].isna().to_dict() == {"a": True, "b": False}
+    assert wd.closure(rows.assign(memory=np.nan))["kappa_se"].isna().all()
+
+
+def test_what_is_inferred_stays_so_in_sums_and_windows():
+    rows = table()
+    mixed = rows.assign(split=np.where(rows["tensor"] == "a", "white noise", None))
+    assert set(wd.aggregate(mixed, "model")["split"]) == {"white noise"}
+    assert set(wd.budget(mixed, by="role", kind="drift")["split"]) == {"white noise"}
+    assert set(wd.smooth(mixed, windows=2).query("tensor == 'a'")["split"]) == {"white noise"}
+    assert set(wd.smooth(mixed, by="model", windows=2)["split"]) == {"white noise"}
+    assert wd.aggregate(rows.assign(split=None), "model")["split"].isna().all()
+    assert "split" not in wd.aggregate(rows, "model")

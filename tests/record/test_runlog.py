@@ -23,7 +23,7 @@ import pytest
 import weightdyn
 from weightdyn.core.tables import FORCE_TABLE, LOG_TABLE, WEIBULL_TABLE
 from weightdyn.files import durable
-from weightdyn.files.parquet import write_parquet
+from weightdyn.files.parquet import read_parquet, write_parquet
 from weightdyn.record import runlog
 from weightdyn.record.runlog import KINDS, RunLog, RunLogError, RunWriter
 
@@ -313,6 +313,16 @@ def test_units_and_meanings_stand_in_the_parquet_schema(tmp_path, writing):
     types += "double double double double double"
     assert " ".join(str(field.type) for field in schema) == types
     assert "‖u‖²" in schema.field("u_sq").metadata[b"meaning"].decode()
+
+
+def test_what_was_not_recorded_yet_when_a_part_was_written_is_missing(tmp_path, writing):
+    record(writing(tmp_path / "run"), [1])
+    path = tmp_path / "run/forces/part-0000-000000.parquet"
+    table = read_parquet(path)
+    write_parquet(path, table.drop_columns(["dot_wg", "dot_ug", "g_sq", "lr_memory", "fresh", "u_max"]))
+    forces = RunLog(tmp_path / "run").forces()
+    assert forces[["drift", "memory", "memory_null", "signal", "u_max"]].isna().all(axis=None)
+    assert forces["alignment"].notna().all()
 
 
 def test_pandas_alone_reads_a_part(tmp_path, writing):

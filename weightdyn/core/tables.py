@@ -172,6 +172,7 @@ SMOOTH_TABLE = {
     "drift_se": "standard error of drift in the window's mean: its noise is new in every update",
     "memory_se": "standard error of memory, from its autocovariances (Newey and West 1987)",
     "kappa_se": "memory_se/memory_null",
+    "split": RECOVERY_TABLE["split"],
 }
 """Columns of a force table that was averaged over windows, and their meaning."""
 
@@ -194,6 +195,7 @@ CLOSURE_TABLE = {
     "change": "Σ|measured change of ‖w‖²|",
     "closure": "residual/change; NaN where nothing is covered",
     "kappa": "κ = Σ memory/Σ memory_null: 1 where noise is white, or memory inferred from that; NaN where unknown",
+    "kappa_se": "standard error of κ, as `smooth` has it",
 }
 """Columns of a table of closures, and their meaning."""
 
@@ -222,6 +224,7 @@ SUMMARY_TABLE = {
     "end_drift": "drift's over the last tenth of the run",
     "end_diffusion": "diffusion's",
     "kappa": "κ = Σ memory/Σ memory_null over the run",
+    "kappa_se": "standard error of κ",
     "closure": "the worst closure of the group's tensors",
 }
 """Columns of a summary of a run, and their meaning; the phases are λ's."""
@@ -445,21 +448,25 @@ def aggregate(table: Any, by: By | Sequence[str] | None) -> pd.DataFrame:
 
     Returns:
         A force table with one row per step, span and group. `lr` and `weight_decay` stay where the whole
-        group shares one value and are NaN where it does not; a sum over a missing value is missing.
+        group shares one value and are NaN where it does not; a sum over a missing value is missing. `split` stays
+        where the drift of any of them was inferred.
 
     Raises:
         TypeError, ValueError: not a force table; two rows of one tensor at one update; an unknown `by`.
     """
     table = check_force_table(table, unique=True)
     keys = group_columns(table, by)
-    groups = table.groupby(["step", "span", *keys], dropna=False, observed=True, sort=True)
+    over, how = ["step", "span", *keys], {"dropna": False, "observed": True, "sort": True}
+    groups = table.groupby(over, **how)
     values = groups[[name for name in _SUMMED if name in table]]
     summed = values.sum().where(values.count().eq(groups.size(), axis=0))
     for name in ("lr", "weight_decay"):
         if name in table:
             low, high = groups[name].min(), groups[name].max()
             summed[name] = low.where(low == high)
-    return in_order(summed.reset_index(), FORCE_TABLE)
+    if "split" in table:  # what is inferred in a part is inferred in the sum
+        summed["split"] = table["split"].astype(object).groupby([table[key] for key in over], **how).first()
+    return in_order(summed.reset_index(), (*FORCE_TABLE, "split"))
 
 
 def diffusion(table: pd.DataFrame) -> pd.Series:

@@ -67,7 +67,10 @@ def summarize(run: RunLog, by: By | Sequence[str] | None = "role") -> pd.DataFra
                 "rise_diffusion": rise["diffusion"],
                 "end_drift": end["drift"],
                 "end_diffusion": end["diffusion"],
-                "kappa": rows_at(kappa, row[keys]).get("kappa", pd.Series(dtype=float)).max(),
+                **{
+                    name: rows_at(kappa, row[keys]).get(name, pd.Series(dtype=float)).max()
+                    for name in ("kappa", "kappa_se")
+                },
                 "closure": rows_at(worst, row[keys])["closure"].max(),
             }
         )

@@ -44,6 +44,7 @@ from weightdyn.core.tables import (
     in_order,
     table_of,
 )
+from weightdyn.explain.windows import smooth
 
 if TYPE_CHECKING:
     from weightdyn.record.runlog import RunLog
@@ -148,10 +149,9 @@ def closure(table: pd.DataFrame | RunLog, by: By | Sequence[str] | None = None) 
     identity = rows[keys].iloc[np.unique(groups, return_index=True)[1]].reset_index(drop=True)
     out = pd.concat([identity, sums.reset_index(drop=True)], axis=1)
     if "memory" in rows and "memory_null" in rows:
-        known = rows["memory"].notna() & rows["memory_null"].notna()
-        parts = rows.loc[known, ["memory", "memory_null"]].mul(path.span[known], axis=0)
-        memory = parts.groupby(groups[known]).sum().reindex(range(len(out)))
-        out["kappa"] = memory["memory"] / memory["memory_null"].where(memory["memory_null"] != 0)
+        known = rows[rows["memory"].notna() & rows["memory_null"].notna()]
+        kappa = smooth(known, by, windows=1).reindex(columns=[*keys, "kappa", "kappa_se"])
+        out = out.merge(kappa, on=keys, how="left") if keys else pd.concat([out, kappa], axis=1)
     return in_order(out.assign(closure=out["residual"] / out["change"]), CLOSURE_TABLE)
 
 

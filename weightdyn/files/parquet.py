@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,13 +34,18 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 
 def read_parquet(
-    path: Path, columns: Sequence[str] | None = None, *, schema: pa.Schema | None = None
+    path: Path,
+    columns: Sequence[str] | None = None,
+    *,
+    schema: pa.Schema | None = None,
+    optional: Container[str] = (),
 ) -> pa.Table:
     """Read what `write_parquet` wrote.
 
     Args:
         path: the file.
         columns: which to read; default: all.
+        optional: those of the columns that may be missing.
         schema: types that columns of these names must have; none of them may have missing values.
 
     Raises:
@@ -60,7 +65,7 @@ def read_parquet(
         if file.metadata.num_rows > _FREE_ROWS + _ROWS_PER_BYTE * len(data):
             raise ValueError(f"{file.metadata.num_rows:,} rows in {len(data):,} bytes")
         names = list(file.schema_arrow.names)
-        lacking = [name for name in columns or () if name not in names]
+        lacking = [name for name in columns or () if name not in names and name not in optional]
         wanted = None if columns is None else [name for name in columns if name in names]
         table = file.read(columns=wanted, use_threads=False)
         table.validate(full=True)

@@ -254,13 +254,20 @@ class _Folder:
         schema = _SCHEMAS.get(part.kind, _METRICS)
         names = [] if part.kind == "metrics" else schema.names
         try:
-            table = read_parquet(path, columns or names or None, schema=schema)
+            wanted = columns or names
+            table = read_parquet(path, wanted or None, schema=schema, optional=_DEFAULTS)
             if "step" not in table.column_names:
                 raise ValueError(f"{path} lacks the column 'step'")
             if part.kind == "metrics":
                 for field in table.schema:
                     if field.type not in _METRIC_TYPES.values():
                         raise ValueError(f"{path} has {field.type} in the column {field.name!r}")
+            for name in (
+                wanted if part.kind == "forces" else ()
+            ):  # what was not recorded yet when it was written
+                if name not in table.column_names:
+                    default = pa.scalar(_DEFAULTS[name], schema.field(name).type)
+                    table = table.append_column(schema.field(name), pa.repeat(default, len(table)))
         except FileNotFoundError:
             raise RunLogError(f"{path} was removed while the run was read: read it again") from None
         except ValueError as error:
