@@ -102,16 +102,16 @@ it stays positive and balances decay to the end.
 
 ## Drift and diffusion
 
-The same forces with λ = 0.1, split as if gradient noise were white: diffusion is theory, drift is what is left of
-the change of ‖w‖², an inference. Shares of |drift| + |diffusion| + |decay|; low and high are the ends of its
+The same forces with λ = 0.1, split as if gradient noise were white: diffusion is theory, drift is what is left
+of the change of ‖w‖², an inference. Shares of |drift| + |diffusion| + |decay|; low and high are the ends of its
 interval, wide, for of these checkpoints only ‖W‖² is public, and not how far they lie apart.
 
 {markdown(split)}
 
-The interval is that of small trainings with batches of up to 32 sequences, and Pythia's batch is 1,024. Gradients of
-a large batch swing back (the signal of batch 64 in drift.md is below 0), which makes diffusion smaller than white
-noise does, and a drift inferred from it too negative. So take the sign here for open: checkpoints whose distances are
-known, or that hold the optimizer's state, would tell.
+The interval is that of small trainings with batches of up to 32 sequences, and Pythia's batch is 1,024.
+Gradients of a large batch swing back (the signal of batch 64 in drift.csv is below 0), which makes diffusion
+smaller than white noise does, and a drift inferred from it too negative. So take the sign here for open:
+checkpoints whose distances are known, or that hold the optimizer's state, would tell.
 """
     OUT.write_text(text, encoding="utf-8")
     print(text)
