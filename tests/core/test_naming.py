@@ -495,8 +495,12 @@ def test_thirds_need_no_heads_and_take_them_where_they_account_for_the_columns()
                         ("k", ((32, 64),)),
                         ("v", ((64, 96),)),
                     ]
-            heads = describe(f"layers.0.{name}", parameter.shape, {"num_heads": 4}, views="head").views
-            assert [view.name for view in heads] == [f"{part}.{head}" for part in "qkv" for head in range(4)]
+            # Grouped heads are of another attention of the model: thirds have none.
+            for config in ({"num_heads": 4}, {"num_heads": 4, "num_key_value_heads": 2}):
+                heads = describe(f"layers.0.{name}", parameter.shape, config, views="head").views
+                assert [view.name for view in heads] == [
+                    f"{part}.{head}" for part in "qkv" for head in range(4)
+                ]
     # A projection for each where keys and values have widths of their own.
     unlike = torch.nn.MultiheadAttention(32, 4, kdim=16, vdim=24)
     found = {name: describe(f"attn.{name}", each.shape).component for name, each in unlike.named_parameters()}
