@@ -308,6 +308,249 @@ def test_views_follow_falcons_groups_of_query_heads_with_one_key_and_value_each(
         assert torch.equal(ours.repeat_interleave(4 // ours.shape[2], 2), theirs[view.name])
 
 
+def falcon(**changes):
+    from transformers.models.falcon.modeling_falcon import FalconAttention
+
+    config = transformers.FalconConfig(**SIZES, **changes)
+    module = FalconAttention(config, layer_idx=0)
+    still = {"position_embeddings": (torch.ones(1, 5, 8).double(), torch.zeros(1, 5, 8).double())}
+    given = {"alibi": None, "attention_mask": torch.zeros(1, 1, 5, 5).double()}
+    return config, module, "query_key_value", "dense", lambda x: module(x, **given, **still)
+
+
+def mpt():
+    from transformers.models.mpt.modeling_mpt import MptAttention
+
+    config = transformers.MptConfig(d_model=32, n_heads=4)
+    module = MptAttention(config, layer_idx=0)
+    return config, module, "Wqkv", "out_proj", lambda x: module(x, torch.zeros(4, 5, 5).double())
+
+
+def dbrx():
+    from transformers.models.dbrx.modeling_dbrx import DbrxAttention
+
+    config = transformers.DbrxConfig(
+        d_model=32, n_heads=4, attn_config={"kv_n_heads": 2, "clip_qkv": 1e6, "rope_theta": 1e4}
+    )
+    config._attn_implementation = "eager"
+    module = DbrxAttention(config, layer_idx=0)
+    still = {"position_embeddings": (torch.ones(1, 5, 8).double(), torch.zeros(1, 5, 8).double())}
+    return config, module, "Wqkv", "out_proj", lambda x: module(x, attention_mask=None, **still)
+
+
+def modernbert():
+    from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
+
+    config = transformers.ModernBertConfig(hidden_size=32, num_attention_heads=4, attention_dropout=0.0)
+    config._attn_implementation = "eager"
+    module = ModernBertAttention(config, layer_idx=0).eval()
+    still = {"position_embeddings": (torch.ones(1, 5, 8).double(), torch.zeros(1, 5, 8).double())}
+    return config, module, "Wqkv", "Wo", lambda x: module(x, attention_mask=None, **still)
+
+
+def codegen():
+    from transformers.models.codegen.modeling_codegen import CodeGenAttention
+
+    config = transformers.CodeGenConfig(n_embd=64, n_head=8, rotary_dim=4, n_positions=8)
+    module = CodeGenAttention(config, layer_idx=0)
+    places = torch.arange(5)[None]
+    return config, module, "qkv_proj", "out_proj", lambda x: module(x, position_ids=places)
+
+
+def bigcode(multi_query):
+    from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
+
+    config = transformers.GPTBigCodeConfig(n_embd=32, n_head=4, multi_query=multi_query)
+    config._attn_implementation = "eager"
+    module = GPTBigCodeAttention(config, layer_idx=0).eval()
+    return config, module, "c_attn", "c_proj", module
+
+
+def deepseek(version, projection, q_lora_rank=12):
+    code = importlib.import_module(f"transformers.models.deepseek_v{version}.modeling_deepseek_v{version}")
+    config = getattr(transformers, f"DeepseekV{version}Config")(
+        **SIZES, num_key_value_heads=4, q_lora_rank=q_lora_rank, kv_lora_rank=10, qk_rope_head_dim=4,
+        qk_nope_head_dim=6, v_head_dim=8, head_dim=4,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    module = getattr(code, f"DeepseekV{version}Attention")(config, layer_idx=0)
+    if version == 2:
+        still = torch.ones(1, 5, 2, dtype=torch.complex128)
+    else:
+        still = (torch.ones(1, 5, 4).double(), torch.zeros(1, 5, 4).double())
+    return (
+        config,
+        module,
+        projection,
+        "o_proj",
+        lambda x: module(x, position_embeddings=still, attention_mask=None),
+    )
+
+
+def blip():
+    from transformers.models.blip.modeling_blip import BlipAttention
+
+    config = transformers.BlipVisionConfig(hidden_size=32, num_attention_heads=4)
+    config._attn_implementation = "eager"
+    module = BlipAttention(config).eval()
+    return config, module, "qkv", "projection", lambda x: module(x, output_attentions=True)
+
+
+def multihead():
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    config = {"num_heads": 4}
+    return config, module, "in_proj_weight", "out_proj", lambda x: module(x, x, x, average_attn_weights=False)
+
+
+LAYOUTS = {
+    "Falcon, one key": lambda: falcon(multi_query=True),
+    "Falcon, heads of their own": lambda: falcon(multi_query=False),
+    "Falcon, groups": lambda: falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "MPT": mpt,
+    "DBRX": dbrx,
+    "ModernBERT": modernbert,
+    "CodeGen": codegen,
+    "GPT-BigCode, one key": lambda: bigcode(multi_query=True),
+    "GPT-BigCode, heads of their own": lambda: bigcode(multi_query=False),
+    "DeepSeek-V2's q": lambda: deepseek(2, "q_b_proj"),
+    "DeepSeek-V2's k and v": lambda: deepseek(2, "kv_b_proj"),
+    "DeepSeek-V2 Lite's q": lambda: deepseek(2, "q_proj", None),
+    "DeepSeek-V3's q": lambda: deepseek(3, "q_b_proj"),
+    "DeepSeek-V3's k and v": lambda: deepseek(3, "kv_b_proj"),
+    "BLIP's ViT": blip,
+    "nn.MultiheadAttention": multihead,
+}
+
+
+@new_names
+@pytest.mark.parametrize("plain", [False, True], ids=["config", "dict"])
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_a_changed_row_of_q_k_or_v_shows_in_its_own_head_alone(family, plain):
+    """A row is changed for one token: q moves that token's weights, k all tokens' weights, v one output channel."""
+    torch.manual_seed(0)
+    config, module, name, out, forward = LAYOUTS[family]()
+    config = config.to_dict() if plain and not isinstance(config, dict) else config
+    module.double()
+    for parameter_name, parameter in module.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.eye_(module.get_submodule(out).weight)  # the output is what the heads gave, side by side
+    x, token = torch.randn(1, 5, module.get_submodule(out).weight.shape[1]).double(), 2
+
+    read = [x]  # what the fused matrix reads
+    if name != "in_proj_weight":
+        module.get_submodule(name).register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    key = name if name == "in_proj_weight" else f"{name}.weight"
+    weight = module.get_parameter(key)
+    with torch.no_grad():
+        before, weights = forward(x)
+        # The only token whose product with this is not 0.
+        poke = torch.linalg.pinv(read[-1].reshape(5, -1))[:, token]
+
+        tensor = describe(f"layers.0.self_attn.{key}", weight.shape, config, views="head")
+        counts = {part: sum(view.component == part for view in tensor.views) for part in "qkv"}
+        heads = weights.shape[1]
+        assert (tensor.component, counts["q"] + counts["k"] > 0) == ("qkv" if counts["k"] else "q", True)
+        assert sum(view.numel(weight.shape) for view in tensor.views) == weight.numel()
+        for view in tensor.views:
+            part, _, number = view.name.partition(".")
+            group = heads // counts[part]
+            mine = list(range(int(number) * group, (int(number) + 1) * group))
+            ((start, stop),) = view.ranges
+            for place, row in enumerate(range(start, stop)):
+                weight[row] += 3 * poke
+                after, moved = forward(x)
+                weight[row] -= 3 * poke
+                changed = ((moved - weights).abs() > 1e-9).any(dim=(0, 3))  # head, token that asks
+                channels = ((after - before).abs() > 1e-9).any(dim=(0, 1)).view(heads, -1)
+                expected = torch.zeros_like(changed)
+                if part == "q":
+                    expected[mine, token] = True
+                elif part == "k":
+                    expected[mine] = True
+                assert torch.equal(changed, expected), (view.name, row)
+                reached = torch.zeros_like(channels)
+                reached[mine, slice(None) if part != "v" else place] = True
+                assert torch.equal(channels, reached), (view.name, row)
+        whole = describe(f"layers.0.self_attn.{key}", weight.shape, config).views
+        for view in whole:
+            own = [each.ranges[0] for each in tensor.views if each.component == view.name]
+            assert {i for span in own for i in range(*span)} == {
+                i for span in view.ranges for i in range(*span)
+            }
+
+
+def test_thirds_need_no_heads_and_take_them_where_they_account_for_the_columns():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerDecoderLayer(32, 4)
+    for name, parameter in layer.named_parameters():
+        if name.endswith("in_proj_weight"):
+            for config in (None, {"num_heads": 4, "hidden_size": 48}, {"num_heads": 5}):
+                for views in (True, "head"):
+                    thirds = describe(f"layers.0.{name}", parameter.shape, config, views=views).views
+                    assert [(view.name, view.ranges) for view in thirds] == [
+                        ("q", ((0, 32),)),
+                        ("k", ((32, 64),)),
+                        ("v", ((64, 96),)),
+                    ]
+            # Grouped heads are of another attention of the model: thirds have none.
+            for config in ({"num_heads": 4}, {"num_heads": 4, "num_key_value_heads": 2}):
+                heads = describe(f"layers.0.{name}", parameter.shape, config, views="head").views
+                assert [view.name for view in heads] == [
+                    f"{part}.{head}" for part in "qkv" for head in range(4)
+                ]
+    # A projection for each where keys and values have widths of their own.
+    unlike = torch.nn.MultiheadAttention(32, 4, kdim=16, vdim=24)
+    found = {name: describe(f"attn.{name}", each.shape).component for name, each in unlike.named_parameters()}
+    assert found == {
+        "q_proj_weight": "q",
+        "k_proj_weight": "k",
+        "v_proj_weight": "v",
+        "in_proj_bias": "bias",
+        "out_proj.weight": "o",
+        "out_proj.bias": "bias",
+    }
+
+
+@new_names
+@pytest.mark.parametrize("family", ["Mamba", "Mamba2", "Rwkv"])
+def test_what_mixes_without_attention_has_no_q_k_or_v(family):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+    sizes |= {"num_heads": 8, "head_dim": 8, "n_groups": 1} if family == "Mamba2" else {}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    found = {}
+    for name, shape in parameters(config).items():
+        tensor = describe(name, shape, config, views="head")
+        assert tensor.views == ()
+        if tensor.layer == 0:
+            found.setdefault(tensor.component, set()).add(name.partition(".0.")[2])
+    norms = {"bias", "norm"}
+    if family == "Rwkv":
+        assert {name: found[name] for name in sorted(set(found) - norms)} == {
+            "down": {"feed_forward.value.weight"},
+            "o": {"attention.output.weight"},
+            "other": {
+                *(f"attention.{part}.weight" for part in ("key", "value", "receptance")),
+                "attention.time_decay",
+                "attention.time_first",
+                *(f"attention.time_mix_{part}" for part in ("key", "value", "receptance")),
+                "feed_forward.receptance.weight",
+                "feed_forward.time_mix_key",
+                "feed_forward.time_mix_receptance",
+            },
+            "up": {"feed_forward.key.weight"},
+        }
+    else:
+        other = {"mixer.A_log", "mixer.D", "mixer.conv1d.weight", "mixer.in_proj.weight"}
+        other |= {"mixer.x_proj.weight", "mixer.dt_proj.weight"} if family == "Mamba" else set()
+        assert {name: found[name] for name in sorted(set(found) - norms)} == {
+            "o": {"mixer.out_proj.weight"},
+            "other": other,
+        }
+
+
 @new_names
 def test_views_give_the_gate_and_up_of_transformers_phi3_mixtral_and_llama4():
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
@@ -399,10 +642,16 @@ def test_a_view_of_one_range_is_no_copy():
         ("layers.0.self_attn.qkv_proj.weight", (96, 32), GROUPED),
         ("h.0.attn.c_attn.weight", (32, 96), None),
         ("h.0.crossattention.c_attn.weight", (32, 64), SIZES),
-        ("layers.0.attn.Wqkv.weight", (96, 32), SIZES),
-        ("layers.0.self_attn.in_proj_weight", (96, 32), SIZES),
-        ("h.0.attn.qkv_proj.weight", (96, 32), SIZES | {"model_type": "codegen"}),
-        ("h.0.attn.c_attn.weight", (96, 32), SIZES | {"model_type": "gpt_bigcode"}),
+        ("layers.0.attn.Wqkv.weight", (96, 32), GROUPED),
+        ("layers.0.attn.wqkv.weight", (96, 32), SIZES),  # InternLM2's is interleaved, others' are blocks
+        ("layers.0.self_attn.in_proj_weight", (64, 32), SIZES),
+        ("blocks.0.attn.qkv.weight", (192, 32), SIZES),
+        ("stages.0.blocks.0.attn_block.attn.qkv.weight", (96, 32), SIZES),  # timm's MaxViT: heads outermost
+        ("h.0.attn.qkv_proj.weight", (96, 32), SIZES | {"model_type": "minimax"}),
+        ("h.0.attn.qkv_proj.weight", (72, 24), SIZES | {"model_type": "codegen", "num_attention_heads": 3}),
+        ("h.0.attn.c_attn.weight", (48, 32), SIZES | {"model_type": "gpt_bigcode"}),
+        ("layers.0.self_attn.kv_b_proj.weight", (96, 32), None),
+        ("layers.0.self_attn.kv_b_proj.weight", (96, 32), SIZES),
     ],
 )
 def test_a_fused_matrix_that_the_heads_do_not_account_for_is_left_whole(name, shape, config):
@@ -446,7 +695,19 @@ def test_a_gated_query_projection_is_not_cut_into_heads():
         ("other", 0, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
         ("o", 2, "layers.2.attention.wo.weight"),
         ("other", 2, "backbone.layers.2.mixer.in_proj.weight"),
-        ("other", 2, "backbone.layers.2.mixer.out_proj.weight"),
+        ("o", 2, "backbone.layers.2.mixer.out_proj.weight"),
+        ("other", 2, "model.layers.2.mamba.x_proj.weight"),
+        ("o", 2, "model.layers.2.mamba.out_proj.weight"),
+        ("other", 2, "blocks.2.att.key.weight"),  # RWKV's own names
+        ("o", 2, "blocks.2.att.output.weight"),
+        ("up", 2, "blocks.2.ffn.key.weight"),
+        ("k", 2, "blocks.2.attn.key.weight"),  # minGPT
+        ("k", 2, "blocks.2.attention.key.weight"),
+        ("q", 2, "model.layers.2.self_attn.q_b_proj.weight"),
+        ("other", 2, "model.layers.2.self_attn.q_a_proj.weight"),
+        ("other", 2, "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"),
+        ("norm", 2, "model.layers.2.self_attn.kv_a_layernorm.weight"),
+        ("bias", 2, "encoder.layers.2.self_attn.in_proj_bias"),
         ("bias", 2, "layers.2.mlp.experts.gate_up_proj_bias"),
         ("other", None, ""),
     ],
@@ -562,11 +823,11 @@ def test_a_rule_that_cannot_be_used_says_why(rules, message):
 
 
 WORDS = ["q_proj", "query_key_value", "c_attn", "gate_up_proj", "experts", "attn", "norm", "weight", "bias",
-         "lora_A", "base_model", "model", "module", "vision", "w1", "ln_f", "0", "9" * 5000, "٣", "",
-         "\n"]  # fmt: skip
+         "lora_A", "base_model", "model", "module", "vision", "w1", "ln_f", "in_proj_weight", "qkv",
+         "qkv_proj", "kv_b_proj", "q_b_proj", "0", "9" * 5000, "٣", "", "\n"]  # fmt: skip
 NUMBERS = st.one_of(st.none(), st.integers(-3, 64), st.just(10**12), st.floats(), st.text(max_size=2))
 KEYS = ["num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "n_head", "text_config",
-        "vision_config", "model_type"]  # fmt: skip
+        "vision_config", "model_type", "multi_query", "qk_nope_head_dim", "v_head_dim"]  # fmt: skip
 
 
 @settings(deadline=None)

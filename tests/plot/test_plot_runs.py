@@ -6,11 +6,12 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.text import Text
 
-from weightdyn import plot
+from weightdyn import ForceLogger, RunLog, plot
 from weightdyn.core.tables import DRIFT_FORCES, FORCES
 from weightdyn.plot.recovered import METHOD_COLORS
 from weightdyn.plot.style import DARK, FORCE_COLORS, ROLE_COLORS
@@ -665,3 +666,33 @@ def test_the_overview_takes_transmission_or_what_a_run_with_names_of_its_own_has
         weibull=lambda: weibull_table().assign(role="other"),
     )
     assert "other" in {text.get_text() for text in plot.overview(unnamed)[0].texts}
+
+
+def test_the_overview_passes_over_a_role_that_has_no_fits():
+    def small():  # o, gate, up and down too small to fit, or of no spread
+        table = weibull_table()
+        return table.assign(lam=table["lam"].mask(table["role"] == "transmission"))
+
+    run = SimpleNamespace(forces=force_table, weibull=small)
+    roles = [role for role in ("selection", "value", "other") if role in set(force_table()["role"])]
+    assert roles[0] in {text.get_text() for text in plot.overview(run)[0].texts}
+    with pytest.raises(ValueError, match=rf"role must be '{roles[0]}'.*got 'transmission'"):
+        plot.overview(run, role="transmission")
+    none = SimpleNamespace(forces=force_table, weibull=lambda: weibull_table().assign(lam=np.nan))
+    with pytest.raises(ValueError, match="no role has both forces and Weibull fits"):
+        plot.overview(none)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "v_proj", "mix"])
+def test_the_overview_draws_a_run_without_transmission_tensors(tmp_path, name):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32)})
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    with ForceLogger(optimizer, model, out=tmp_path / "run", weibull_every=1):
+        for _ in range(3):
+            model[name](torch.randn(4, 32)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    lam, forces = plot.overview(RunLog(tmp_path / "run"))
+    assert list(lam.lines[0].get_xdata()) == [0, 1, 2, 3]
+    assert list(forces.lines[-1].get_xdata()) == [1, 2, 3]

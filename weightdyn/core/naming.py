@@ -44,22 +44,35 @@ _ROLES = {
 Views = bool | Literal["head"]
 """How fused tensors fall into rows: True splits q, k, v (and gate, up), "head" each head too, False nothing."""
 
-_ATTENTION = r"\w*[Aa]tt\w*\.(?:\w+\.){0,2}"
+_TIME_MIX = r"(?:rwkv\.blocks\.[0-9]+\.attention|blocks\.[0-9]+\.att)"  # transformers' name and RWKV's own
+_ATTENDING = r"\w*[Aa]tt\w*"
+_ATTENTION = rf"{_ATTENDING}\.(?:\w+\.){{0,2}}"
 
 # Endings of a name, `.weight` left out. At one place in the name an earlier row wins over a later one.
-# The layout says where the parts of a fused matrix lie, as transformers' own code has it:
-#   "interleaved"  rows are (kv heads, q heads of the group + k + v, head_dim)   GPT-NeoX, Bloom, Falcon
-#   "blocks"       all of q, then all of k, then all of v                        Phi-3
+# The layout says where the parts of a fused matrix lie, as the code of transformers and torch has it:
+#   "interleaved"  rows are (kv heads, q heads of the group + k + v, head_dim)   GPT-NeoX, Falcon, GPT-BigCode
+#   "blocks"       all of q, then all of k, then all of v                        Phi-3, MPT, DBRX, ModernBERT
 #   "conv1d"       blocks, on the columns of a Conv1D or the rows of a Linear    GPT-2, nanoGPT
+#   "thirds"       blocks of as many rows as there are columns, heads or not     nn.MultiheadAttention, ViT
+#   "quarters"     four times the q, then the v, then the k of a quarter's heads CodeGen
+#   "latent"       rows are (heads, k without its rotary part + v)               DeepSeek's kv_b_proj
 #   "halves"       gate, then up                                                 Phi-3, GLM-4, stacked experts
+# A qkv further below its block than the attention itself is left whole: some of timm's have the heads outermost.
 _TABLE: tuple[tuple[str, str | None, str], ...] = (
     ("qkv", "interleaved", r"query_key_value"),
-    ("qkv", "blocks", r"qkv_proj"),
+    ("qkv", "blocks", r"qkv_proj|Wqkv"),
     ("qkv", "conv1d", r"c_attn"),
-    ("qkv", None, r"[Ww]?qkv|att_proj|in_proj_weight"),
-    ("q", None, rf"q_proj|wq|{_ATTENTION}(?:q|query)"),
-    ("k", None, rf"k_proj|wk|{_ATTENTION}(?:k|key)"),
-    ("v", None, rf"v_proj|wv|{_ATTENTION}(?:v|value)"),
+    ("qkv", "thirds", rf"in_proj_weight|(?:^|[0-9]+\.){_ATTENDING}\.qkv"),
+    ("qkv", "latent", r"kv_b_proj"),
+    ("qkv", None, r"w?qkv|att_proj"),
+    # RWKV mixes over time by decay: its key and value meet no query and no softmax. What follows is an MLP.
+    ("other", None, rf"{_TIME_MIX}\.(?:receptance|key|value|gate)"),
+    ("o", None, rf"{_TIME_MIX}\.output|(?:mixer|mamba)\.out_proj"),
+    ("up", None, r"(?:feed_forward|ffn)\.key"),
+    ("down", None, r"(?:feed_forward|ffn)\.value"),
+    ("q", None, rf"q_(?:b_)?proj(?:_weight)?|wq|{_ATTENTION}(?:q|query)"),
+    ("k", None, rf"k_proj(?:_weight)?|wk|{_ATTENTION}(?:k|key)"),
+    ("v", None, rf"v_proj(?:_weight)?|wv|{_ATTENTION}(?:v|value)"),
     ("o", None, rf"o_proj|{_ATTENTION}(?:out_proj|c_proj|dense|proj|wo|o)"),
     ("up", "halves", r"gate_up_proj"),
     ("gate", None, r"gate_proj|w1|wi_0"),
@@ -73,8 +86,14 @@ _ENDING = re.compile(
     r"(?:^|\.)(?:" + "|".join(f"({pattern})" for _, _, pattern in _TABLE) + r")(?:\.weight)?$"
 )
 
-# Model types that use one of these names for another layout: left whole.
-_OTHER_LAYOUT = ("chatglm", "codegen", "gpt_bigcode", "gpt_oss", "minimax")
+# Model types that use one of these names for another layout; None leaves the matrix whole.
+_OTHER_LAYOUT = {
+    "chatglm": None,
+    "codegen": "quarters",
+    "gpt_bigcode": "interleaved",
+    "gpt_oss": None,
+    "minimax": None,
+}
 
 _WRAPPER = re.compile(
     r"^base_model\.model\.(?=.*\.)"
@@ -278,9 +297,18 @@ def describe(
 
     Returns:
         The description. A fused attention matrix is "qkv", its views q, k, v; a fused gate and up is "up",
-        its views gate, up. A tied embedding is what its name says, and `named_parameters()` has it once, as
-        embed. Position embeddings are "embed"; routers, score heads and latent projections are "other". The
-        layer is the first number in the name, but of stages that hold numbered blocks the block's.
+        its views gate, up. `nn.MultiheadAttention`'s `in_proj_weight` and a ViT's `attn.qkv` are thirds without a
+        config too, and with "head" where the config's heads do not account for their columns. A tied embedding is
+        what its name says, and `named_parameters()` has it once, as embed. Position embeddings are "embed"; routers
+        and score heads are "other". The layer is the first number in the name, but of stages that hold numbered
+        blocks the block's.
+
+        Of latent attention (DeepSeek) `q_b_proj` is q and `kv_b_proj` a fused k and v, k without the rotary part
+        that heads share; what makes the latents, `q_a_proj` and `kv_a_proj_with_mqa`, is "other": all heads share
+        it, and a norm behind it takes its length out. What mixes over time without attention has no q, k
+        or v: of Mamba's mixers and RWKV's time-mix the matrix that writes to the residual stream is "o", as of an
+        attention, and the rest (Mamba's in_proj, x_proj, dt_proj, conv1d, A_log, D; RWKV's receptance, key,
+        value) "other". RWKV's channel-mix is an MLP, its key up and its value down.
 
     Raises:
         ValueError: if a rule is not a regular expression, names no component, or its layer is no number;
@@ -317,10 +345,11 @@ def describe(
     # The A of a LoRA pair has the rank for rows: no part of it belongs to q alone.
     if views and (layout or (per_head and component in ("q", "k", "v"))) and ".lora_A." not in name:
         own = _own_config(config, short)
-        if layout == "halves":
-            found = tuple(_halves(shape, own))
-        else:
+        layout = layout and _OTHER_LAYOUT.get(str(_read(own, "model_type")), layout)
+        if component in ("qkv", "q", "k", "v"):
             found = tuple(_attention(component, layout, shape, own, per_head))
+        elif layout == "halves":
+            found = tuple(_halves(shape, own))
     return TensorName(name, layer, component, found, stack)
 
 
@@ -393,67 +422,83 @@ def _count(config: Any, *keys: str) -> int:
 
 def _own_config(config: Any, short: str) -> Any:
     """The part of a composite config that this parameter was built from."""
+    short = short.replace("visual", "vision")
     kind = next((kind for kind in ("vision", "audio") if kind in short), "text")
     return _read(config, f"{kind}_config") or config
-
-
-def _has_other_layout(own: Any) -> bool:
-    return _read(own, "model_type") in _OTHER_LAYOUT
 
 
 def _attention(
     component: str, layout: str | None, shape: Sequence[int], own: Any, per_head: bool
 ) -> Iterator[View]:
     """Views of a matrix with rows for heads; none where the heads do not account for every row."""
-    heads = _count(own, "num_attention_heads", "n_head", "num_heads", "n_heads")
-    kv_heads = _count(own, "num_key_value_heads", "num_kv_heads") or heads
-    if len(shape) != 2 or not heads or heads % kv_heads or (layout and _has_other_layout(own)):
+    if len(shape) != 2:
         return
-    dim = _count(own, "head_dim", "d_kv") or _count(own, "hidden_size", "n_embd", "d_model") // heads
-    counts = {"q": heads, "k": kv_heads, "v": kv_heads}
-    if layout is None:
-        counts = {component: counts[component]}
-    size = dim * sum(counts.values())
+    heads = _count(own, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    dim = _count(own, "head_dim", "d_kv")
+    if heads and not dim:
+        hidden = _count(own, "hidden_size", "n_embd", "d_model")
+        dim = (hidden or (shape[1] if layout == "thirds" else 0)) // heads
+    if layout == "thirds" and heads * dim != shape[1]:
+        heads, dim, per_head = 1, shape[1], False
+    runs, times = _runs(component, layout, heads, dim, own) if heads else ((), 0)
+    size = times * sum(count * rows for _, count, rows in runs)
     axis = next((a for a in range(2 if layout == "conv1d" else 1) if shape[a] == size > 0), None)
     if axis is None:
         return
-    # The places of each part's heads on the axis, in steps of head_dim.
-    places: dict[str, Sequence[int]] = {}
-    if layout == "interleaved":
-        group = heads // kv_heads
-        starts = range(0, kv_heads * (group + 2), group + 2)
-        places["q"] = [start + head for start in starts for head in range(group)]
-        places["k"] = [start + group for start in starts]
-        places["v"] = [start + group + 1 for start in starts]
-    else:
-        first = 0
-        for part, count in counts.items():
-            places[part] = range(first, first + count)
-            first += count
-    for part, where in places.items():
+    places: dict[str, list[tuple[int, int]]] = {part: [] for part in ("q", "k", "v")}
+    start = 0
+    for part, count, rows in [*runs] * times:
+        for _ in range(count):
+            places[part].append((start, start + rows))
+            start += rows
+    for part, ranges in places.items():
         if per_head:
-            for head, place in enumerate(where):
-                yield View(f"{part}.{head}", part, axis, ((place * dim, (place + 1) * dim),))
-        else:
-            yield View(part, part, axis, _joined(where, dim))
+            for head, where in enumerate(ranges):
+                yield View(f"{part}.{head}", part, axis, (where,))
+        elif ranges:
+            yield View(part, part, axis, _joined(ranges))
 
 
-def _joined(places: Sequence[int], dim: int) -> tuple[tuple[int, int], ...]:
-    """Ranges of ascending places of `dim` indices each, neighbours in one range."""
-    ranges: list[tuple[int, int]] = []
-    for place in places:
-        start, stop = place * dim, (place + 1) * dim
-        if ranges and ranges[-1][1] == start:
-            start = ranges.pop()[0]
-        ranges.append((start, stop))
-    return tuple(ranges)
+_Run = tuple[str, int, int]  # part, its heads in a row, rows of each
+
+
+def _runs(component: str, layout: str | None, heads: int, dim: int, own: Any) -> tuple[tuple[_Run, ...], int]:
+    """What the rows of a matrix make, in their order, and how many times over."""
+    kv_heads = heads
+    if layout != "thirds":
+        kv_heads = _count(own, "num_key_value_heads", "num_kv_heads") or heads
+        if _read(own, "multi_query") is True and not _read(own, "new_decoder_architecture"):
+            kv_heads = 1
+    nope, rope, value = (_count(own, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    if layout == "latent":
+        return (("k", 1, nope), ("v", 1, value)), heads if nope and value else 0
+    if layout == "quarters":
+        return (("q", heads // 4, dim), ("v", heads // 4, dim), ("k", heads // 4, dim)), 4
+    if heads % kv_heads:
+        return (), 0
+    if layout == "interleaved":
+        return (("q", heads // kv_heads, dim), ("k", 1, dim), ("v", 1, dim)), kv_heads
+    if component == "q" and nope:
+        dim = nope + rope
+    blocks = ("q", heads, dim), ("k", kv_heads, dim), ("v", kv_heads, dim)
+    return tuple(run for run in blocks if layout or run[0] == component), 1
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ascending ranges, neighbours in one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return tuple(joined)
 
 
 def _halves(shape: Sequence[int], own: Any) -> Iterator[View]:
     """Gate, then up: rows of a matrix; of stacked experts the axis that does not take the hidden state."""
     axis = 0 if len(shape) == 2 else None
     if len(shape) == 3:
-        hidden = 0 if _has_other_layout(own) else _count(own, "hidden_size", "n_embd", "d_model")
+        hidden = _count(own, "hidden_size", "n_embd", "d_model")
         # (experts, 2·inner, hidden) in most families, (experts, hidden, 2·inner) in Llama 4.
         axis = next((a for a, other in ((1, 2), (2, 1)) if shape[other] == hidden > 0), None)
     if axis is None:

@@ -279,8 +279,8 @@ def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None 
 
     Args:
         run: a `RunLog` with forces and Weibull fits (`weibull_every=…`).
-        role: "selection", "transmission", "value" or "other"; None takes transmission, or the next that the run has
-            (a model whose names say nothing has "other" alone).
+        role: "selection", "transmission", "value" or "other"; None takes transmission or, where the run has no fits
+            of it, the next in the order selection, value, other.
         ax: two Axes to draw on; None makes a figure.
 
     Returns:
@@ -291,6 +291,7 @@ def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None 
     """
     weibull = check_weibull_table(run, argument="run", empty=False)
     forces = check_force_table(run, argument="run", empty=False)
+    weibull = weibull[weibull["lam"].notna() & weibull["k"].notna()]
     roles = [name for name in _OVERVIEW if name in set(weibull["role"]) & set(forces["role"])]
     if not roles:
         raise ValueError("run: no role has both forces and Weibull fits (weibull_every=…)")
