@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import weightdyn as wd
 from weightdyn.core.forces import Momentum, NoiseMemory
+from weightdyn.core.tables import kappa
 from weightdyn.plot.style import ROLE_COLORS
 from weightdyn.record.runlog import RunLog
 from weightdyn.train.corpus import Corpus
@@ -695,6 +696,8 @@ def taken(
     """What to take from it: the words were written beside these numbers."""
     noise, square, invariant = (parts[name] for name in ("noise", "quadratic", "invariance"))
     steady = noise[(noise["schedule"] == "constant") & (noise["β₂"] == 0.999)]
+    short = noise[noise["β₂"] == 0.95]
+    own = 1 - square.loc[square["β₂"] == 0.95, "by hand/with v̂ before"]
     worst = {beta2: (rows["memory/null"] - 1).abs().max() for beta2, rows in noise.groupby("β₂")}
     inner = roles[(roles["group"] != "other") & roles["kappa"].notna()]
     later = inner[inner["tenth"] > 2]
@@ -718,6 +721,11 @@ def taken(
         for kind in ("tanh", "GELU")
     )
 
+    def span(role: str) -> str:
+        return "{:.1f} to {:.1f}".format(
+            *first.loc[first["group"] == role, "kappa_path"].quantile([0.05, 0.95])
+        )
+
     def within(rows: pd.Series) -> str:
         return f"{rows.between(LOW, HIGH).sum()} of {len(rows)} cells ({rows.between(LOW, HIGH).mean():.0%})"
 
@@ -728,14 +736,15 @@ def taken(
         f"and within {worst[0.95]:.1%} with 0.95, drift within {noise['drift/error'].abs().max():.1f} standard "
         f"errors of 0, and ‖w‖² grows by {steady['growth/η²n'].min():.3f} to {steady['growth/η²n'].max():.3f} of "
         "η²n whatever β₁ is (β₂ = 0.999, η steady). With β₂ = 0.95 v̂ follows the gradient that it divides, and "
-        "it is 0.956 to 1.015 of it.",
+        f"it is {short['growth/η²n'].min():.3f} to {short['growth/η²n'].max():.3f} of it.",
         "- Where the mean gradient is known the drift is it, to "
         f"{(square['logged/by hand'] - 1).abs().max():.1%}. By many batches at frozen weights the drift of a "
         f"training is the logged one within two errors of both in {(truth['z'].abs() <= 2).sum()} of {len(truth)} "
         "cells of role and tenth.",
-        "- v̂ of the update, which holds (1−β₂)g², is the one to divide by: it costs a fresh gradient 1 to 4 % "
-        "of its mean at β₂ = 0.95 (u's own gradients lose nearly as much), and v̂ before the update has no bound "
-        "where gradients are rare: in the embedding the sign of such a drift is a matter of chance (e).",
+        "- v̂ of the update, which holds (1−β₂)g², is the one to divide by: it costs a fresh gradient "
+        f"{own.min():.0%} to {own.max():.0%} of its mean at β₂ = 0.95 (u's own gradients lose nearly as much), "
+        "and v̂ before the update has no bound where gradients are rare: in the embedding the sign of such a "
+        "drift is a matter of chance (e).",
         f"- A normalisation makes the drift 0 for SGD (cosines up to {sgd['cosine'].max():.0e}), **not for "
         "Adam**: divided by √v̂ weight by weight, the gradient is no longer orthogonal. Behind tanh drift is "
         f"{even['first']:+.1%} and {even['second']:+.1%} of diffusion, behind GELU, whose activations make v̂ "
@@ -745,17 +754,18 @@ def taken(
         f"none, {within(inner['kappa_path'])}; behind the second tenth {within(later['kappa_path'])}, 90 % of them "
         f"from {low:.2f} to {high:.2f}. **It is a few percent below 1, not at 1.**",
         "- At the start κ is off for another reason than curvature: gradients that change in size within "
-        "momentum's window, those of q and k growing (κ 0.3 to 0.9), those of the others shrinking (1.1 to 1.4). "
-        "White noise of the measured sizes makes the same in the first tenth: the correlation of the two over "
-        f"settings and roles is {np.corrcoef(first['kappa_path'], first['kappa_size'])[0, 1]:.2f}. What is left "
-        "there, and at small η, is curvature.",
+        f"momentum's window, those of q and k growing (κ of the path {span('selection')}), those of the MLP and o "
+        f"shrinking ({span('transmission')}). White noise of the measured sizes makes the same in the first "
+        "tenth: the correlation of the two over settings and roles is "
+        f"{np.corrcoef(first['kappa_path'], first['kappa_size'])[0, 1]:.2f}. What is left there, and at small η, "
+        "is curvature.",
         f"- In “other” (embeddings, norms, biases) κ of the path has the median {rare:.1f} with β₂ = 0.95 and "
         f"{kept_long:.2f} with 0.999: v̂ forgets a rare token between its gradients, so that old gradients in u "
         "weigh more than new ones. Drift leads there all the same.",
         f"- With gradients taken at frozen weights the mean gradient makes {frozen['signal/injection'].min():.0%} "
-        f"to {frozen['signal/injection'].max():.0%} of an update's energy, and κ falls to 1 − signal/injection "
-        f"(their sum is {total.min():.2f} to {total.max():.2f}): a mean gradient that stands still adds to drift "
-        "and not to memory. In live training it does not stand still: signal/injection is "
+        f"to {frozen['signal/injection'].max():.0%} of an update's energy, and κ falls to about 1 − "
+        f"signal/injection (their sum is {total.min():.2f} to {total.max():.2f}): a mean gradient that stands "
+        "still adds to drift and not to memory. In live training it does not stand still: signal/injection is "
         f"{live['signal/injection'].min():.2f} to {live['signal/injection'].max():.2f}, for curvature turns the "
         "gradient back within momentum's window, and κ stays near 1.",
         f"- Drift is negative in {negative['selection']:.0%} of the tenths for q and k (by more than two errors "
@@ -765,7 +775,8 @@ def taken(
         "schedule, where diffusion, η²n, fades first. At β₁ = 0, where there is no memory at all, shares of "
         "drift and diffusion are much as at 0.9.",
         "- Alignment/(alignment + injection) is near 2b/(2b+1) at every β₁ (last table of d) and in the published "
-        "logs over their first half (f); towards their end it is above, which is drift if their noise is white.",
+        "logs over their first half, where only LLaMA's q and k begin clearly below (f); towards their end it is "
+        "above, which is drift if their noise is white.",
     ]
 
 
@@ -783,7 +794,7 @@ def whole_shares(roles: pd.DataFrame) -> pd.DataFrame:
                 "setting": setting,
                 "role": group,
                 **{name: sums[name] / total for name in ("drift", "diffusion", "decay")},
-                "κ": sums["memory"] / sums["memory_null"] if beta1 else np.nan,
+                "κ": kappa(sums.to_frame().T).item() if beta1 else np.nan,
                 "A/(A+I)": alignment / (alignment + sums["injection"]),
                 "2b/(2b+1)": 2 * beta1 / (1 + beta1),
             }

@@ -236,14 +236,15 @@ def test_products_of_nadam_agree_with_the_loop(options, drift):
     agree(*record(model, optimizer, source="displacement", drift=drift, updates=20), matrices=1e-6)
 
 
+@pytest.mark.parametrize("source", ["moments", "displacement"])
 @pytest.mark.parametrize("drift", [True, "before"])
-def test_a_fused_step_under_a_grad_scaler_and_clipping(drift):
+def test_a_fused_step_under_a_grad_scaler_and_clipping(drift, source):
     for unscale, kind in [(False, {"fused": True}), (True, {"fused": True}), (False, {}), (True, {})]:
         model = mlp()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.2, **kind)
         loop = Loop(optimizer, names_of(model))
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
-        with wd.ForceLogger(optimizer, model, drift=drift) as logger:
+        with wd.ForceLogger(optimizer, model, drift=drift, source=source) as logger:
             t = 0
             for i in range(1, 11):
                 optimizer.zero_grad()

@@ -45,6 +45,7 @@ from weightdyn.core.tables import (
     WHITE_NOISE,
     check_columns,
     check_force_table,
+    diffusion,
 )
 
 if TYPE_CHECKING:
@@ -546,9 +547,9 @@ def _recover(
         hashes = rows["hash"].to_numpy()
         same = (hashes[1:] == hashes[:-1]) & pd.notna(hashes[1:]) & (lr_sum > 0)
         flag = np.where(same[of], "identical", flag)
-    diffusion = budget["injection"] + budget["memory"]
+    spread = diffusion(budget)
     gained = budget["alignment"] + budget["injection"]  # what decay leaves of the change
-    memory = diffusion - columns["injection"]
+    memory = spread - columns["injection"]
     (rho_low, rho_high), (low, high) = (_range(each, told)[:, of] for each in (RHO_RANGE, DIFFUSION_RANGE))
     return pd.DataFrame(
         {
@@ -561,8 +562,8 @@ def _recover(
             "weight_decay": weight_decay,
             "alignment_low": gained - rho_high * budget["injection"] - blur,
             "alignment_high": gained - rho_low * budget["injection"] + blur,
-            "drift_low": gained - diffusion - np.hypot((high - 1) * diffusion, chance),
-            "drift_high": gained - diffusion + np.hypot((1 - low) * diffusion, chance),
+            "drift_low": gained - spread - np.hypot((high - 1) * spread, chance),
+            "drift_high": gained - spread + np.hypot((1 - low) * spread, chance),
             "split": WHITE_NOISE,
             "flag": flag,
             "place": place,
@@ -661,16 +662,16 @@ def _drift_accuracy(rows: pd.DataFrame) -> dict[str, float]:
     rows = rows[rows["true_drift"].notna() & rows["drift"].notna()]
     if rows.empty:
         return {}
-    true_diffusion = rows["true_injection"] + rows["true_memory"]
+    true_diffusion = diffusion(rows, before="true_")
     size = rows["true_drift"].abs() + true_diffusion.abs() + rows["true_decay"].abs()
     drift = ((rows["drift"] - rows["true_drift"]) / size).abs()
-    diffusion = ((rows["injection"] + rows["memory"] - true_diffusion) / size).abs()
+    spread = ((diffusion(rows) - true_diffusion) / size).abs()
     found = {
         "drift_median": drift.median(),
         "drift_p90": drift.quantile(0.9),
         "drift_sign": (np.sign(rows["drift"]) == np.sign(rows["true_drift"])).mean(),
-        "diffusion_median": diffusion.median(),
-        "diffusion_p90": diffusion.quantile(0.9),
+        "diffusion_median": spread.median(),
+        "diffusion_p90": spread.quantile(0.9),
     }
     if "drift_low" in rows and "drift_high" in rows:
         found["drift_inside"] = rows["true_drift"].between(rows["drift_low"], rows["drift_high"]).mean()

@@ -229,12 +229,10 @@ class NoiseMemory:
 
     def __init__(self, made: float = 0):
         self._made = made
-        self._state: tuple[Any, Any, Any] | None = (
-            None  # V, E[m]/E[g], Σ_j η_j·Π(1−ηλ)Πβ·cov(m_j,u_j), before
-        )
-        self._unseen: Any = (
-            0.0 if made == 0 else 1.0
-        )  # weight of the learning rates before the first one seen
+        # V, E[m]/E[g], and Σ_j η_j·Π(1−ηλ)·Πβ·cov(m_j,u_j) over the updates before
+        self._state: tuple[Any, Any, Any] | None = None
+        # The weight of the learning rates before the first one seen
+        self._unseen: Any = 0.0 if made == 0 else 1.0
 
     def resume(self, momentum: Momentum, lr: Any, weight_decay: Any, lr_memory: Any) -> None:
         """Go on behind the last of the updates made, from what it remembered."""

@@ -469,9 +469,19 @@ def aggregate(table: Any, by: By | Sequence[str] | None) -> pd.DataFrame:
     return in_order(summed.reset_index(), (*FORCE_TABLE, "split"))
 
 
-def diffusion(table: pd.DataFrame) -> pd.Series:
-    """injection + memory of each row: the random walk that gradient noise makes of the weights."""
-    return table["injection"] + table["memory"]
+def diffusion(table: Any, before: str = "") -> Any:
+    """injection + memory of each row: the random walk that gradient noise makes of the weights.
+
+    Args:
+        table: a force table, or anything that holds the two by their names.
+        before: what stands before the names.
+    """
+    return table[f"{before}injection"] + table[f"{before}memory"]
+
+
+def kappa(table: pd.DataFrame) -> pd.Series:
+    """κ = memory/memory_null of each row; NaN where white noise makes no memory (β₁ = 0)."""
+    return table["memory"] / table["memory_null"].where(table["memory_null"] != 0)
 
 
 def check_drift(table: pd.DataFrame, source: Any = None, *, argument: str = "table") -> pd.DataFrame:

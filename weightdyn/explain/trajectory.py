@@ -39,6 +39,7 @@ from weightdyn.core.tables import (
     check_columns,
     check_force_table,
     check_weibull_table,
+    diffusion,
     group_columns,
     group_numbers,
     in_order,
@@ -302,7 +303,7 @@ def added_by(rows: pd.DataFrame) -> pd.Series:
     sums = integrate(rows)
     last = sums.groupby(group_numbers(sums, group_columns(sums, None))).tail(1)
     added = last.reindex(columns=["memory", *names]).astype(float).sum(skipna=False)
-    added["diffusion"] = added["injection"] + added["memory"]
+    added["diffusion"] = diffusion(added)
     return added[names]
 
 

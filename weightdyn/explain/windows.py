@@ -21,6 +21,7 @@ from weightdyn.core.tables import (
     group_columns,
     group_numbers,
     in_order,
+    kappa,
 )
 
 if TYPE_CHECKING:
@@ -114,8 +115,7 @@ def smooth(
             values = rows[name].to_numpy(float)
             out[f"{name}_se"] = [_standard_error(at[part], values[part], lags) for part in parts]
     if "memory_null" in out and "memory_se" in out:
-        null = out["memory_null"].where(out["memory_null"] != 0)
-        out["kappa"], out["kappa_se"] = out["memory"] / null, out["memory_se"] / null.abs()
+        out["kappa"], out["kappa_se"] = kappa(out), kappa(out.assign(memory=out["memory_se"])).abs()
     out = out.assign(window=window[order][starts]).sort_values(
         ["window", "step"], kind="stable", ignore_index=True
     )

@@ -749,7 +749,9 @@ class ForceLogger:
             groups = [self._optimizer.param_groups[self._tracked[i].group] for i in chosen]
             more: dict[str, Any] = {}
             if chosen[0] in fresh:
-                more["fresh"] = self._acting([fresh[i] for i in chosen], groups, after=True)
+                # What was copied before the step is as it was then: still scaled.
+                after = self._drift != "before"
+                more["fresh"] = self._acting([fresh[i] for i in chosen], groups, after)
                 if is_normalised(self._optimizer):
                     more["adams"] = [
                         adam_constants(group, counts[i]) for i, group in zip(chosen, groups, strict=True)

@@ -33,7 +33,7 @@ from weightdyn.core.checks import (
     shown,
 )
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.core.tables import FORCES, PARTS, By, aggregate, budget, group_columns
+from weightdyn.core.tables import FORCES, PARTS, By, aggregate, budget, group_columns, kappa
 from weightdyn.explain.trajectory import pool_weibull
 from weightdyn.files.durable import write_file
 from weightdyn.record.runlog import RunLog, RunLogError
@@ -356,8 +356,7 @@ def _values(log: RunLog, by: By | Sequence[str] | None, keys: list[str], window:
     forces = forces.assign(span=forces["updates"])
     tables = [_long(_per_update(budget(forces)), keys, SHIFTED)]
     if "drift" in forces and "memory" in forces and forces["drift"].notna().any():
-        null = forces["memory_null"].where(forces["memory_null"] != 0)
-        shares = budget(forces, kind="drift").assign(kappa=forces["memory"] / null)
+        shares = budget(forces, kind="drift").assign(kappa=kappa(forces))
         tables.append(_long(_per_update(shares), keys, DRIFT_SHIFTED).dropna(subset="value"))
     fits = log.weibull()
     if len(fits):
