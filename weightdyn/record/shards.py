@@ -1,0 +1,517 @@
+"""Where a rank's part lies in a tensor, and the reduction that makes sums over parts whole.
+
+All that the log takes of a tensor are sums over its weights, so the parts that several processes hold of it add.
+A part is a few *boxes* of the whole tensor, however it was cut: a DTensor's from its mesh and placements, a range
+of a flattened tensor from where it begins and ends. Each rank measures its own boxes; q, k, v and heads are clipped
+to them and keep their rows. Then two asynchronous reductions for each logged update, a sum and a maximum of a few
+numbers for each row, go over the dimensions of the mesh that shard, never over those that replicate. Nothing waits
+for them, and nothing else is sent: what a lost rank leaves unfinished is left out of the log, and hangs nobody.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weightdyn.core.checks import shown
+from weightdyn.core.naming import View
+
+Range = tuple[int, int]
+Copies = tuple[frozenset[int], ...]
+
+_POLL = 0.001  # seconds between two looks at a reduction that is waited for
+_PATIENCE = 30.0  # seconds that the other ranks have at the first update to attach their logger
+
+# --- where a part lies ---------------------------------------------------------------------------------------
+
+
+class Box(NamedTuple):
+    """The part of a tensor that begins at `offset` and has the shape `shape`.
+
+    Attributes:
+        offset: of its first weight, one index for each dimension of the whole tensor.
+        shape: its size in each dimension.
+    """
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def clip(self, views: Sequence[View]) -> tuple[View, ...]:
+        """The views as parts of this box; one that has no weights here keeps its place, with no ranges.
+
+        >>> q, k = View("q", "q", 0, ((0, 4),)), View("k", "k", 0, ((4, 8),))
+        >>> [view.ranges for view in Box((3, 0), (2, 8)).clip([q, k])]
+        [((0, 1),), ((1, 2),)]
+        """
+        return tuple(replace(view, ranges=tuple(self._clipped(view))) for view in views)
+
+    def _clipped(self, view: View) -> Iterable[Range]:
+        first, size = self.offset[view.axis], self.shape[view.axis]
+        for start, stop in view.ranges:
+            start, stop = max(start - first, 0), min(stop - first, size)
+            if start < stop:
+                yield start, stop
+
+
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """The range [start, stop) of a flattened tensor as boxes, one behind the other.
+
+    The end of a line that begins before the range, the whole lines in it, the beginning of a line that ends
+    behind it: at most one box less than twice the dimensions.
+
+    >>> flat_boxes((3, 4), 2, 9)
+    [Box(offset=(0, 2), shape=(1, 2)), Box(offset=(1, 0), shape=(1, 4)), Box(offset=(2, 0), shape=(1, 1))]
+    """
+    if start >= stop:
+        return []
+    if not shape:
+        return [Box((), ())]
+    inner = math.prod(shape[1:])
+    first, last = -(-start // inner), stop // inner  # the whole lines
+    if first > last:
+        return _in_line(shape, last, start, stop)
+    boxes = _in_line(shape, first - 1, start, first * inner)
+    if first < last:
+        boxes.append(Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    return boxes + _in_line(shape, last, last * inner, stop)
+
+
+def _in_line(shape: Sequence[int], line: int, start: int, stop: int) -> list[Box]:
+    begin = line * math.prod(shape[1:])
+    inside = flat_boxes(shape[1:], start - begin, stop - begin)
+    return [Box((line, *box.offset), (1, *box.shape)) for box in inside]
+
+
+def _cut(ranges: Sequence[Range], start: int, stop: int) -> list[Range]:
+    """Elements [start, stop) of those that some ranges hold, one range behind the other."""
+    found = []
+    for first, end in ranges:
+        low, high = max(first + start, first), min(first + stop, end)
+        if low < high:
+            found.append((low, high))
+        start, stop = start - (end - first), stop - (end - first)
+    return found
+
+
+def _chunk(ranges: Sequence[Range], chunks: int, i: int) -> list[Range]:
+    """Chunk i of them, as `torch.chunk` cuts; the last ones may be empty."""
+    size = -(-sum(stop - start for start, stop in ranges) // chunks)
+    return _cut(ranges, i * size, (i + 1) * size)
+
+
+def _joined(ranges: Iterable[Range]) -> list[Range]:
+    joined: list[Range] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], stop
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def grid_ranges(
+    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
+) -> list[list[Range]]:
+    """The indices that one process of a mesh holds in each dimension of a DTensor, as ranges.
+
+    `Shard` cuts what the dimensions of the mesh before it left. `_StridedShard`, of FSDP2 over tensor
+    parallelism, cuts each of the `split_factor` chunks that a later dimension will tell apart.
+
+    Args:
+        shape: of the whole tensor.
+        mesh_shape: of the mesh.
+        coordinate: of the process in it.
+        placements: one for each dimension of the mesh.
+
+    Raises:
+        TypeError: a placement is neither `Shard`, `_StridedShard` nor `Replicate`.
+    """
+    held: list[list[Range]] = [[(0, size)] if size else [] for size in shape]
+    for chunks, i, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        if placement.is_replicate():
+            continue
+        if placement.is_partial() or not isinstance(getattr(placement, "dim", None), int):
+            raise TypeError(f"{placement} is no part of a tensor")
+        dim = placement.dim % len(shape)
+        virtual = int(getattr(placement, "split_factor", 1))
+        parts = (_chunk(_chunk(held[dim], virtual, j), chunks, i) for j in range(virtual))
+        held[dim] = _joined(itertools.chain.from_iterable(parts))
+    return held
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process holds of one tensor.
+
+    Attributes:
+        shape: of the whole tensor.
+        boxes: the parts of it that are here; none where nothing is.
+        places: where each of them stands in the tensor that the process has, as an index of it.
+        copies: the sets of global ranks that each hold the whole tensor once, that of this process first; () where
+            this one has all of it.
+    """
+
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    places: tuple[tuple[slice, ...], ...]
+    copies: Copies = ()
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Held:
+        """All of a tensor."""
+        return cls(tuple(shape), (Box((0,) * len(shape), tuple(shape)),), ((),))
+
+    @classmethod
+    def given(cls, shape: Sequence[int], here: bool, copies: Copies) -> Held:
+        """All of a tensor on one of several ranks, nothing of it on the others."""
+        return replace(cls.whole(shape), copies=copies) if here else cls(tuple(shape), (), (), copies)
+
+    @classmethod
+    def flat(cls, shape: Sequence[int], start: int, stop: int, copies: Copies) -> Held:
+        """The range [start, stop) of the flattened tensor, held as a tensor of one dimension."""
+        boxes = flat_boxes(shape, start, stop)
+        ends = itertools.accumulate((math.prod(box.shape) for box in boxes), initial=0)
+        places = tuple((slice(*pair),) for pair in itertools.pairwise(ends))
+        return cls(tuple(shape), tuple(boxes), places, copies)
+
+    @classmethod
+    def grid(cls, shape: Sequence[int], ranges: Sequence[Sequence[Range]], copies: Copies) -> Held:
+        """Some ranges of indices in each dimension, one behind the other."""
+        boxes, places = [], []
+        for chosen in itertools.product(*map(_placed, ranges)):
+            boxes.append(Box(tuple(a for (a, _), _ in chosen), tuple(b - a for (a, b), _ in chosen)))
+            places.append(tuple(place for _, place in chosen))
+        return cls(tuple(shape), tuple(boxes), tuple(places), copies)
+
+    def pieces(self, local: Tensor) -> list[Tensor]:
+        """The boxes of a tensor that lies as this one does: the parameter, its gradient, a moment. No copy."""
+        return [
+            local[place].view(box.shape) if place else local
+            for box, place in zip(self.boxes, self.places, strict=True)
+        ]
+
+
+def _placed(ranges: Sequence[Range]) -> list[tuple[Range, slice]]:
+    """Each range, and where it stands in a tensor that holds them one behind the other."""
+    ends = itertools.accumulate((stop - start for start, stop in ranges), initial=0)
+    return [(each, slice(*pair)) for each, pair in zip(ranges, itertools.pairwise(ends), strict=True)]
+
+
+# --- DTensors ------------------------------------------------------------------------------------------------
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, without importing what makes them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, without a copy and outside of autograd."""
+    if not is_dtensor(tensor):
+        return tensor.detach()
+    with torch.no_grad():
+        local = tensor.to_local()  # type: ignore[attr-defined]
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def held_of(name: str, tensor: Tensor) -> Held:
+    """Which part of a parameter this process holds.
+
+    Raises:
+        TypeError: sums of it over the processes are not of one tensor: it is a partial sum itself.
+    """
+    if not is_dtensor(tensor):
+        return Held.whole(tensor.shape)
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    try:
+        ranges = grid_ranges(tensor.shape, mesh.shape, mesh.get_coordinate(), placements)
+    except TypeError:
+        raise TypeError(
+            f"parameter {name} is placed as {placements}: a tensor that is a partial sum on each rank has no norm "
+            "of its own. Redistribute it to Shard or Replicate, or leave it out with tensors="
+        ) from None
+    if all(placement.is_replicate() for placement in placements):
+        return Held.whole(tensor.shape)
+    return Held.grid(tensor.shape, ranges, _copies(mesh, tuple(placements)))
+
+
+@functools.lru_cache(maxsize=64)
+def _copies(mesh: Any, placements: tuple[Any, ...]) -> Copies:
+    """The sets of ranks that each hold a DTensor once, that of this process first."""
+    own = tuple(mesh.get_coordinate())
+    still = [
+        range(size) if placement.is_replicate() else (None,)
+        for size, placement in zip(mesh.shape, placements, strict=True)
+    ]
+    found = {}
+    for chosen in itertools.product(*still):
+        index = tuple(slice(None) if i is None else i for i in chosen)
+        mine = all(i is None or i == j for i, j in zip(chosen, own, strict=True))
+        found[frozenset(mesh.mesh[index].flatten().tolist())] = mine
+    return tuple(sorted(found, key=lambda ranks: (not found[ranks], min(ranks))))
+
+
+def same_placement(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are cut alike, so that their parts here are of the same weights."""
+    if is_dtensor(a) != is_dtensor(b):
+        return False
+    if not is_dtensor(a):
+        return a.shape == b.shape
+    return a.placements == b.placements and a.device_mesh == b.device_mesh  # type: ignore[attr-defined]
+
+
+def refuse_fsdp1(name: str, tensor: Tensor) -> None:
+    """Raise a TypeError for a parameter of FSDP1, which is one rank's piece of a flattened row of parameters."""
+    if getattr(tensor, "_fsdp_flattened", False) or type(tensor).__name__ == "FlatParameter":
+        raise TypeError(
+            f"parameter {name} belongs to FullyShardedDataParallel (FSDP1), which does not say where it lies in "
+            "its tensor: use torch.distributed.fsdp.fully_shard (FSDP2), whose parameters are logged as they are"
+        )
+
+
+# --- who adds up ---------------------------------------------------------------------------------------------
+
+
+def closure(rank: int, held: Iterable[Copies]) -> tuple[int, ...]:
+    """The ranks that add up together, ascending: those that share a tensor, and those that share with them.
+
+    All of them find the same.
+
+    >>> closure(0, [(frozenset({0, 2}), frozenset({1, 3})), (frozenset({0, 1, 2, 3}),)])
+    (0, 1, 2, 3)
+    """
+    sets = {ranks for copies in held for ranks in copies}
+    found, new = {rank}, {rank}
+    while new:
+        new = {other for ranks in sets if ranks & new for other in ranks} - found
+        found |= new
+    return tuple(sorted(found))
+
+
+class Ranks:
+    """The processes that add up together, and the one of all of them that writes.
+
+    Args:
+        copies: of each sharded tensor, the sets of ranks that hold it once.
+        groups: process groups that there are already, to be used where they fit.
+        device: on which the ranks communicate.
+
+    Attributes:
+        rank: of this process.
+        members: the ranks that add up, ascending, this one among them.
+        everyone: those and the ranks that hold further copies, ascending; the lowest writes.
+    """
+
+    def __init__(self, copies: Iterable[Copies], groups: Iterable[Any], device: torch.device) -> None:
+        copies = list(dict.fromkeys(copies))
+        self.rank = dist.get_rank()
+        self.device = device
+        self.members = closure(self.rank, copies)
+        self.everyone = tuple(sorted({rank for each in copies for ranks in each for rank in ranks}))
+        self._groups = list(dict.fromkeys(groups))
+        self._group: Any = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == self.everyone[0]
+
+    def copies_in(self, copies: Copies) -> float:
+        """How often a tensor is there among the members."""
+        return len(self.members) / len(copies[0])
+
+    def group(self) -> Any:
+        """The process group of the members; where it has to be made, all of them must come here."""
+        if self._group is None:
+            for group in (*self._groups, dist.group.WORLD):
+                if sorted(dist.get_process_group_ranks(group)) == [*self.members]:
+                    self._group = group
+                    break
+            else:
+                self._group = dist.new_group([*self.members], use_local_synchronization=True)
+        return self._group
+
+
+class Pending:
+    """Reductions that were begun and are not waited for.
+
+    Attributes:
+        lost: why they will never be done, if they will not.
+    """
+
+    def __init__(self) -> None:
+        self._works: list[Any] = []
+        self.lost: str | None = None
+
+    def reduce(self, ranks: Ranks, buffer: Tensor, op: Any) -> None:
+        """Begin to reduce a buffer in its place; a group that is broken is noted, and training goes on."""
+        if self.lost is None:
+            try:
+                self._works.append(dist.all_reduce(buffer, op, group=ranks.group(), async_op=True))
+            except RuntimeError as error:
+                self.lost = _first_line(error)
+
+    def done(self) -> bool:
+        """Whether all is over, well or not; waits for nothing."""
+        while self._works and self.lost is None:
+            if not self._works[0].is_completed():
+                return False
+            try:
+                self._works.pop(0).wait()  # raises what went wrong
+            except RuntimeError as error:
+                self.lost = _first_line(error)
+        return True
+
+    def wait(self, until: float) -> bool:
+        """Whether all is over at a time of `time.monotonic` at the latest; the group's own timeout ends it too."""
+        while not self.done():
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_POLL)
+        return True
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0][:200] or type(error).__name__
+
+
+class Share:
+    """What this process adds to the numbers of one update, for every row of the log.
+
+    Args:
+        ranks: who adds up.
+        rows: of the log.
+        columns: sums of each row.
+        mark: a whole number that all ranks must agree on: the update's.
+
+    A last column counts the weights that the sums are made of, so that a part which is missing, or there twice, is
+    seen, and copies are told from parts.
+    """
+
+    def __init__(self, ranks: Ranks, rows: int, columns: int, mark: int) -> None:
+        self._ranks, self._mark = ranks, mark
+        self._sums = torch.zeros(rows, columns + 1, dtype=torch.float64, device=ranks.device)
+        self._peaks = torch.full((rows + 2,), -math.inf, dtype=torch.float64, device=ranks.device)
+        self._peaks[rows:] = torch.tensor([mark, -mark], dtype=torch.float64)
+        self._pending = Pending()
+
+    def count(self, numel: Tensor) -> None:
+        """The weights of each row that are here: (rows,)."""
+        self._sums[:, -1] += numel.to(self._sums.device, non_blocking=True)
+
+    def add(self, column: int, rows: Tensor, values: Tensor) -> None:
+        """Sums of some rows, from a column on: (n,) or (n, columns). A row may be there several times."""
+        values = values.to(self._sums.device, non_blocking=True).reshape(len(rows), -1)
+        self._sums[:, column : column + values.shape[1]].index_add_(0, rows, values)
+
+    def peak(self, rows: Tensor, values: Tensor) -> None:
+        """The largest value of some rows: (n,)."""
+        self._peaks.scatter_reduce_(0, rows, values.to(self._peaks.device, non_blocking=True), "amax")
+
+    def send(self) -> Pending:
+        """Begin to make them whole; all members must do it, in the same order."""
+        self._pending.reduce(self._ranks, self._sums, dist.ReduceOp.SUM)
+        self._pending.reduce(self._ranks, self._peaks, dist.ReduceOp.MAX)
+        return self._pending
+
+    def total(self, numel: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The sums over the whole tensors, once they are done.
+
+        Args:
+            numel: weights of each row's whole tensor or view, float64 (rows,); 0 of one that is not reduced.
+            copies: how often it is there among the members, float64 (rows,).
+
+        Returns:
+            The sums (rows, columns), the largest values (rows,), and whether they are right (rows,): made of each
+            weight once. Where they are not they are NaN.
+        """
+        sums, peaks = self._sums.cpu().numpy(), self._peaks.cpu().numpy()
+        peaks, marks = peaks[:-2], peaks[-2:]
+        right = (sums[:, -1] == numel * copies) & (marks[0] == self._mark) & (marks[1] == -self._mark)
+        sums = np.where(right[:, None], sums[:, :-1] / np.where(numel, copies, 1)[:, None], np.nan)
+        return sums, np.where(right & np.isfinite(sums).all(axis=1) | (peaks == np.inf), peaks, np.nan), right
+
+
+# --- that all ranks have a logger ----------------------------------------------------------------------------
+
+
+class Announcement:
+    """What a logger lets the other ranks know of itself, by the store through which they found each other.
+
+    To tell takes no other rank, and so does not wait for any; `check` looks at what the others told.
+
+    Args:
+        rank: of this process.
+        facts: what must be the same on all ranks, in what JSON can hold.
+    """
+
+    def __init__(self, rank: int, facts: Mapping[str, Any]) -> None:
+        self._rank, self._facts = rank, json.loads(json.dumps(facts, default=str))
+        text = json.dumps(self._facts, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        # Of loggers alike, as a notebook's cell makes them again and again, the n-th belong together.
+        number = _announced[digest] = _announced.get(digest, 0) + 1
+        self._name = f"weightdyn/{digest}/{number}"
+        store = _store()
+        store.set(f"weightdyn/facts/{rank}", text)
+        store.set(f"{self._name}/{rank}", "")
+
+    def check(self, ranks: Iterable[int], remedy: str, seconds: float = _PATIENCE) -> None:
+        """Return when the others have told the same.
+
+        Args:
+            ranks: of the others.
+            remedy: the end of the error's sentence.
+            seconds: how long they may take.
+
+        Raises:
+            RuntimeError: some have told nothing by then, or something else.
+        """
+        store, until = _store(), time.monotonic() + seconds
+        missing = sorted({*ranks} - {self._rank})
+        while True:
+            missing = [rank for rank in missing if not store.check([f"{self._name}/{rank}"])]
+            if not missing:
+                return
+            if time.monotonic() > until:
+                break
+            time.sleep(20 * _POLL)
+        silent = [rank for rank in missing if not store.check([f"weightdyn/facts/{rank}"])]
+        different = [
+            f"rank {rank} {self._difference(json.loads(store.get(f'weightdyn/facts/{rank}')))}"
+            for rank in missing
+            if rank not in silent
+        ]
+        lacking = [f"there is none on the ranks {silent}"] if silent else []
+        raise RuntimeError(
+            f"the ForceLogger on rank {self._rank} is not the same on all ranks: {'; '.join(lacking + different)}; "
+            f"{remedy}"
+        )
+
+    def _difference(self, theirs: Mapping[str, Any]) -> str:
+        """The first thing in which another rank's logger differs."""
+        for name, mine in self._facts.items():
+            if theirs.get(name) != mine:
+                return f"has {name}={shown(theirs.get(name))} where this one has {shown(mine)}"
+        return "attached one more or less of them"
+
+
+_announced: dict[str, int] = {}
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
