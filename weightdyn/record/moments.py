@@ -20,9 +20,9 @@ from torch import Tensor
 
 from weightdyn.core.naming import View
 
-PRODUCTS = ("dot_wu", "u_sq", "w_sq", "m_rms", "v_mean", "u_max", "dot_wg", "dot_ug", "g_sq")
-"""Columns of a measurement: ⟨w,u⟩, ‖u‖², ‖w‖², rms of m̂, mean of v̂, max|u|, and ⟨w,g̃⟩, ⟨u,g̃⟩, ‖g̃‖² with the
-fresh gradient in units of u, g̃ = g/(√v̂+ε)."""
+PRODUCTS = ("dot_wu", "u_sq", "w_sq", "m_sq", "v_sum", "u_max", "dot_wg", "dot_ug", "g_sq")
+"""Columns of a measurement: ⟨w,u⟩, ‖u‖², ‖w‖², ‖m̂‖², Σv̂, max|u|, and ⟨w,g̃⟩, ⟨u,g̃⟩, ‖g̃‖² with the fresh gradient
+in units of u, g̃ = g/(√v̂+ε). All but the largest are sums over weights, so that parts of a tensor add."""
 
 _BLOCK = 256  # so many products at most are summed in the weights' own precision
 _CHUNK = {"cpu": 1 << 18}  # weights in a piece: the caches of a CPU, ...
@@ -218,9 +218,8 @@ class Plan:
         else:
             dot_wu, u_sq, w_sq, m_sq, v_sum, u_max = sums.totals()
             of_fresh = (torch.full_like(u_sq, math.nan),) * 3
-        m_rms = (m_sq / self.numel).sqrt() / self._by_row(correction1)
-        v_mean = v_sum / self.numel / root2**2
-        columns = (dot_wu * scale, u_sq * scale**2, w_sq, m_rms, v_mean, u_max * scale, *of_fresh)
+        m_sq, v_sum = m_sq / self._by_row(correction1) ** 2, v_sum / root2**2
+        columns = (dot_wu * scale, u_sq * scale**2, w_sq, m_sq, v_sum, u_max * scale, *of_fresh)
         return torch.stack(columns, dim=1)
 
     def displacement(
@@ -248,7 +247,7 @@ class Plan:
                 without them g̃ is the gradient.
 
         Returns:
-            float64 tensor (R, 9), columns PRODUCTS with NaN for `m_rms` and `v_mean`; the products are those of
+            float64 tensor (R, 9), columns PRODUCTS with NaN for `m_sq` and `v_sum`; the products are those of
             the weights before the update.
         """
         eta, decay = self._columns(list(zip(lr, weight_decay, strict=True)))
