@@ -10,8 +10,10 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import math
 import operator
 import os
+import sys
 import time
 import warnings
 import weakref
@@ -48,6 +50,18 @@ from weightdyn.record.optimizers import (
     warn_of_coupled_decay,
 )
 from weightdyn.record.runlog import STORED, RunLog, RunWriter
+from weightdyn.record.shards import (
+    Announcement,
+    Ranks,
+    held_of,
+    involved,
+    is_partitioned,
+    owned,
+    partitioned,
+    rank_here,
+    ranks_of,
+    refuse_fsdp1,
+)
 from weightdyn.record.sigterm import uninterrupted, unwatch, watch
 from weightdyn.record.watch import Drift, Tracked, Watch
 from weightdyn.weibull.fit import fit_weibull
@@ -59,15 +73,14 @@ Source = Literal["auto", "moments", "displacement"]
 
 _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
+_LAST_SECONDS = 1.0  # in which other ranks may still answer when the process ends or has failed
 
 
 def unwrap(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The optimizers that make the steps."""
     accepted = "a torch.optim.Optimizer, or a list of them"
-    return [
-        check_optimizer(each, accepted)
-        for each in (optimizer if isinstance(optimizer, list | tuple) and optimizer else [optimizer])
-    ]
+    given: Any = optimizer if isinstance(optimizer, list | tuple) and optimizer else [optimizer]
+    return [check_optimizer(each.optim if is_partitioned(each) else each, accepted) for each in given]
 
 
 def source_of(optimizer: torch.optim.Optimizer) -> Literal["moments", "displacement"]:
@@ -165,6 +178,7 @@ class ForceLogger:
         rules: Mapping[str, str] | None = None,
     ):
         self._optimizers = unwrap(optimizer)
+        self._wholes = partitioned(optimizer)
         check_choice("source", source, ("auto", "moments", "displacement"))
         for each in self._optimizers:
             if source == "moments":
@@ -201,9 +215,17 @@ class ForceLogger:
         self._start(made)
         if start_step is None and any(map(count_stopped, self._optimizers)):
             self._warn_of_stopped_count()
-        self._writer = RunWriter(out, made, _info(self._watches), overwrite=overwrite)
+        self._out = None if out is None else Path(out).absolute()
+        self._involved = involved(
+            (p for each in self._optimizers for _, (_, p) in self._places(each)), self._wholes.values()
+        )
+        self._keeps = out is None or self._involved[0] == rank_here()
+        self._writer = RunWriter(
+            out if self._keeps else None, made, _info(self._watches), overwrite=overwrite
+        )
         try:
             self._track()
+            self._announced = self._announce(source, drift)
         except BaseException:
             self._writer.close()
             raise
@@ -213,6 +235,9 @@ class ForceLogger:
             handle
             for index in range(len(self._watches))
             for handle in self._attach(index, self._watches[index])
+        ]
+        self._handles += [
+            zero.register_load_state_dict_post_hook(self._on_load) for zero in self._wholes.values()
         ]
         # A script that ends without close(), by an error for one, still keeps its rows.
         self._at_exit = functools.partial(_close, weakref.ref(self))
@@ -240,7 +265,12 @@ class ForceLogger:
 
     @property
     def run(self) -> RunLog:
-        """The log up to now. To ask it for a table flushes what that table would lack."""
+        """The log up to now. To ask it for a table flushes what that table would lack.
+
+        Of a run that another rank writes, it is what that one has written by now.
+        """
+        if not self._keeps:
+            return RunLog(cast(Path, self._out))
         reference = weakref.ref(self)
 
         def refresh() -> None:
@@ -261,18 +291,18 @@ class ForceLogger:
         if step is None and self._round.skipped() is not None:
             self._notes.append(("metrics", values, self._round))
         else:
-            self._writer.append("metrics", {"step": self._round.step if step is None else step, **values})
+            self._append("metrics", {"step": self._round.step if step is None else step, **values})
 
     @uninterrupted
     def latest(self) -> pd.DataFrame:
-        """Force table of the last logged update (empty before the first). Waits for a GPU."""
-        self._bring_over()
+        """Force table of the last logged update (empty before the first). Waits for a GPU, and for other ranks."""
+        self._bring_over(_patience())
         return force_table(self._last, self._book.labels)
 
     @uninterrupted
     def flush(self) -> None:
-        """Bring the results over from the devices and write what is not yet written."""
-        self._bring_over()
+        """Bring the results over from the devices and the other ranks, and write what is not yet written."""
+        self._bring_over(_patience())
         self._flushed_at = time.monotonic()
         self._writer.flush()
 
@@ -302,16 +332,19 @@ class ForceLogger:
         Warns if there was no update to log.
         """
         if not self._closed:
-            self._close()
+            self._close(_patience())
             self._warn_of_no_update()
 
     @uninterrupted
-    def _close(self) -> None:
+    def _close(self, patience: float = _LAST_SECONDS) -> None:
         for handle in self._handles:
             handle.remove()
         atexit.unregister(self._at_exit)
-        self._finish()
-        self.flush()
+        if self._book.ranks is None or patience == math.inf:  # others may never come to the end of the update
+            self._finish()
+        self._bring_over(patience)
+        self._book.give_up()
+        self._writer.flush()
         self._writer.close()
         self._closed = True
         unwatch(id(self))
@@ -352,7 +385,7 @@ class ForceLogger:
             self._ask(index)
         watched.begin()
         if watched.is_changed():
-            self._bring_over()
+            self._bring_over(math.inf)
             self._track()
         t = self._round.step + (not self._open)
         audit = _due(self._audit_every, t)
@@ -410,6 +443,7 @@ class ForceLogger:
         if not self._unfinished:
             return
         self._unfinished = False
+        self._book.send()
         if _due(self._snapshot_every, self._round.step):
             self._snapshot()
         if _due(self._weibull_every, self._round.step):
@@ -419,7 +453,7 @@ class ForceLogger:
     def _on_save(self, optimizer: torch.optim.Optimizer) -> None:
         """Whoever takes the optimizer's state makes a checkpoint, which must not know of more than the log."""
         if self._process == os.getpid():
-            self._store_all()
+            self._store_all(_patience())
 
     @uninterrupted
     def _on_load(self, optimizer: torch.optim.Optimizer) -> None:
@@ -433,7 +467,7 @@ class ForceLogger:
         self._set_clocks()
 
     def _go_to(self, step: int) -> None:
-        self._bring_over()
+        self._bring_over(_patience())
         self._store()
         self._start(step)
         self._writer.restart(step)
@@ -451,7 +485,10 @@ class ForceLogger:
             watched.set_clocks(self._round.step)
 
     def _recall(self, step: int) -> pd.DataFrame:
-        rows = self._writer.run().forces()
+        try:
+            rows = (self._writer.run() if self._keeps else self.run).forces()
+        except FileNotFoundError:  # the rank that writes has not begun
+            rows = self._writer.run().forces()
         return rows[rows["step"] == step].set_index("tensor")
 
     def _warn_of_stopped_count(self) -> None:
@@ -478,10 +515,49 @@ class ForceLogger:
 
     def _begin(self) -> None:
         """Before the first update: refuse a directory that is in use, fit the weights as they are."""
+        self._meet()
         self._writer.begin()
         self._begun = True
         if self._weibull_every is not None and self._round.step == 0:
             self._fit()
+
+    # ------------------------------------------------------------------ other ranks
+
+    def _announce(self, source: Source, drift: Drift) -> list[Announcement]:
+        """Let the other ranks know of this logger: it waits for none of them."""
+        ranks = self._book.ranks
+        if len(self._involved) < 2 or (ranks is None and self._out is None):
+            return []
+        named = ("every", "weibull_every", "snapshot_every", "audit_every")
+        schedules = {name: getattr(self, f"_{name}") for name in named}
+        facts = {
+            **{name: "a function" if callable(value) else value for name, value in schedules.items()},
+            "out": str(self._out),
+            "views": self._views,
+            "source": source,
+            "drift": drift,
+            "step": self._round.step,
+            "tensors": {label: entry["shape"] for label, entry in self._book.labels.items()},
+        }
+        announced = [Announcement(facts, self._involved)]
+        return (
+            announced
+            if ranks is None
+            else [*announced, Announcement({"ranks": ranks.members}, ranks.members)]
+        )
+
+    def _meet(self) -> None:
+        """Before the first update, up to which all ranks have come: have those that must a logger alike?"""
+        writer = self._involved[0]
+        remedy = (
+            f"attach it on all ranks with the same arguments, before the first update; rank {writer} writes"
+        )
+        if self._book.ranks is None:  # they all make the same updates
+            if self._keeps:
+                return
+            remedy += ". It may be attached on that rank alone"
+        for each in self._announced:
+            each.check(remedy)
 
     # ------------------------------------------------------------------ which tensors
 
@@ -499,7 +575,7 @@ class ForceLogger:
         missed = []
         for index, watched in enumerate(self._watches):
             tracked = []
-            for place, (group, parameter) in _places(watched.optimizer):
+            for place, (group, parameter) in self._places(watched.optimizer):
                 if owners.setdefault(parameter, index) != index:
                     raise ValueError(
                         f"optimizer: {self._names.get(parameter, place)} is in two of the optimizers; a tensor's "
@@ -509,7 +585,7 @@ class ForceLogger:
                 name = self._names.get(parameter, own)
                 if parameter.numel() and self._select(name, parameter):
                     _check_parameter(name, parameter)
-                    tracked.append(self._add(group, name, parameter))
+                    tracked.append(self._add(index, group, name, parameter))
                 else:
                     missed.append(self._names.get(parameter, "one without a name"))
             followed = watched.track(tracked)
@@ -528,8 +604,19 @@ class ForceLogger:
                 f"{', '.join(missed[:3])} …"
             )
         self._describe(tensors=self._book.labels)
+        shared = [each for each in everything if each.shared]
+        self._book.copies = np.zeros(len(self._book.labels))
+        self._book.ranks = ranks_of(
+            [(each.parameter, each.held) for each in shared], self._wholes.values(), self._book.ranks
+        )
+        for each in shared:
+            self._book.copies[each.rows] = cast(Ranks, self._book.ranks).copies_in(each.held.copies)
 
-    def _add(self, group: int, name: str, parameter: Tensor) -> Tracked:
+    def _places(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, tuple[int, Tensor]]]:
+        """Those of an optimizer, and of those of other ranks with which it makes an update."""
+        return _places(self._wholes.get(id(optimizer), optimizer))
+
+    def _add(self, index: int, group: int, name: str, parameter: Tensor) -> Tracked:
         labels, shape = self._book.labels, tuple(parameter.shape)
         label = describe(name, shape, self._config, views=self._views, rules=self._rules)
         first, rows = len(labels), label.rows(shape)
@@ -537,27 +624,38 @@ class ForceLogger:
             if row.label in labels:
                 raise ValueError(f"params: two parameters are named {name!r}; names must differ")
             labels[row.label] = {**row.identity(), "shape": list(shape), "parameter": name}
-        return Tracked(parameter, group, label, range(first, len(labels)), rows[0].label)
+        zero = self._wholes.get(id(self._optimizers[index]))
+        held = held_of(name, parameter) if zero is None else owned(parameter, zero)
+        foreign = zero is not None and not held.boxes
+        return Tracked(parameter, group, label, range(first, len(labels)), rows[0].label, held, foreign)
 
     # ------------------------------------------------------------------ from the devices into the log
 
-    def _bring_over(self) -> None:
-        """Turn what was measured since the last time into rows: one copy from each device."""
-        if self._book.pending:
-            rows = self._book.take()
-            if len(rows):
-                self._last = rows[rows["step"] == rows["step"].iloc[-1]]
-                self._writer.append("forces", rows)
-                self._flag_non_finite(rows)
+    def _append(self, kind: str, rows: Mapping[str, Any]) -> None:
+        if self._keeps:
+            self._writer.append(kind, rows)
+
+    def _bring_over(self, patience: float = 0.0) -> None:
+        """Turn what was measured since the last time into rows: one copy from each device.
+
+        Args:
+            patience: seconds in which what other ranks add may come; what has not stays for the next time.
+        """
+        self._book.await_ranks(patience)
+        rows = self._book.take()
+        if rows is not None and len(rows):
+            self._last = rows[rows["step"] == rows["step"].iloc[-1]]
+            self._append("forces", rows)
+            self._flag_non_finite(rows)
         notes, self._notes = self._notes, []
         for kind, columns, update in notes:
-            self._writer.append(kind, {**columns, "step": update.settled()})
+            self._append(kind, {**columns, "step": update.settled()})
         self._open &= not self._round.was_skipped()
         self._round = Round(self._round.settled(), certain=self._open)
 
     @uninterrupted
-    def _store_all(self) -> None:
-        self._bring_over()
+    def _store_all(self, patience: float = _LAST_SECONDS) -> None:
+        self._bring_over(patience)
         self._store()
 
     def _store(self) -> None:
@@ -603,7 +701,7 @@ class ForceLogger:
             columns = zip(
                 ("tensor", "lam", "k", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
             )
-            self._writer.append(
+            self._append(
                 "weibull", {"step": self._round.step, **{name: list(each) for name, each in columns}}
             )
 
@@ -641,11 +739,11 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         raise TypeError(
             f"parameter {name} is on MPS, which has no float64 to sum in; log on a CPU or CUDA device"
         )
-    sharded = type(parameter.data).__name__ == "DTensor"
-    if sharded or parameter.layout != torch.strided or not parameter.is_floating_point():
-        kind = "a DTensor (sharded)" if sharded else f"{parameter.layout} of {parameter.dtype}"
+    refuse_fsdp1(name, parameter)
+    if parameter.layout != torch.strided or not parameter.is_floating_point():
         raise TypeError(
-            f"parameter {name} is {kind}; whole, dense, real tensors can be logged. Leave it out with tensors="
+            f"parameter {name} is {parameter.layout} of {parameter.dtype}; dense, real tensors can be logged. "
+            "Leave it out with tensors="
         )
 
 
@@ -761,6 +859,11 @@ def _due(every: Every | None, step: int) -> bool:
     if every is None:
         return False
     return bool(every(step)) if callable(every) else step % every == 0
+
+
+def _patience() -> float:
+    """Seconds that other ranks are waited for; as long as their group waits, unless something has failed here."""
+    return math.inf if sys.exc_info()[0] is None else _LAST_SECONDS
 
 
 def _close(reference: Callable[[], ForceLogger | None]) -> None:

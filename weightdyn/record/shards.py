@@ -10,6 +10,7 @@ for them, and nothing else is sent: what a lost rank leaves unfinished is left o
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -196,6 +197,13 @@ class Held:
             places.append(tuple(place for _, place in chosen))
         return cls(tuple(shape), tuple(boxes), tuple(places), copies)
 
+    def counts(self, views: Sequence[View]) -> list[int]:
+        """How many weights of each view are here; of all of it where there are none."""
+        if not views:
+            return [sum(math.prod(box.shape) for box in self.boxes)]
+        clipped = [[view.numel(box.shape) for view in box.clip(views)] for box in self.boxes]
+        return [sum(each) for each in zip(*clipped, strict=True)] or [0] * len(views)
+
     def pieces(self, local: Tensor) -> list[Tensor]:
         """The boxes of a tensor that lies as this one does: the parameter, its gradient, a moment. No copy."""
         return [
@@ -306,29 +314,19 @@ class Ranks:
     """The processes that add up together, and the one of all of them that writes.
 
     Args:
-        copies: of each sharded tensor, the sets of ranks that hold it once.
+        copies: of each shared tensor, the sets of ranks that hold it once.
         groups: process groups that there are already, to be used where they fit.
         device: on which the ranks communicate.
 
     Attributes:
-        rank: of this process.
         members: the ranks that add up, ascending, this one among them.
-        everyone: those and the ranks that hold further copies, ascending; the lowest writes.
     """
 
     def __init__(self, copies: Iterable[Copies], groups: Iterable[Any], device: torch.device) -> None:
-        copies = list(dict.fromkeys(copies))
-        self.rank = dist.get_rank()
+        self.members = closure(rank_here(), copies)
         self.device = device
-        self.members = closure(self.rank, copies)
-        self.everyone = tuple(sorted({rank for each in copies for ranks in each for rank in ranks}))
-        self._groups = list(dict.fromkeys(groups))
+        self._groups = [*groups]
         self._group: Any = None
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process is the one that writes."""
-        return self.rank == self.everyone[0]
 
     def copies_in(self, copies: Copies) -> float:
         """How often a tensor is there among the members."""
@@ -344,6 +342,74 @@ class Ranks:
             else:
                 self._group = dist.new_group([*self.members], use_local_synchronization=True)
         return self._group
+
+
+def rank_here() -> int:
+    """The rank of this process; 0 where there are no others."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def involved(parameters: Iterable[Tensor], zeros: Iterable[Any]) -> tuple[int, ...]:
+    """The ranks that train these parameters together, ascending: the lowest of them writes the log.
+
+    Those of their meshes and of ZeroRedundancyOptimizer's group; all ranks where no parameter tells.
+    """
+    found = {rank for zero in zeros for rank in dist.get_process_group_ranks(zero.process_group)}
+    for mesh in {parameter.device_mesh for parameter in parameters if is_dtensor(parameter)}:  # type: ignore[attr-defined]
+        found.update(mesh.mesh.flatten().tolist())
+    if not found and dist.is_available() and dist.is_initialized():
+        found.update(range(dist.get_world_size()))
+    return tuple(sorted(found)) or (0,)
+
+
+def ranks_of(
+    shared: Sequence[tuple[Tensor, Held]], zeros: Iterable[Any], before: Ranks | None
+) -> Ranks | None:
+    """The ranks that add up what they hold of some tensors; None where there are none.
+
+    Args:
+        shared: the tensors, and what this process holds of them.
+        zeros: the ZeroRedundancyOptimizers among whose ranks some are.
+        before: those that did so until now, to go on with their group.
+    """
+    if not shared:
+        return None
+    groups = [zero.process_group for zero in zeros]
+    kind = shared[0][0].device.type
+    for mesh, placements in {(p.device_mesh, p.placements) for p, _ in shared if is_dtensor(p)}:  # type: ignore[attr-defined]
+        kind = mesh.device_type
+        groups += [mesh.get_group(i) for i, each in enumerate(placements) if not each.is_replicate()]
+    device = (
+        torch.device(kind)
+        if kind == "cpu"
+        else torch.device(kind, torch.get_device_module(kind).current_device())
+    )
+    ranks = Ranks({held.copies for _, held in shared}, groups, device)
+    same = before is not None and (before.members, before.device) == (ranks.members, ranks.device)
+    return before if same else ranks
+
+
+# --- ZeroRedundancyOptimizer ---------------------------------------------------------------------------------
+
+
+def is_partitioned(optimizer: Any) -> bool:
+    """Whether an optimizer is a ZeroRedundancyOptimizer, whose `optim` steps some of the tensors on each rank."""
+    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).mro())
+
+
+def partitioned(optimizers: Any) -> dict[int, Any]:
+    """The ZeroRedundancyOptimizers among optimizers, by the id of the optimizer inside."""
+    given = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
+    return {id(each.optim): each for each in given if is_partitioned(each)}
+
+
+def owned(parameter: Tensor, zero: Any) -> Held:
+    """All of a tensor on the rank that makes its updates, nothing of it on the others."""
+    together = (frozenset(dist.get_process_group_ranks(zero.process_group)),)
+    return Held.given(parameter.shape, zero._param_to_rank[parameter] == zero.rank, together)
+
+
+# --- reductions ----------------------------------------------------------------------------------------------
 
 
 class Pending:
@@ -389,6 +455,24 @@ def _first_line(error: BaseException) -> str:
     return str(error).split("\n")[0][:200] or type(error).__name__
 
 
+class Total(NamedTuple):
+    """What the ranks have added up, for each row.
+
+    Attributes:
+        sums: over the whole tensor, float64 (rows, columns); NaN where they are not right.
+        peaks: the largest value.
+        counted: how many weights the sums are made of, by copies of the tensor.
+        right: whether that is each of its weights once.
+        agreed: whether all ranks were at the same update.
+    """
+
+    sums: np.ndarray
+    peaks: np.ndarray
+    counted: np.ndarray
+    right: np.ndarray
+    agreed: bool
+
+
 class Share:
     """What this process adds to the numbers of one update, for every row of the log.
 
@@ -396,54 +480,73 @@ class Share:
         ranks: who adds up.
         rows: of the log.
         columns: sums of each row.
-        mark: a whole number that all ranks must agree on: the update's.
+        step: the update, on which all ranks must agree.
 
-    A last column counts the weights that the sums are made of, so that a part which is missing, or there twice, is
-    seen, and copies are told from parts.
+    Attributes:
+        pending: the reductions, once they are sent.
+
+    A last column counts the weights that the sums are made of: so a part that is missing, or there twice, is seen.
     """
 
-    def __init__(self, ranks: Ranks, rows: int, columns: int, mark: int) -> None:
-        self._ranks, self._mark = ranks, mark
+    def __init__(self, ranks: Ranks, rows: int, columns: int, step: int) -> None:
+        self._ranks, self._step = ranks, step
         self._sums = torch.zeros(rows, columns + 1, dtype=torch.float64, device=ranks.device)
         self._peaks = torch.full((rows + 2,), -math.inf, dtype=torch.float64, device=ranks.device)
-        self._peaks[rows:] = torch.tensor([mark, -mark], dtype=torch.float64)
-        self._pending = Pending()
+        self._peaks[rows] = step
+        self._peaks[rows + 1] = -step
+        self.pending = Pending()
 
-    def count(self, numel: Tensor) -> None:
+    def count(self, here: np.ndarray) -> None:
         """The weights of each row that are here: (rows,)."""
-        self._sums[:, -1] += numel.to(self._sums.device, non_blocking=True)
+        self._sums[:, -1] = torch.from_numpy(here).to(self._sums.device, non_blocking=True)
 
     def add(self, column: int, rows: Tensor, values: Tensor) -> None:
         """Sums of some rows, from a column on: (n,) or (n, columns). A row may be there several times."""
-        values = values.to(self._sums.device, non_blocking=True).reshape(len(rows), -1)
+        device = self._sums.device
+        values = values.to(device, non_blocking=True).reshape(len(rows), -1)
+        rows = rows.to(device, non_blocking=True)
         self._sums[:, column : column + values.shape[1]].index_add_(0, rows, values)
 
     def peak(self, rows: Tensor, values: Tensor) -> None:
         """The largest value of some rows: (n,)."""
-        self._peaks.scatter_reduce_(0, rows, values.to(self._peaks.device, non_blocking=True), "amax")
+        rows, values = (each.to(self._peaks.device, non_blocking=True) for each in (rows, values))
+        self._peaks.scatter_reduce_(0, rows, values, "amax")
 
-    def send(self) -> Pending:
+    def send(self) -> None:
         """Begin to make them whole; all members must do it, in the same order."""
-        self._pending.reduce(self._ranks, self._sums, dist.ReduceOp.SUM)
-        self._pending.reduce(self._ranks, self._peaks, dist.ReduceOp.MAX)
-        return self._pending
+        self.pending.reduce(self._ranks, self._sums, dist.ReduceOp.SUM)
+        self.pending.reduce(self._ranks, self._peaks, dist.ReduceOp.MAX)
 
-    def total(self, numel: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The sums over the whole tensors, once they are done.
+    def abandon(self) -> None:
+        """Let the process end without what has not come.
+
+        A process group waits for its unfinished reductions when it is taken down, so it is not.
+        """
+        _never_freed(self._ranks.group())
+
+    def total(self, numel: np.ndarray, copies: np.ndarray) -> Total:
+        """The sums over the whole tensors, once they are there.
 
         Args:
-            numel: weights of each row's whole tensor or view, float64 (rows,); 0 of one that is not reduced.
-            copies: how often it is there among the members, float64 (rows,).
-
-        Returns:
-            The sums (rows, columns), the largest values (rows,), and whether they are right (rows,): made of each
-            weight once. Where they are not they are NaN.
+            numel: weights of each row's whole tensor or view, float64 (rows,).
+            copies: how often it is there among the members, float64 (rows,); 0 of one that is not shared.
         """
         sums, peaks = self._sums.cpu().numpy(), self._peaks.cpu().numpy()
-        peaks, marks = peaks[:-2], peaks[-2:]
-        right = (sums[:, -1] == numel * copies) & (marks[0] == self._mark) & (marks[1] == -self._mark)
-        sums = np.where(right[:, None], sums[:, :-1] / np.where(numel, copies, 1)[:, None], np.nan)
-        return sums, np.where(right & np.isfinite(sums).all(axis=1) | (peaks == np.inf), peaks, np.nan), right
+        agreed = bool(peaks[-2] == self._step and peaks[-1] == -self._step)
+        times = np.maximum(copies, 1)
+        counted = sums[:, -1] / times
+        right = (counted == numel) & agreed
+        return Total(
+            np.where(right[:, None], sums[:, :-1] / times[:, None], np.nan),
+            np.where(right, peaks[:-2], np.nan),
+            counted,
+            right,
+            agreed,
+        )
+
+
+def _never_freed(thing: Any) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 # --- that all ranks have a logger ----------------------------------------------------------------------------
@@ -455,26 +558,27 @@ class Announcement:
     To tell takes no other rank, and so does not wait for any; `check` looks at what the others told.
 
     Args:
-        rank: of this process.
         facts: what must be the same on all ranks, in what JSON can hold.
+        ranks: these, ascending.
     """
 
-    def __init__(self, rank: int, facts: Mapping[str, Any]) -> None:
-        self._rank, self._facts = rank, json.loads(json.dumps(facts, default=str))
+    def __init__(self, facts: Mapping[str, Any], ranks: Sequence[int]) -> None:
+        self._rank, self._ranks = rank_here(), ranks
+        self._facts = json.loads(json.dumps(facts, default=str))
         text = json.dumps(self._facts, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         # Of loggers alike, as a notebook's cell makes them again and again, the n-th belong together.
         number = _announced[digest] = _announced.get(digest, 0) + 1
+        self._told = f"weightdyn/{'-'.join(self._facts)}"
         self._name = f"weightdyn/{digest}/{number}"
         store = _store()
-        store.set(f"weightdyn/facts/{rank}", text)
-        store.set(f"{self._name}/{rank}", "")
+        store.set(f"{self._told}/{self._rank}", text)
+        store.set(f"{self._name}/{self._rank}", "")
 
-    def check(self, ranks: Iterable[int], remedy: str, seconds: float = _PATIENCE) -> None:
-        """Return when the others have told the same.
+    def check(self, remedy: str, seconds: float = _PATIENCE) -> None:
+        """Return when the others have told the same: the lowest rank asks for all, the others ask for the lowest.
 
         Args:
-            ranks: of the others.
             remedy: the end of the error's sentence.
             seconds: how long they may take.
 
@@ -482,24 +586,23 @@ class Announcement:
             RuntimeError: some have told nothing by then, or something else.
         """
         store, until = _store(), time.monotonic() + seconds
-        missing = sorted({*ranks} - {self._rank})
-        while True:
-            missing = [rank for rank in missing if not store.check([f"{self._name}/{rank}"])]
-            if not missing:
-                return
+        missing = [*self._ranks[1:]] if self._rank == self._ranks[0] else [self._ranks[0]]
+        while missing := [rank for rank in missing if not store.check([f"{self._name}/{rank}"])]:
             if time.monotonic() > until:
                 break
             time.sleep(20 * _POLL)
-        silent = [rank for rank in missing if not store.check([f"weightdyn/facts/{rank}"])]
-        different = [
-            f"rank {rank} {self._difference(json.loads(store.get(f'weightdyn/facts/{rank}')))}"
+        if not missing:
+            return
+        silent = [rank for rank in missing if not store.check([f"{self._told}/{rank}"])]
+        found = [f"there is none on the ranks {silent}"] if silent else []
+        found += [
+            f"rank {rank} {self._difference(json.loads(store.get(f'{self._told}/{rank}')))}"
             for rank in missing
             if rank not in silent
         ]
-        lacking = [f"there is none on the ranks {silent}"] if silent else []
         raise RuntimeError(
-            f"the ForceLogger on rank {self._rank} is not the same on all ranks: {'; '.join(lacking + different)}; "
-            f"{remedy}"
+            f"the ForceLogger of rank {self._rank} is not there, and the same, on all ranks: {'; '.join(found)}. "
+            f"Remedy: {remedy}"
         )
 
     def _difference(self, theirs: Mapping[str, Any]) -> str:
