@@ -7,7 +7,6 @@ comes into the log when the sums over the ranks are there, and the updates behin
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -239,9 +238,8 @@ class Book:
         if self.ranks is not None and self.pending and self.pending[-1].share is None:
             self.pending[-1].send(self.ranks)
 
-    def await_ranks(self, seconds: float) -> None:
-        """Wait until the sums over the ranks are there, or cannot come any more, or the time is over."""
-        until = time.monotonic() + seconds
+    def await_ranks(self, until: float) -> None:
+        """Wait until the sums over the ranks are there, or cannot come, or it is `until` by `time.monotonic`."""
         for record in self.pending:
             if record.share is not None:
                 record.share.pending.wait(until)
@@ -254,8 +252,7 @@ class Book:
             self._warn(
                 "late", f"the sums over the ranks of updates {steps[0]}–{steps[1]} did not come: left out"
             )
-            for record in late:
-                cast(Share, record.share).abandon()
+            cast(Share, late[0].share).pending.abandon()
         del self.pending[done:]
 
     def _done(self) -> int:

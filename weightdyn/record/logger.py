@@ -34,6 +34,7 @@ from weightdyn.core.naming import Views, check_config, check_views, describe
 from weightdyn.core.tables import force_table
 from weightdyn.files.durable import write_file
 from weightdyn.record.book import Book, Round
+from weightdyn.record.fits import Fits
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
     check_moments,
@@ -64,7 +65,6 @@ from weightdyn.record.shards import (
 )
 from weightdyn.record.sigterm import uninterrupted, unwatch, watch
 from weightdyn.record.watch import Drift, Tracked, Watch
-from weightdyn.weibull.fit import fit_weibull
 
 Every = int | Callable[[int], bool]
 Params = nn.Module | Iterable[tuple[str, Tensor]]
@@ -205,6 +205,7 @@ class ForceLogger:
             for each in self._optimizers
         ]
         self._book = Book(self._warn_once)
+        self._fits: list[Fits] = []  # that wait for other ranks
         self._notes: list[tuple[str, dict[str, Any], Round]] = []  # metrics whose step the device knows
         self._last = pd.DataFrame(columns=[*STORED["forces"]])
         self._flushed_at = time.monotonic()
@@ -344,6 +345,9 @@ class ForceLogger:
             self._finish()
         self._bring_over(patience)
         self._book.give_up()
+        for fits in self._fits:
+            fits.give_up()
+        self._fits = []
         self._writer.flush()
         self._writer.close()
         self._closed = True
@@ -641,12 +645,17 @@ class ForceLogger:
         Args:
             patience: seconds in which what other ranks add may come; what has not stays for the next time.
         """
-        self._book.await_ranks(patience)
+        until = time.monotonic() + patience
+        self._book.await_ranks(until)
         rows = self._book.take()
         if rows is not None and len(rows):
             self._last = rows[rows["step"] == rows["step"].iloc[-1]]
             self._append("forces", rows)
             self._flag_non_finite(rows)
+        while self._fits and self._fits[0].pending.wait(until):
+            columns = self._fits.pop(0).columns()
+            if columns is not None:
+                self._append("weibull", columns)
         notes, self._notes = self._notes, []
         for kind, columns, update in notes:
             self._append(kind, {**columns, "step": update.settled()})
@@ -689,21 +698,13 @@ class ForceLogger:
     def _fit(self) -> None:
         """Weibull fits of the matrices as they are now."""
         self._bring_over()  # which may correct the number of the update
-        fits = []
+        fits, labels = Fits(self._round.step, self._book.ranks, self._warn_once), list(self._book.labels)
         for _, each in self._everything():
-            weights = each.parameter.detach()
-            if weights.ndim < 2:
-                continue
-            for row, part in zip(each.rows, each.name.views or (None,), strict=True):
-                fit = fit_weibull(weights if part is None else part.of(weights))
-                fits.append((list(self._book.labels)[row], fit.lam, fit.k, fit.r_squared, fit.ks, fit.n))
-        if fits:
-            columns = zip(
-                ("tensor", "lam", "k", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
-            )
-            self._append(
-                "weibull", {"step": self._round.step, **{name: list(each) for name, each in columns}}
-            )
+            if each.parameter.ndim > 1:
+                fits.add([labels[row] for row in each.rows], each.name.views, each.parameter, each.held)
+        fits.send()
+        self._fits.append(fits)
+        self._bring_over()
 
     def _snapshot(self) -> None:
         """Full w, m and v of the selected tensors, beside the log."""

@@ -420,6 +420,7 @@ class Pending:
     """
 
     def __init__(self) -> None:
+        self._group: Any = None
         self._works: list[Any] = []
         self.lost: str | None = None
 
@@ -427,7 +428,8 @@ class Pending:
         """Begin to reduce a buffer in its place; a group that is broken is noted, and training goes on."""
         if self.lost is None:
             try:
-                self._works.append(dist.all_reduce(buffer, op, group=ranks.group(), async_op=True))
+                self._group = ranks.group()
+                self._works.append(dist.all_reduce(buffer, op, group=self._group, async_op=True))
             except RuntimeError as error:
                 self.lost = _first_line(error)
 
@@ -449,6 +451,14 @@ class Pending:
                 return False
             time.sleep(_POLL)
         return True
+
+    def abandon(self) -> None:
+        """Let the process end without what has not come.
+
+        A process group waits for what is unfinished when it is taken down, so this one stays up to the end.
+        """
+        if self._works:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
 
 
 def _first_line(error: BaseException) -> str:
@@ -517,13 +527,6 @@ class Share:
         self.pending.reduce(self._ranks, self._sums, dist.ReduceOp.SUM)
         self.pending.reduce(self._ranks, self._peaks, dist.ReduceOp.MAX)
 
-    def abandon(self) -> None:
-        """Let the process end without what has not come.
-
-        A process group waits for its unfinished reductions when it is taken down, so it is not.
-        """
-        _never_freed(self._ranks.group())
-
     def total(self, numel: np.ndarray, copies: np.ndarray) -> Total:
         """The sums over the whole tensors, once they are there.
 
@@ -543,10 +546,6 @@ class Share:
             right,
             agreed,
         )
-
-
-def _never_freed(thing: Any) -> None:
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 # --- that all ranks have a logger ----------------------------------------------------------------------------

@@ -1,0 +1,192 @@
+"""One small training, on one process or in any of the ways in which several share it.
+
+    torchrun --nproc-per-node 2 stacks.py FOLDER fsdp tp …
+
+logs each way named into FOLDER/<way>. All of it is in float64, where the order in which ranks add up does not show.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+import weightdyn as wd
+
+HEADS, HIDDEN, VOCAB, BATCH, LENGTH = 4, 16, 17, 12, 6
+CONFIG = {"model_type": "gpt_neox", "num_attention_heads": HEADS, "hidden_size": HIDDEN}
+STEPS = 5
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query_key_value = nn.Linear(HIDDEN, 3 * HIDDEN)
+        self.dense = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        fused = self.query_key_value(x)  # of tensor parallelism: some of the heads
+        q, k, v = fused.unflatten(-1, (-1, 3, HIDDEN // HEADS)).permute(3, 0, 2, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.dense(out.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(HIDDEN, 4 * HIDDEN)
+        self.dense_4h_to_h = nn.Linear(4 * HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(HIDDEN)
+        self.attention = Attention()
+        self.post_attention_layernorm = nn.LayerNorm(HIDDEN)
+        self.mlp = MLP()
+        self.gain = nn.Parameter(torch.ones(1, HIDDEN))  # of whose one row most ranks hold nothing
+
+    def forward(self, x):
+        return (
+            self.gain * x
+            + self.attention(self.input_layernorm(x))
+            + self.mlp(self.post_attention_layernorm(x))
+        )
+
+
+class Model(nn.Module):
+    """A GPT-NeoX in what its tensors are called and how q, k and v lie in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_in = nn.Embedding(VOCAB, HIDDEN)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.final_layer_norm = nn.LayerNorm(HIDDEN)
+        self.embed_out = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, tokens):
+        x = self.embed_in(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.embed_out(self.final_layer_norm(x))
+
+
+def made():
+    torch.manual_seed(0)
+    model = Model().double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # a bias that begins at 0 would have a norm of rounding
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def optimizer_of(model, kind=torch.optim.AdamW, **options):
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+    others = [(name, p) for name, p in model.named_parameters() if p.ndim < 2]
+    groups = [
+        {"params": [p for _, p in matrices], "weight_decay": 0.1},
+        {"params": [p for _, p in others], "weight_decay": 0.0},
+    ]
+    return kind(groups, lr=1e-2, **options)
+
+
+def batches(first=0, steps=STEPS):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        yield step, torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=generator)
+
+
+def train(model, optimizer, part=(0, 1), first=0, steps=STEPS, after=lambda step: None):
+    """Some updates; of each batch this process has part i of n."""
+    i, n = part
+    for step, tokens in batches(first, steps):
+        tokens = tokens[i * BATCH // n : (i + 1) * BATCH // n]
+        logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        optimizer.step()
+        after(step)
+
+
+# --- the ways in which several processes train it ---------------------------------------------------------------
+
+
+def sharded(model, mesh, **options):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def tensor_parallel(model, mesh):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    for layer in model.layers:
+        plan = {
+            "attention.query_key_value": ColwiseParallel(),
+            "attention.dense": RowwiseParallel(),
+            "mlp.dense_h_to_4h": ColwiseParallel(),
+            "mlp.dense_4h_to_h": RowwiseParallel(),
+        }
+        parallelize_module(layer, mesh, plan)
+    return model
+
+
+def way(name):
+    """A model and its optimizer, the module to call, and which part of a batch this process has."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    model = made()
+    called, part = model, (rank, size)
+    if name == "fsdp":
+        sharded(model, init_device_mesh("cpu", (size,)))
+    elif name == "hsdp":
+        sharded(model, init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("copies", "shards")))
+    elif name == "tp":
+        tensor_parallel(model, init_device_mesh("cpu", (size,)))
+        part = (0, 1)
+    elif name == "fsdp_tp":
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
+        sharded(tensor_parallel(model, mesh["tp"]), mesh["dp"])
+        part = (mesh.get_coordinate()[0], size // 2)
+    elif name in ("ddp", "zero"):
+        called = nn.parallel.DistributedDataParallel(model)
+    if name == "zero":
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        groups = optimizer_of(model).param_groups
+        groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+        optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, lr=1e-2)
+    else:
+        optimizer = optimizer_of(model)
+    return model, optimizer, called, part
+
+
+OPTIONS = {"weibull_every": 2, "audit_every": 2}
+
+
+def main(folder, names):
+    warnings.filterwarnings("error", message="ForceLogger")
+    dist.init_process_group("gloo")
+    for name in names:
+        model, optimizer, called, part = way(name)
+        with wd.ForceLogger(optimizer, model, config=CONFIG, out=Path(folder) / name, **OPTIONS) as log:
+            train(called, optimizer, part)
+        assert log.latest()["step"].tolist() == [STEPS] * len(log.latest())
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
