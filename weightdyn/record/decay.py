@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightdyn.core.checks import check_number
-from weightdyn.record.optimizers import Acting, check_optimizer, is_remote, law_of, lr_of
+from weightdyn.record.optimizers import Acting, check_optimizer, decoupled_decay, is_remote, law_of, lr_of
 
 Given = float | Callable[[Mapping[str, Any], int], float]
 
@@ -79,6 +79,12 @@ class Decay:
         why = self._why or self._twins.why
         return why and f"{type(self._optimizer).__name__}: {why}; {_REMEDY}"
 
+    def of_group(self, group: Mapping[str, Any], step: int) -> float:
+        """λ that is given or named for a group in an update; what acts of it, `acted` tells."""
+        if callable(self._given):
+            return check_number("weight_decay(group, step)", self._given(group, step))
+        return decoupled_decay(self._optimizer, group) if self._given is None else self._given
+
     def note(self, parameters: Sequence[Tensor]) -> None:
         """Before a logged update whose step has a closure, in which `ask` is called."""
         if self.told == "twins":
@@ -111,10 +117,7 @@ class Decay:
         else:
             found = [self._by_law(p, groups[p]) for p in parameters]
         if callable(self._given):
-            each = {
-                id(group): check_number("weight_decay(group, step)", self._given(group, step))
-                for group in self._optimizer.param_groups
-            }
+            each = {id(group): self.of_group(group, step) for group in self._optimizer.param_groups}
             return [Acting(one.lr, each[id(groups[p])]) for p, one in zip(parameters, found, strict=True)]
         return found if self._given is None else [Acting(one.lr, self._given) for one in found]
 

@@ -31,9 +31,11 @@ from weightdyn.record.book import (
     Remembers,
     on_one_device,
 )
+from weightdyn.record.decay import Decay, Given
 from weightdyn.record.moments import Fresh, Plan
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
+    Acting,
     adam_constants,
     adam_state,
     coupled_decay,
@@ -41,9 +43,12 @@ from weightdyn.record.optimizers import (
     grad_factor,
     is_normalised,
     is_remote,
+    law_of,
+    lr_of,
     momentum_age,
     momentum_of,
     signature,
+    skipped,
     update_counts,
     why_no_drift,
     with_gradient,
@@ -88,6 +93,7 @@ class _Clock:
 class _Before:
     """What is kept of the state before a logged update."""
 
+    step: int  # the update's number
     counts: list[float | Tensor]  # updates that each tensor has had
     gradients: dict[int, tuple[Tensor, int]] = field(
         default_factory=dict
@@ -104,6 +110,7 @@ class Watch:
         optimizer: the one that makes the steps.
         source: "moments" or "displacement", as `ForceLogger`'s.
         drift: as `ForceLogger`'s; False where this optimizer's cannot be told (`why_no_drift`).
+        weight_decay: as `ForceLogger`'s.
         recall: the log's rows of an update by its number, indexed by label, to follow momentum on from.
         warn: says something once: a key and the message.
     """
@@ -113,6 +120,7 @@ class Watch:
         optimizer: torch.optim.Optimizer,
         source: Literal["moments", "displacement"],
         drift: Drift,
+        weight_decay: Given | None,
         recall: Callable[[int], pd.DataFrame],
         warn: Callable[[str, str], None],
     ):
@@ -123,6 +131,7 @@ class Watch:
         """Whether a step has begun and not ended: one that calls its class's counts once."""
         self.tracked: list[Tracked] = []
         self._drift: Drift = drift if self.why_no_drift is None else False
+        self.decay = Decay(optimizer, weight_decay)
         self._recalled, self._warn = recall, warn
         self._signature: Any = None
         self._plans: dict[tuple[torch.device | int, ...], Plan] = {}
@@ -151,6 +160,8 @@ class Watch:
         """A step begins."""
         self.stepping, self._before = True, None
         self._had_gradient = with_gradient(self.optimizer)  # before and after: another hook may clear them
+        # A step that is not torch's own may do nothing, which its counts tell.
+        self._counts = self._counted() if law_of(self.optimizer) is None else None
 
     def prepare(self, made: int, audit: bool, args: tuple, kwargs: dict) -> Any:
         """Note what the record of the step that begins will need; returns its new arguments, or None.
@@ -160,7 +171,7 @@ class Watch:
             audit: whether ‖w‖² before the step is measured.
             args, kwargs: what step() was called with.
         """
-        before = _Before(update_counts(self.optimizer, [each.parameter for each in self.tracked]))
+        before = _Before(made + 1, self._counted())
         if self._out_of_step(before.counts):
             self.set_clocks(made)
         everything = range(len(self.tracked))
@@ -173,6 +184,7 @@ class Watch:
         if not callable(closure):
             self._read_gradients(before)
             return None
+        self.decay.note([each.parameter for each in self.tracked])
 
         def read() -> Any:
             loss = closure()  # makes the gradients
@@ -180,6 +192,21 @@ class Watch:
             return loss
 
         return ((args[0], read, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": read})
+
+    def _counted(self) -> list[float | Tensor]:
+        return update_counts(self.optimizer, [each.parameter for each in self.tracked])
+
+    def was_skipped(self) -> bool | Tensor:
+        """Whether the step that has ended made no update; where a device alone knows, 1 or 0 there.
+
+        A fused step under a GradScaler may move nothing, and so may one that skips of its own accord.
+        """
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            return found_inf if is_remote(found_inf) else bool(found_inf.item())
+        if self._counts is None:
+            return False
+        return skipped(self.optimizer, [each.parameter for each in self.tracked], self._counts)
 
     def has_moved(self) -> bool:
         """Whether the step that has ended had a gradient to go by."""
@@ -203,6 +230,7 @@ class Watch:
         gradients = {
             i: grad for i, each in enumerate(self.tracked) if (grad := each.parameter.grad) is not None
         }
+        self.decay.ask([self.tracked[i].parameter for i in gradients], before.step)
         if self.source == "moments":
             before.ahead = [
                 i
@@ -221,19 +249,24 @@ class Watch:
         groups = [
             index
             for index, group in enumerate(self.optimizer.param_groups)
-            if not is_remote(group["lr"])
-            and abs(1 - float(group["lr"]) * decoupled_decay(self.optimizer, group)) < _SHRINK
+            if not is_remote(lr := lr_of(group))
+            and abs(1 - float(lr) * decoupled_decay(self.optimizer, group)) < _SHRINK
         ]
         return [i for i, each in enumerate(self.tracked) if each.group in groups]
 
-    def measure(self, open_record: Callable[[], Record], found_inf: Any) -> None:
-        """Measure the update that was just made, if it was prepared; what is on a device stays there."""
+    def measure(self, open_record: Callable[[], Record], skipped: bool | Tensor) -> None:
+        """Measure the update that was just made, if it was prepared; what is on a device stays there.
+
+        Args:
+            open_record: gives the update's record.
+            skipped: what `was_skipped` said.
+        """
         before, self._before = self._before, None
         if before is None:
             return
-        record, optimizer, waiting = open_record(), self.optimizer, [*before.waiting]
+        record, waiting = open_record(), [*before.waiting]
         active = []
-        counts = update_counts(optimizer, [each.parameter for each in self.tracked])
+        counts = self._counted()
         for i, (each, count, earlier) in enumerate(zip(self.tracked, counts, before.counts, strict=True)):
             had_gradient = each.parameter in self._had_gradient
             if self.source == "displacement":
@@ -249,9 +282,9 @@ class Watch:
                 continue
             record.moved[each.rows] = True
             active.append(i)
-        if found_inf is not None and is_remote(found_inf):
+        if isinstance(skipped, Tensor):
             rows = self._rows(range(len(self.tracked)))
-            waiting.append(Moved(rows, (1 - found_inf.double()).expand(len(rows))))
+            waiting.append(Moved(rows, (1 - skipped.double()).expand(len(rows))))
 
         for clock in self._clocks:
             rows = self._rows(clock.members)
@@ -261,21 +294,25 @@ class Watch:
             else:
                 record.remembered[:, rows] = np.array(clock.remembered, dtype=float)[:, None]
 
-        for index, group in enumerate(optimizer.param_groups):
-            rows = self._rows(i for i, each in enumerate(self.tracked) if each.group == index)
-            lr = group["lr"]
-            if is_remote(lr):
-                waiting.append(LearningRate(rows, lr.double().reshape(()).clone().expand(len(rows))))
+        parameters = [self.tracked[i].parameter for i in active]
+        acting = dict(zip(active, self.decay.acted(parameters, before.step), strict=True))
+        rates: dict[int, tuple[Tensor, list[int]]] = {}  # η that are on a device, and their rows
+        for i, (lr, decay) in acting.items():
+            rows = self.tracked[i].rows
+            record.weight_decay[rows] = decay
+            if isinstance(lr, Tensor):
+                rates.setdefault(id(lr), (lr, []))[1].extend(rows)
             else:
-                record.lr[rows] = float(lr)
-            record.weight_decay[rows] = decoupled_decay(optimizer, group)
+                record.lr[rows] = lr
+        for lr, rows in rates.values():
+            waiting.append(LearningRate(rows, lr.double().reshape(()).clone().expand(len(rows))))
 
         measured = {*before.copies, *before.ahead}  # with the weights before the step
         copied = [i for i in active if i in before.copies]
         inverted = [i for i in active if i not in measured]
         fresh = self._fresh(before, active)
         if self.source == "displacement":
-            waiting += self._measure_displacement(copied, counts, before.copies, fresh)
+            waiting += self._measure_displacement(copied, counts, before.copies, acting, fresh)
         else:
             waiting += self._measure_moments(ProductsAfter, inverted, counts, fresh)
             waiting += self._measure_moments(Products, copied, counts, fresh, copies=before.copies)
@@ -318,6 +355,7 @@ class Watch:
         indices: Iterable[int],
         counts: Sequence[float | Tensor],
         copies: Mapping[int, Tensor],
+        acting: Mapping[int, Acting],
         fresh: Mapping[int, Tensor],
     ) -> list[Measured]:
         waiting: list[Measured] = []
@@ -336,8 +374,8 @@ class Watch:
             products = plan.displacement(
                 [copies[i] for i in chosen],
                 [self.tracked[i].parameter.detach() for i in chosen],
-                [group["lr"] for group in groups],
-                [decoupled_decay(self.optimizer, group) for group in groups],
+                [acting[i].lr for i in chosen],
+                [acting[i].weight_decay for i in chosen],
                 **more,
             )
             waiting.append(Products(rows, products))
@@ -456,9 +494,9 @@ class Watch:
             if momentum is not None:
                 clock.memory.resume(momentum, lr, decay, lr_memory)
 
-    def tick(self, found_inf: Tensor | None) -> None:
-        """An update was made, of the tensors that had gradients, or skipped, as only the device knows."""
-        made = 1 - found_inf.double() if found_inf is not None and is_remote(found_inf) else 1
+    def tick(self, step: int, skipped: bool | Tensor) -> None:
+        """Update `step` was made, of the tensors that had gradients, or skipped, as only the device knows."""
+        made = 1 - skipped.double() if isinstance(skipped, Tensor) else 1
         for clock in [*self._clocks]:
             moved = [i for i in clock.members if self.tracked[i].parameter in self._had_gradient]
             if not moved:
@@ -473,8 +511,8 @@ class Watch:
             clock.step = clock.step + made
             if momentum is None:
                 continue
-            lr = group["lr"] if is_remote(group["lr"]) else float(group["lr"])
-            clock.remembered = clock.memory.update(momentum, lr, decoupled_decay(self.optimizer, group), made)
+            decay = self.decay.of_group(group, step)
+            clock.remembered = clock.memory.update(momentum, lr_of(group), decay, made)
 
     def _by_device(self, *parts: Iterable[int]) -> list[tuple[list[int], list[int], Plan]]:
         """The tensors of each part, device and type, their rows, and the plan that reads them."""
