@@ -4,7 +4,7 @@ Closure cannot show a wrong λ: what is credited wrongly to decay, alignment tak
 optimizers differ: λη (torch), λη/η₀ (Composer), λη·scale (Adafactor), λ at another point (schedule-free), λ in the
 gradient. So one that `optimizers.KNOWN` does not have is asked: twins of a tensor in the same state, under the same
 settings, are stepped with the same gradient, one with its decay and one with none. Their difference over w is ηλ.
-Nothing of this is left in the optimizer, its hooks or the random numbers, and where the answer is not clear λ is NaN,
+Nothing of this is left in the optimizer, its hooks or the random numbers. Where the answer is not clear λ is NaN,
 for a reason.
 """
 
@@ -156,6 +156,7 @@ class _Twins:
         self._optimizer = optimizer
         self._asked = False
         self._questions = 0
+        self._widen = True  # until a twin of float64 made another step
         self._speakers: dict[int, Tensor | None] = {}  # by group; None: each of its tensors for itself
         self._answers: dict[Tensor, float | None] = {}  # ηλ; None where no number is, NaN of w = 0
         self._expected: dict[int, _Expected] = {}
@@ -185,8 +186,8 @@ class _Twins:
         asked: dict[int, list[Tensor]] = {}
         for i, some in members.items():
             speaker = None if everyone else self._speakers.get(i)
-            small = [p for p in some if p.numel() <= _LARGE]
-            asked[i] = [speaker] if speaker is not None and speaker in some else small or some[:1]
+            small = [p for p in some if p.numel() <= _LARGE] or some[:1]
+            asked[i] = [p for p in some if p is speaker] or small
         try:
             for chosen in zip_longest(*asked.values()):
                 self._compare({i: p for i, p in zip(asked, chosen, strict=True) if p is not None})
@@ -203,6 +204,7 @@ class _Twins:
         """η and λ of each, after the step."""
         index = {id(group): i for i, group in enumerate(self._optimizer.param_groups)}
         missed = {i for i, expected in self._expected.items() if not self._made(expected)}
+        self._widen = self._widen and not missed
         decaying = {
             i for i, group in enumerate(self._optimizer.param_groups) if _decays(self._optimizer, group)
         }
@@ -226,8 +228,8 @@ class _Twins:
         product = self._answers.get(parameter if speaker is None else speaker, math.nan)
         if product is None:
             self.why = self.why or (
-                "what its decay does to a tensor is not proportional to the weights (it may be a part of the "
-                "gradient)"
+                "what its decay does to a tensor is not proportional to the weights (where it is added to the "
+                "gradient, weight_decay=0 counts it as a part of u)"
             )
             return math.nan
         if parameter.numel() > _LARGE and speaker is None and parameter not in self._answers:
@@ -281,7 +283,7 @@ class _Twins:
         """Ask tensors of several groups at once."""
         tensors = [*chosen.values()]
         found: dict[Tensor, float | None] = {}
-        if all(p.numel() <= _WIDE for p in tensors):
+        if self._widen and all(p.numel() <= _WIDE for p in tensors):
             try:
                 plain, decayed = (_stepped(self._optimizer, tensors, s, torch.float64) for s in (0.0, 1.0))
                 for p in tensors:
@@ -304,7 +306,7 @@ class _Twins:
             except Exception as error:
                 raise _Untold(f"its twins could not be stepped ({type(error).__name__}: {error})") from None
             if p.numel() <= _WIDE:
-                self._expected.setdefault(i, _Expected(p, p.detach().double(), after))
+                self._expected[i] = _Expected(p, p.detach().double(), after)
         self._answers.update(found)
 
     def _stronger(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[float | None, Tensor]:
@@ -321,13 +323,14 @@ class _Twins:
         )
         if torch.equal(plain, more):
             return 0.0, once
-        product, _ = _over(parameter, plain, more)
-        if product is None or math.isnan(product):
-            return product, once
-        product /= strong
+        fits = _fits(parameter, plain, more)
+        base = min(fits, key=lambda each: fits[each].rest)
+        product = fits[base].product / strong
+        if math.isnan(product) or fits[base].rest > _SAME * fits[base].size:
+            return (product if math.isnan(product) else None), once
         rounding = 4 * torch.finfo(dtype).eps
         for decayed, strength, noise in ((less, strong / 8, 0.0), (once, 1.0, rounding)):
-            other = _projected(parameter, plain, decayed) / strength
+            other = _fits(parameter, plain, decayed)[base].product / strength
             if abs(other - product) > _SAME * abs(product) + noise:
                 return None, once
         return product, once
@@ -355,27 +358,34 @@ def _beginning(parameter: Tensor) -> Tensor:
     return parameter.detach().reshape(-1)[:1024].clone()
 
 
-def _projected(parameter: Tensor, plain: Tensor, decayed: Tensor) -> float:
-    w = parameter.detach().double()
-    return float(((plain - decayed) * w).sum() / (w * w).sum())
+class _Fit(NamedTuple):
+    """What decay does to a tensor, as a multiple of other weights: ηλ, what is left, and the size of all."""
+
+    product: float
+    rest: float
+    size: float
+
+
+def _fits(parameter: Tensor, plain: Tensor, decayed: Tensor) -> dict[str, _Fit]:
+    """From the weights after a step without and with decay.
+
+    A decay acts on the weights before the step or on those after it, w' = (1 − ηλ)(w − ηu). NaN where they are 0.
+    """
+    difference = plain - decayed
+    size = float(torch.linalg.vector_norm(difference))
+    found = {}
+    for name, base in (("before", parameter.detach().double()), ("after", plain)):
+        product = float((difference * base).sum()) / (float((base * base).sum()) or math.nan)
+        found[name] = _Fit(product, float(torch.linalg.vector_norm(difference - product * base)), size)
+    return found if parameter.detach().any() else dict.fromkeys(found, _Fit(math.nan, math.nan, size))
 
 
 def _over(parameter: Tensor, plain: Tensor, decayed: Tensor) -> tuple[float | None, bool]:
-    """ηλ from the weights after a step without and with decay, None if it is no number; and whether that is sure.
-
-    A decay acts on the weights before the step, or on those after it: w' = (1 − ηλ)(w − ηu).
-    """
-    w, difference = parameter.detach().double(), plain - decayed
-    size = float(torch.linalg.vector_norm(difference))
-    if not w.any():
-        return math.nan, True
-    if size == 0:  # or too little to show
-        return 0.0, False
-    rests = []
-    for base in (w, plain):
-        product = float((difference * base).sum() / (base * base).sum())
-        rests.append((float(torch.linalg.vector_norm(difference - product * base)), product))
-    rest, product = min(rests)
+    """ηλ, NaN where the weights are 0 and None where it is no number; and whether rounding did not hide it."""
+    fits = _fits(parameter, plain, decayed)
+    product, rest, size = min(fits.values(), key=lambda each: each.rest)
+    if math.isnan(product) or size == 0:
+        return product, math.isnan(product)
     if rest <= _SAME * size:
         return product, True
     hidden = 4 * torch.finfo(torch.float32).eps * float(torch.linalg.vector_norm(plain))
@@ -464,7 +474,7 @@ def _stepped(
 def _unnoticed(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Random numbers go on as if nothing had been drawn, and no hook, compiler or other process takes part."""
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
-    module: Any = torch.optim.optimizer
+    module = sys.modules[torch.optim.Optimizer.__module__]
     hooks = {
         name: getattr(module, name)
         for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
