@@ -23,7 +23,9 @@ from weightdyn.record.shards import Ranks, Share
 _LOST = 0.01  # at a smaller |1−ηλ| w' tells nothing of w
 
 _U_MAX = PRODUCTS.index("u_max")
-_NORM_AFTER, _NORM_BEFORE = len(PRODUCTS), len(PRODUCTS) + 1  # columns of what ranks add up, behind PRODUCTS
+_NORM_AFTER, _NORM_BEFORE, _LR, _DECAY = range(
+    len(PRODUCTS), len(PRODUCTS) + 4
+)  # what ranks add up behind them
 
 
 class _Columns:
@@ -196,8 +198,11 @@ class Record:
 
     def send(self, ranks: Ranks) -> None:
         """Begin to add up what the ranks have measured; all of them come here once for each logged update."""
-        self.share = Share(ranks, len(self.moved), _NORM_BEFORE + 1, self.round.step)
+        self.share = Share(ranks, len(self.moved), _DECAY + 1, self.round.step)
         self.share.count(self.here)
+        # For those that have nothing of a tensor: as sums over its weights they add like all else.
+        for column, values in ((_LR, self.lr), (_DECAY, self.weight_decay)):
+            self.share.put(column, np.where(self.here > 0, self.here * values, 0.0))
         for measured in self.waiting:
             if measured.shared is not None:
                 measured.give(self.share)
@@ -358,6 +363,9 @@ class Book:
         columns.products[i, shared] = products[shared]
         measured_after = np.where(record.after, np.nan, total.sums[:, _NORM_AFTER])
         columns.norm_sq_after[i, shared] = measured_after[shared]
+        for told, column in ((columns.lr, _LR), (columns.weight_decay, _DECAY)):
+            unknown = shared & np.isnan(told[i])
+            told[i, unknown] = total.sums[unknown, column] / numel[unknown]
         if record.audited:
             columns.norm_sq_audit[i, shared] = total.sums[shared, _NORM_BEFORE]
 

@@ -34,19 +34,18 @@ from weightdyn.core.naming import Views, check_config, check_views, describe
 from weightdyn.core.tables import force_table
 from weightdyn.files.durable import write_file
 from weightdyn.record.book import Book, Round
+from weightdyn.record.decay import Given
 from weightdyn.record.fits import Fits
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
     check_moments,
-    check_optimizer,
     count_stopped,
     decoupled_decay,
-    is_remote,
-    known,
     moments_of,
     optimizer_info,
     own_names,
-    own_step,
+    source_of,
+    unwrap,
     updates_made,
     warn_of_coupled_decay,
 )
@@ -56,7 +55,6 @@ from weightdyn.record.shards import (
     Ranks,
     held_of,
     involved,
-    is_partitioned,
     owned,
     partitioned,
     rank_here,
@@ -74,18 +72,6 @@ Source = Literal["auto", "moments", "displacement"]
 _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
 _LAST_SECONDS = 1.0  # in which other ranks may still answer when the process ends or has failed
-
-
-def unwrap(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers that make the steps."""
-    accepted = "a torch.optim.Optimizer, or a list of them"
-    given: Any = optimizer if isinstance(optimizer, list | tuple) and optimizer else [optimizer]
-    return [check_optimizer(each.optim if is_partitioned(each) else each, accepted) for each in given]
-
-
-def source_of(optimizer: torch.optim.Optimizer) -> Literal["moments", "displacement"]:
-    """What its forces are read from."""
-    return "moments" if known(optimizer).adam and not own_step(optimizer) else "displacement"
 
 
 class ForceLogger:
@@ -128,6 +114,11 @@ class ForceLogger:
             or a hook changes or frees them in it (slower; `source="displacement"` copies them). False leaves it.
             Of optimizers whose u is not a linear function of their gradients (Lion, Muon) and of those that
             weightdyn does not know they are NaN; the run's `info["no_drift"]` says why.
+        weight_decay: λ that acts, w ← (1 − ηλ)w − ηu, where you know better than the logger: a number, or a
+            function of the parameters' group and the update's number. By default it is known for the optimizers of
+            torch, transformers, schedulefree, lion-pytorch, bitsandbytes and torchao, and found out for others by
+            steps of twins; the run's `info["decay"]` says how. Where it cannot be told, it is NaN, and so are the
+            forces; `info["no_decay"]` says why.
         start_step: updates made before this logger. Default: what the optimizer's state says, kept up to date
             when a state dict is loaded.
         overwrite: where `out` holds a run already, remove it and begin anew at the first update, for the notebook
@@ -172,6 +163,7 @@ class ForceLogger:
         snapshot_every: Every | None = None,
         audit_every: Every | None = None,
         drift: Drift = True,
+        weight_decay: Given | None = None,
         start_step: int | None = None,
         overwrite: bool = False,
         config: Any = None,
@@ -201,7 +193,14 @@ class ForceLogger:
         self._config = check_config(config) if config is not None else _config(params)
         self._rules = rules
         self._watches = [
-            Watch(each, source_of(each) if source == "auto" else source, drift, self._recall, self._warn_once)
+            Watch(
+                each,
+                source_of(each) if source == "auto" else source,
+                drift,
+                weight_decay,
+                self._recall,
+                self._warn_once,
+            )
             for each in self._optimizers
         ]
         self._book = Book(self._warn_once)
@@ -210,6 +209,7 @@ class ForceLogger:
         self._last = pd.DataFrame(columns=[*STORED["forces"]])
         self._flushed_at = time.monotonic()
         self._warned: set[str] = set()
+        self._unknown_decays: list[str] = []  # why
         self._begun = False
         self._made, self._called = 0, False  # updates of this logger; whether the optimizer was asked for any
         made = _updates_made(self._optimizers, 0) if start_step is None else start_step
@@ -404,18 +404,16 @@ class ForceLogger:
         if not watched.stepping:  # a step() that calls that of its class has called this already
             return
         watched.stepping = False
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused step under a GradScaler may move nothing
-        found_inf = found_inf if isinstance(found_inf, Tensor) else None
-        on_device = found_inf is not None and is_remote(found_inf)
-        skipped = found_inf is not None and not on_device and bool(found_inf.item())
-        if not skipped and watched.has_moved():
+        skipped = watched.was_skipped()
+        if skipped is not True and watched.has_moved():
             if not self._open:
                 self._round = Round(self._round.step + 1, self._round.skipped())
                 self._made += 1
                 self._open = self._unfinished = True
-            self._round.join(found_inf if on_device else None)
-            watched.tick(found_inf)
-            watched.measure(lambda: self._book.record(self._round), found_inf)
+            self._round.join(skipped if isinstance(skipped, Tensor) else None)
+            watched.tick(self._round.step, skipped)
+            watched.measure(lambda: self._book.record(self._round), skipped)
+            self._tell_of_decay(watched)
         if len(self._asked) == len(self._watches):
             self._finish()
         overdue = time.monotonic() - self._flushed_at > _FLUSH_SECONDS
@@ -441,6 +439,13 @@ class ForceLogger:
         self._order.setdefault(index, len(self._order))
         self._asked.append(index)
         self._backward = backward
+
+    def _tell_of_decay(self, watched: Watch) -> None:
+        reason = watched.decay.reason
+        if reason is not None and reason not in self._unknown_decays:
+            self._unknown_decays.append(reason)
+            self._describe(no_decay="; ".join(self._unknown_decays))
+            self._warn_once("decay", f"λ is not known, and the forces are NaN where it is not. {reason}")
 
     def _finish(self) -> None:
         """All optimizers that make it have made the update: what is due once in it."""
@@ -676,7 +681,8 @@ class ForceLogger:
             self._warn_once("disk", f"the log could not be written and is kept in memory for now: {error}")
 
     def _flag_non_finite(self, rows: pd.DataFrame) -> None:
-        bad = rows[~np.isfinite(rows[["u_sq", "norm_sq_after"]]).all(axis=1)]
+        known = rows[rows["weight_decay"].notna()]
+        bad = known[~np.isfinite(known[["u_sq", "norm_sq_after"]]).all(axis=1)]
         if len(bad) and "finite" not in self._warned:
             first = {"step": int(bad["step"].iloc[0]), "tensor": str(bad["tensor"].iloc[0])}
             self._describe(flags={"first_non_finite": first})
@@ -790,21 +796,23 @@ def _info(watches: Sequence[Watch]) -> dict[str, Any]:
     """The sections of run.json that say what makes the updates, and how they are measured."""
     optimizers = [optimizer_info(watched.optimizer) for watched in watches]
     groups = [{"optimizer": each["name"], **group} for each in optimizers for group in each["groups"]]
-    by_source: dict[str, list[torch.optim.Optimizer]] = {}
-    for watched in watches:
-        by_source.setdefault(watched.source, []).append(watched.optimizer)
-    sources = [
-        source if len(by_source) == 1 else f"{source} ({_kinds(those)})"
-        for source, those in by_source.items()
-    ]
     reasons = dict.fromkeys(watched.why_no_drift for watched in watches if watched.why_no_drift)
     info = {
         "optimizer": optimizers[0]
         if len(optimizers) == 1
         else {"name": _kinds(watched.optimizer for watched in watches), "groups": groups},
-        "source": ", ".join(sources),
+        "source": _by_kind(watches, lambda watched: watched.source),
+        "decay": _by_kind(watches, lambda watched: watched.decay.told),
     }
     return {**info, "no_drift": "; ".join(reasons)} if reasons else info
+
+
+def _by_kind(watches: Iterable[Watch], what: Callable[[Watch], str]) -> str:
+    """What is said of the optimizers; where it differs, of which."""
+    said: dict[str, list[torch.optim.Optimizer]] = {}
+    for watched in watches:
+        said.setdefault(what(watched), []).append(watched.optimizer)
+    return ", ".join(text if len(said) == 1 else f"{text} ({_kinds(those)})" for text, those in said.items())
 
 
 def _updates_made(optimizers: Iterable[torch.optim.Optimizer], default: int) -> int:

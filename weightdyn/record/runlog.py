@@ -967,6 +967,7 @@ class RunLog:
         }
         tensors = info.get("tensors", {})
         weights = sum(entry.get("numel") or 0 for entry in tensors.values())
+        summary["no decay"] = str(info.get("no_decay", ""))
         summary["no drift"] = str(info.get("no_drift", ""))
         summary["tensors"] = f"{len(tensors):,} with {weights:,} weights" if tensors else ""
         for kind in KINDS:

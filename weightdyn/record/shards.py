@@ -392,15 +392,22 @@ def ranks_of(
 # --- ZeroRedundancyOptimizer ---------------------------------------------------------------------------------
 
 
-def is_partitioned(optimizer: Any) -> bool:
-    """Whether an optimizer is a ZeroRedundancyOptimizer, whose `optim` steps some of the tensors on each rank."""
-    return any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).mro())
+def partitioned(optimizer: Any) -> dict[int, Any]:
+    """The ZeroRedundancyOptimizers among optimizers and in wrappers of them, by the id of the optimizer inside.
 
-
-def partitioned(optimizers: Any) -> dict[int, Any]:
-    """The ZeroRedundancyOptimizers among optimizers, by the id of the optimizer inside."""
-    given = optimizers if isinstance(optimizers, list | tuple) else [optimizers]
-    return {id(each.optim): each for each in given if is_partitioned(each)}
+    Its `optim` steps some of the tensors on each rank, and is what the logger listens to.
+    """
+    waiting, seen, found = [optimizer], set(), {}
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list | tuple):
+            waiting += each
+        elif any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(each).mro()):
+            found[id(each.optim)] = each
+        elif each is not None and id(each) not in seen:
+            seen.add(id(each))
+            waiting += [getattr(each, name, None) for name in ("optimizers", "optimizer")]
+    return found
 
 
 def owned(parameter: Tensor, zero: Any) -> Held:
@@ -508,7 +515,11 @@ class Share:
 
     def count(self, here: np.ndarray) -> None:
         """The weights of each row that are here: (rows,)."""
-        self._sums[:, -1] = torch.from_numpy(here).to(self._sums.device, non_blocking=True)
+        self.put(-1, here)
+
+    def put(self, column: int, values: np.ndarray) -> None:
+        """A column that the host knows: (rows,)."""
+        self._sums[:, column] = torch.from_numpy(values).to(self._sums.device, non_blocking=True)
 
     def add(self, column: int, rows: Tensor, values: Tensor) -> None:
         """Sums of some rows, from a column on: (n,) or (n, columns). A row may be there several times."""

@@ -31,9 +31,11 @@ from weightdyn.record.book import (
     Remembers,
     on_one_device,
 )
+from weightdyn.record.decay import Decay, Given
 from weightdyn.record.moments import Fresh, Plan
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
+    Acting,
     AdamState,
     adam_constants,
     adam_state,
@@ -42,9 +44,12 @@ from weightdyn.record.optimizers import (
     grad_factor,
     is_normalised,
     is_remote,
+    law_of,
+    lr_of,
     momentum_age,
     momentum_of,
     signature,
+    skipped,
     update_counts,
     updates_made,
     why_no_drift,
@@ -110,6 +115,7 @@ class _Clock:
 class _Before:
     """What is kept of the state before a logged update."""
 
+    step: int  # the update's number
     counts: list[float | Tensor]  # updates that each tensor has had
     audit: bool  # whether ‖w‖² before it is measured
     gradients: dict[int, tuple[Tensor, Any]] = field(
@@ -127,6 +133,7 @@ class Watch:
         optimizer: the one that makes the steps.
         source: "moments" or "displacement", as `ForceLogger`'s.
         drift: as `ForceLogger`'s; False where this optimizer's cannot be told (`why_no_drift`).
+        weight_decay: as `ForceLogger`'s.
         recall: the log's rows of an update by its number, indexed by label, to follow momentum on from.
         warn: says something once: a key and the message.
     """
@@ -136,6 +143,7 @@ class Watch:
         optimizer: torch.optim.Optimizer,
         source: Literal["moments", "displacement"],
         drift: Drift,
+        weight_decay: Given | None,
         recall: Callable[[int], pd.DataFrame],
         warn: Callable[[str, str], None],
     ):
@@ -146,6 +154,7 @@ class Watch:
         """Whether a step has begun and not ended: one that calls its class's counts once."""
         self.tracked: list[Tracked] = []
         self._drift: Drift = drift if self.why_no_drift is None else False
+        self.decay = Decay(optimizer, weight_decay)
         self._recalled, self._warn = recall, warn
         self._signature: Any = None
         self._readings: dict[tuple[torch.device | int, ...], _Reading] = {}
@@ -174,6 +183,8 @@ class Watch:
         """A step begins."""
         self.stepping, self._before = True, None
         self._had_gradient = self._with_gradient()  # before and after: another hook may clear them
+        # A step that is not torch's own may do nothing, which its counts tell.
+        self._counts = self._counted() if law_of(self.optimizer) is None else None
 
     def prepare(self, made: int, audit: bool, args: tuple, kwargs: dict) -> Any:
         """Note what the record of the step that begins will need; returns its new arguments, or None.
@@ -183,7 +194,7 @@ class Watch:
             audit: whether ‖w‖² before the step is measured.
             args, kwargs: what step() was called with.
         """
-        before = _Before(update_counts(self.optimizer, [each.parameter for each in self.tracked]), audit)
+        before = _Before(made + 1, self._counted(), audit)
         if self._out_of_step(before.counts):
             self.set_clocks(made)
         everything = range(len(self.tracked))
@@ -196,6 +207,7 @@ class Watch:
         if not callable(closure):
             self._read_gradients(before)
             return None
+        self.decay.note([each.parameter for each in self.tracked])
 
         def read() -> Any:
             loss = closure()  # makes the gradients
@@ -207,6 +219,21 @@ class Watch:
     def _with_gradient(self) -> set[Tensor]:
         foreign = (each.parameter for each in self.tracked if each.foreign)
         return with_gradient(self.optimizer) | {each for each in foreign if each.grad is not None}
+
+    def _counted(self) -> list[float | Tensor]:
+        return update_counts(self.optimizer, [each.parameter for each in self.tracked])
+
+    def was_skipped(self) -> bool | Tensor:
+        """Whether the step that has ended made no update; where a device alone knows, 1 or 0 there.
+
+        A fused step under a GradScaler may move nothing, and so may one that skips of its own accord.
+        """
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            return found_inf if is_remote(found_inf) else bool(found_inf.item())
+        if self._counts is None:
+            return False
+        return skipped(self.optimizer, [each.parameter for each in self.tracked], self._counts)
 
     def has_moved(self) -> bool:
         """Whether the step that has ended had a gradient to go by."""
@@ -232,6 +259,7 @@ class Watch:
             for i, each in enumerate(self.tracked)
             if (grad := each.parameter.grad) is not None and self._lies_as_its_tensor(each, grad)
         }
+        self.decay.ask([self.tracked[i].parameter for i in gradients], before.step)
         if self.source == "moments":
             before.ahead = [
                 i
@@ -259,19 +287,24 @@ class Watch:
         groups = [
             index
             for index, group in enumerate(self.optimizer.param_groups)
-            if not is_remote(group["lr"])
-            and abs(1 - float(group["lr"]) * decoupled_decay(self.optimizer, group)) < _SHRINK
+            if not is_remote(lr := lr_of(group))
+            and abs(1 - float(lr) * decoupled_decay(self.optimizer, group)) < _SHRINK
         ]
         return [i for i, each in enumerate(self.tracked) if each.group in groups]
 
-    def measure(self, open_record: Callable[[], Record], found_inf: Any) -> None:
-        """Measure the update that was just made, if it was prepared; what is on a device stays there."""
+    def measure(self, open_record: Callable[[], Record], skipped: bool | Tensor) -> None:
+        """Measure the update that was just made, if it was prepared; what is on a device stays there.
+
+        Args:
+            open_record: gives the update's record.
+            skipped: what `was_skipped` said.
+        """
         before, self._before = self._before, None
         if before is None:
             return
-        record, optimizer, waiting = open_record(), self.optimizer, [*before.waiting]
+        record, waiting = open_record(), [*before.waiting]
         active = []
-        counts = update_counts(optimizer, [each.parameter for each in self.tracked])
+        counts = self._counted()
         for i, (each, count, earlier) in enumerate(zip(self.tracked, counts, before.counts, strict=True)):
             had_gradient = each.parameter in self._had_gradient
             if each.foreign:  # its owner says
@@ -290,9 +323,9 @@ class Watch:
             record.moved[each.rows] = True
             record.here[each.rows] = each.held.counts(each.name.views)
             active.append(i)
-        if found_inf is not None and is_remote(found_inf):
+        if isinstance(skipped, Tensor):
             rows = self._rows(range(len(self.tracked)))
-            waiting.append(Moved(rows, (1 - found_inf.double()).expand(len(rows))))
+            waiting.append(Moved(rows, (1 - skipped.double()).expand(len(rows))))
 
         for clock in self._clocks:
             rows = self._rows(clock.members)
@@ -302,14 +335,18 @@ class Watch:
             else:
                 record.remembered[:, rows] = np.array(clock.remembered, dtype=float)[:, None]
 
-        for index, group in enumerate(optimizer.param_groups):
-            rows = self._rows(i for i, each in enumerate(self.tracked) if each.group == index)
-            lr = group["lr"]
-            if is_remote(lr):
-                waiting.append(LearningRate(rows, lr.double().reshape(()).clone().expand(len(rows))))
+        parameters = [self.tracked[i].parameter for i in active]
+        acting = dict(zip(active, self.decay.acted(parameters, before.step), strict=True))
+        rates: dict[int, tuple[Tensor, list[int]]] = {}  # η that are on a device, and their rows
+        for i, (lr, decay) in acting.items():
+            rows = self.tracked[i].rows
+            record.weight_decay[rows] = decay
+            if isinstance(lr, Tensor):
+                rates.setdefault(id(lr), (lr, []))[1].extend(rows)
             else:
-                record.lr[rows] = float(lr)
-            record.weight_decay[rows] = decoupled_decay(optimizer, group)
+                record.lr[rows] = lr
+        for lr, rows in rates.values():
+            waiting.append(LearningRate(rows, lr.double().reshape(()).clone().expand(len(rows))))
 
         measured = {*before.copies, *before.ahead}  # with the weights before the step
         copied = [i for i in active if i in before.copies]
@@ -319,7 +356,7 @@ class Watch:
         record.after[self._rows(shared)] = True
         fresh = self._fresh(before, active)
         if self.source == "displacement":
-            waiting += self._measure_displacement(copied, counts, before.copies, fresh)
+            waiting += self._measure_displacement(copied, counts, before.copies, acting, fresh)
         else:
             waiting += self._measure_moments(ProductsAfter, inverted, counts, fresh)
             waiting += self._measure_moments(Products, copied, counts, fresh, copies=before.copies)
@@ -375,6 +412,7 @@ class Watch:
         indices: Iterable[int],
         counts: Sequence[float | Tensor],
         copies: Mapping[int, Tensor],
+        acting: Mapping[int, Acting],
         fresh: Mapping[int, Tensor],
     ) -> list[Measured]:
         waiting: list[Measured] = []
@@ -391,8 +429,8 @@ class Watch:
             products = each.plan.displacement(
                 self._pieces(each, copies),
                 self._pieces(each, self._weights(each)),
-                [group["lr"] for group in groups],
-                [decoupled_decay(self.optimizer, group) for group in groups],
+                [acting[i].lr for i in each.pieces],
+                [acting[i].weight_decay for i in each.pieces],
                 **more,
             )
             waiting.append(Products(each.rows, products, each.shared))
@@ -519,9 +557,9 @@ class Watch:
             if momentum is not None:
                 clock.memory.resume(momentum, lr, decay, lr_memory)
 
-    def tick(self, found_inf: Tensor | None) -> None:
-        """An update was made, of the tensors that had gradients, or skipped, as only the device knows."""
-        made = 1 - found_inf.double() if found_inf is not None and is_remote(found_inf) else 1
+    def tick(self, step: int, skipped: bool | Tensor) -> None:
+        """Update `step` was made, of the tensors that had gradients, or skipped, as only the device knows."""
+        made = 1 - skipped.double() if isinstance(skipped, Tensor) else 1
         for clock in [*self._clocks]:
             moved = [i for i in clock.members if self.tracked[i].parameter in self._had_gradient]
             if not moved:
@@ -537,8 +575,8 @@ class Watch:
             clock.step = clock.step + made
             if momentum is None:
                 continue
-            lr = group["lr"] if is_remote(group["lr"]) else float(group["lr"])
-            clock.remembered = clock.memory.update(momentum, lr, decoupled_decay(self.optimizer, group), made)
+            decay = self.decay.of_group(group, step)
+            clock.remembered = clock.memory.update(momentum, lr_of(group), decay, made)
 
     def _by_device(self, *parts: Iterable[int]) -> list[_Reading]:
         """The tensors of each part, device and type, and how they are read; without those that are elsewhere."""
