@@ -55,6 +55,7 @@ from weightdyn.record.shards import (
     Ranks,
     held_of,
     involved,
+    local_of,
     owned,
     partitioned,
     rank_here,
@@ -105,7 +106,8 @@ class ForceLogger:
             has Adam's and the displacement elsewhere; the run's `info["source"]` says which.
         weibull_every: fit a Weibull law to the magnitudes every n-th update (or by function), and at the start.
         snapshot_every: store w, m and v of the selected tensors every n-th update as
-            `snapshots/step-….safetensors`. Needs `out`.
+            `snapshots/step-….safetensors`. Needs `out`. Of tensors that ranks share each rank writes its part
+            beside it (`part-….safetensors`), and weightdyn reads them as one.
         audit_every: log every n-th update with ‖w‖² measured before the step as well; the table's `residual`
             is the change of ‖w‖² that the forces do not explain: rounding.
         drift: measure what alignment is made of, from the gradients as well: the columns `drift`, `memory` and
@@ -713,17 +715,23 @@ class ForceLogger:
         self._bring_over()
 
     def _snapshot(self) -> None:
-        """Full w, m and v of the selected tensors, beside the log."""
+        """Full w, m and v of the selected tensors, beside the log; of shared ones each rank writes its part."""
         self._bring_over()  # which may correct the number of the update
-        step = self._round.step
+        step, here, writer = self._round.step, rank_here(), self._involved[0]
         tensors: dict[str, Tensor] = {}
         facts: dict[str, Any] = {}
-        for watched, each in self._everything():
+        boxes: dict[str, Any] = {}
+        everything = self._everything()
+        others = sorted({rank for _, each in everything for rank in each.held.kept_by} - {writer})
+        names = {rank: f"part-{step:06d}-{rank:05d}.safetensors" for rank in others}
+        names[writer] = f"step-{step:06d}.safetensors"
+        if here not in names:  # another has the same
+            return
+        for watched, each in everything:
+            if not each.shared and here != writer:
+                continue
             optimizer, name, parameter = watched.optimizer, each.name.name, each.parameter
             group = optimizer.param_groups[each.group]
-            tensors[name] = parameter.detach().contiguous()
-            for key, moment in moments_of(optimizer, parameter).items():
-                tensors[f"{name}.{key}"] = moment.contiguous()
             facts[name] = {
                 "step": float(optimizer.state.get(parameter, {}).get("step", step)),
                 "lr": float(group["lr"]),
@@ -731,12 +739,20 @@ class ForceLogger:
                 "betas": [float(beta) for beta in group.get("betas", ())],
                 "eps": float(group.get("eps", 0.0)),
             }
-        folder = cast(Path, self._writer.path) / "snapshots"
-        path = folder / f"step-{step:06d}.safetensors"
+            moments = moments_of(optimizer, parameter).items()
+            for kept, tensor in ((name, parameter), *((f"{name}.{key}", value) for key, value in moments)):
+                for i, piece in enumerate(each.held.pieces(local_of(tensor))):
+                    place = f"{kept}@{i}" if each.shared else kept
+                    tensors[place] = piece.contiguous()
+                    if each.shared:
+                        boxes[place] = kept, each.held.shape, each.held.boxes[i].offset
         metadata = {"step": str(step), "tensors": json.dumps(facts)}
+        if self._book.ranks is not None:
+            metadata |= {"boxes": json.dumps(boxes), "beside": json.dumps([names[rank] for rank in others])}
+        folder = cast(Path, self._out) / "snapshots"
         try:
             folder.mkdir(exist_ok=True)
-            write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+            write_file(folder / names[here], lambda temporary: save_file(tensors, temporary, metadata))
         except (OSError, SafetensorError) as error:
             self._warn_once("snapshot", f"the snapshot of update {step} could not be written: {error}")
 

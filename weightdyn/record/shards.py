@@ -197,6 +197,11 @@ class Held:
             places.append(tuple(place for _, place in chosen))
         return cls(tuple(shape), tuple(boxes), tuple(places), copies)
 
+    @property
+    def kept_by(self) -> frozenset[int]:
+        """The ranks that write their parts, one copy of all: that of the lowest rank; none of a whole tensor."""
+        return min(self.copies, key=min, default=frozenset())
+
     def counts(self, views: Sequence[View]) -> list[int]:
         """How many weights of each view are here; of all of it where there are none."""
         if not views:

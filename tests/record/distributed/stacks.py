@@ -173,7 +173,7 @@ def way(name):
     return model, optimizer, called, part
 
 
-OPTIONS = {"weibull_every": 2, "audit_every": 2}
+OPTIONS = {"weibull_every": 2, "snapshot_every": 4, "audit_every": 2}
 
 
 def main(folder, names):
