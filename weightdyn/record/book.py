@@ -253,9 +253,9 @@ class Book:
         """Leave out what has not come from the other ranks."""
         done = self._done()
         if late := [record for record in self.pending[done:] if record.share is not None]:
-            steps = late[0].round.step, late[-1].round.step
+            first = late[0].round.step
             self._warn(
-                "late", f"the sums over the ranks of updates {steps[0]}–{steps[1]} did not come: left out"
+                "late", f"the sums over the ranks of update {first} and later ones did not come: left out"
             )
             cast(Share, late[0].share).pending.abandon()
         del self.pending[done:]

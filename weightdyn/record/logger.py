@@ -345,6 +345,8 @@ class ForceLogger:
         atexit.unregister(self._at_exit)
         if self._book.ranks is None or patience == math.inf:  # others may never come to the end of the update
             self._finish()
+            for each in self._announced:
+                each.withdraw()
         self._bring_over(patience)
         self._book.give_up()
         for fits in self._fits:
@@ -383,6 +385,8 @@ class ForceLogger:
     @uninterrupted
     @torch.no_grad()
     def _on_step_begin(self, index: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
+        if _fills_state(optimizer):
+            return None
         self._called = True
         if not self._begun:
             self._begin()
@@ -884,6 +888,16 @@ def _due(every: Every | None, step: int) -> bool:
     if every is None:
         return False
     return bool(every(step)) if callable(every) else step % every == 0
+
+
+def _fills_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch.distributed.checkpoint makes this step, which moves nothing, to have a state to load into."""
+    frame = None if optimizer.state else sys._getframe(1)
+    for _ in range(30):
+        if frame is None or frame.f_code.co_name == "_init_optim_state":
+            break
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_init_optim_state"
 
 
 def _patience() -> float:

@@ -10,6 +10,7 @@ for them, and nothing else is sent: what a lost rank leaves unfinished is left o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -34,7 +35,9 @@ Range = tuple[int, int]
 Copies = tuple[frozenset[int], ...]
 
 _POLL = 0.001  # seconds between two looks at a reduction that is waited for
-_PATIENCE = 30.0  # seconds that the other ranks have at the first update to attach their logger
+
+PATIENCE = 30.0
+"""Seconds that the other ranks have, at the first update, to attach their logger."""
 
 # --- where a part lies ---------------------------------------------------------------------------------------
 
@@ -590,17 +593,16 @@ class Announcement:
         store.set(f"{self._told}/{self._rank}", text)
         store.set(f"{self._name}/{self._rank}", "")
 
-    def check(self, remedy: str, seconds: float = _PATIENCE) -> None:
+    def check(self, remedy: str) -> None:
         """Return when the others have told the same: the lowest rank asks for all, the others ask for the lowest.
 
         Args:
             remedy: the end of the error's sentence.
-            seconds: how long they may take.
 
         Raises:
             RuntimeError: some have told nothing by then, or something else.
         """
-        store, until = _store(), time.monotonic() + seconds
+        store, until = _store(), time.monotonic() + PATIENCE
         missing = [*self._ranks[1:]] if self._rank == self._ranks[0] else [self._ranks[0]]
         while missing := [rank for rank in missing if not store.check([f"{self._name}/{rank}"])]:
             if time.monotonic() > until:
@@ -608,17 +610,20 @@ class Announcement:
             time.sleep(20 * _POLL)
         if not missing:
             return
-        silent = [rank for rank in missing if not store.check([f"{self._told}/{rank}"])]
+        told = {rank: f"{self._told}/{rank}" for rank in missing}
+        texts = {rank: store.get(key) if store.check([key]) else b"" for rank, key in told.items()}
+        silent = [rank for rank, text in texts.items() if not text]
         found = [f"there is none on the ranks {silent}"] if silent else []
-        found += [
-            f"rank {rank} {self._difference(json.loads(store.get(f'{self._told}/{rank}')))}"
-            for rank in missing
-            if rank not in silent
-        ]
+        found += [f"rank {rank} {self._difference(json.loads(text))}" for rank, text in texts.items() if text]
         raise RuntimeError(
             f"the ForceLogger of rank {self._rank} is not there, and the same, on all ranks: {'; '.join(found)}. "
             f"Remedy: {remedy}"
         )
+
+    def withdraw(self) -> None:
+        """The logger is closed: what it told is no other's."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone by then
+            _store().set(f"{self._told}/{self._rank}", "")
 
     def _difference(self, theirs: Mapping[str, Any]) -> str:
         """The first thing in which another rank's logger differs."""

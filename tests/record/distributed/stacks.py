@@ -5,6 +5,7 @@
 logs each way named into FOLDER/<way>. All of it is in float64, where the order in which ranks add up does not show.
 """
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 import weightdyn as wd
+from weightdyn.record import shards
 
 HEADS, HIDDEN, VOCAB, BATCH, LENGTH = 4, 16, 17, 12, 6
 CONFIG = {"model_type": "gpt_neox", "num_attention_heads": HEADS, "hidden_size": HIDDEN}
@@ -176,17 +178,115 @@ def way(name):
 OPTIONS = {"weibull_every": 2, "snapshot_every": 4, "audit_every": 2}
 
 
+def logged(folder, name):
+    """Train in one of the ways, logged on every rank."""
+    model, optimizer, called, part = way(name)
+    with wd.ForceLogger(
+        optimizer, model, config=CONFIG, out=folder / f"{name}-{dist.get_world_size()}", **OPTIONS
+    ) as log:
+        train(called, optimizer, part)
+    assert log.latest()["step"].tolist() == [STEPS] * len(log.latest())
+    assert log.latest()["norm_sq"].notna().all()
+    dist.barrier()
+    assert log.run.forces()["step"].max() == STEPS
+
+
+def resumed(folder, first, stop):
+    """Go on from the checkpoint of any number of processes, and leave one."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    if dist.is_initialized():
+        model, optimizer, called, part = way("fsdp")
+    else:
+        model = called = made()
+        optimizer, part = optimizer_of(model), (0, 1)
+    with wd.ForceLogger(optimizer, model, config=CONFIG, out=folder / "resumed"):
+        if first:
+            weights, moments = get_state_dict(model, optimizer)
+            state = {"model": weights, "optimizer": moments}
+            dcp.load(state, checkpoint_id=folder / "checkpoint")
+            set_state_dict(
+                model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+        train(called, optimizer, part, first, stop - first)
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder / "checkpoint")
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def refused(kind, message, work, here=True):
+    """On those ranks where `here` is true the work ends by this error, on the others it is done."""
+    told = None
+    try:
+        work()
+    except kind as error:
+        told = str(error)
+    if not here:
+        assert told is None, told
+    else:
+        assert told is not None, f"no {kind.__name__} that says {message}"
+        assert re.search(message, told), told
+    dist.barrier()
+
+
+def attached_wrongly(folder):
+    """A logger that not all ranks have, or not the same; and what cannot be logged at all."""
+    rank, shards.PATIENCE = dist.get_rank(), 1.0
+
+    def one_step(name, on=(0, 1), **options):
+        model, optimizer, called, part = way(name)
+
+        def work():
+            if rank not in on:
+                train(called, optimizer, part, steps=1)
+                return
+            log = wd.ForceLogger(optimizer, model, config=CONFIG, **options)
+            try:
+                train(called, optimizer, part, steps=1)
+            finally:
+                log.close()
+
+        return work
+
+    everywhere = r"none on the ranks \[1\].*attach it on all ranks"
+    refused(RuntimeError, everywhere, one_step("fsdp", on=[0]), here=rank == 0)
+    different = r"rank . has every=[23] where this one has [23]"
+    refused(RuntimeError, different, one_step("fsdp", every=2 + rank))
+
+    work = one_step("ddp", on=[1], out=folder / "on_rank_1")
+    refused(RuntimeError, r"rank 0 writes\. It may be attached on that rank alone", work, here=rank == 1)
+    one_step("ddp", on=[0], out=folder / "on_rank_0")()
+    dist.barrier()
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for original in (False, True):
+        model = FullyShardedDataParallel(made(), device_id=torch.device("cpu"), use_orig_params=original)
+        optimizer = torch.optim.AdamW(model.parameters())
+        refused(TypeError, "FSDP1.*fully_shard", lambda o=optimizer, m=model: wd.ForceLogger(o, m))
+
+    from torch.distributed.tensor import DTensor, Partial
+
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4), init_device_mesh("cpu", (2,)), [Partial()]))
+    refused(TypeError, "partial sum", lambda: wd.ForceLogger(torch.optim.AdamW([partial])))
+
+
 def main(folder, names):
     warnings.filterwarnings("error", message="ForceLogger")
     dist.init_process_group("gloo")
     for name in names:
-        model, optimizer, called, part = way(name)
-        with wd.ForceLogger(optimizer, model, config=CONFIG, out=Path(folder) / name, **OPTIONS) as log:
-            train(called, optimizer, part)
-        assert log.latest()["step"].tolist() == [STEPS] * len(log.latest())
+        if name == "attached_wrongly":
+            attached_wrongly(folder)
+        elif name.startswith("resumed"):
+            resumed(folder, *map(int, name.split("-")[1:]))
+        else:
+            logged(folder, name)
         dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2:])
