@@ -23,9 +23,8 @@ from weightdyn.record.shards import Ranks, Share
 _LOST = 0.01  # at a smaller |1−ηλ| w' tells nothing of w
 
 _U_MAX = PRODUCTS.index("u_max")
-_NORM_AFTER, _NORM_BEFORE, _LR, _DECAY = range(
-    len(PRODUCTS), len(PRODUCTS) + 4
-)  # what ranks add up behind them
+_NORM_AFTER, _NORM_BEFORE = len(PRODUCTS), len(PRODUCTS) + 1  # columns of what ranks add up, behind PRODUCTS
+_HOST = _NORM_BEFORE + 1  # ... and from here on what each knows of the tensors that it has moved
 
 
 class _Columns:
@@ -196,12 +195,16 @@ class Record:
         still = np.zeros(rows, dtype=bool)
         return cls(update, numbers[0], numbers[1], still, numbers[2:], np.zeros(rows), still.copy())
 
+    def _known(self) -> list[np.ndarray]:
+        """What a rank that has nothing of a tensor is told by the others."""
+        return [self.after, self.lr, self.weight_decay, *self.remembered]
+
     def send(self, ranks: Ranks) -> None:
         """Begin to add up what the ranks have measured; all of them come here once for each logged update."""
-        self.share = Share(ranks, len(self.moved), _DECAY + 1, self.round.step)
+        known = self._known()
+        self.share = Share(ranks, len(self.moved), _HOST + len(known), self.round.step)
         self.share.count(self.here)
-        # For those that have nothing of a tensor: as sums over its weights they add like all else.
-        for column, values in ((_LR, self.lr), (_DECAY, self.weight_decay)):
+        for column, values in enumerate(known, _HOST):  # times weights, they are sums over weights as well
             self.share.put(column, np.where(self.here > 0, self.here * values, 0.0))
         for measured in self.waiting:
             if measured.shared is not None:
@@ -357,15 +360,18 @@ class Book:
                 "shares", f"at update {record.round.step} {why}: what they added up is recorded as NaN"
             )
         columns.moved[i, shared] = (total.counted > 0)[shared]
-        columns.after[i, shared] = record.after[shared]
+        with np.errstate(invalid="ignore"):  # an empty view has no weights
+            after, lr, weight_decay, *remembered = (total.sums[:, _HOST:] / numel[:, None]).T
+        columns.after[i, shared] = after[shared] > 0.5
+        told = (columns.lr[i], lr), (columns.weight_decay[i], weight_decay)
+        for here, there in (*told, *zip(columns.remembered[i], remembered, strict=True)):
+            unknown = shared & np.isnan(here)
+            here[unknown] = there[unknown]
         products = total.sums[:, : len(PRODUCTS)]
         products[:, _U_MAX] = np.where(np.isnan(products[:, PRODUCTS.index("u_sq")]), np.nan, total.peaks)
         columns.products[i, shared] = products[shared]
-        measured_after = np.where(record.after, np.nan, total.sums[:, _NORM_AFTER])
+        measured_after = np.where(columns.after[i], np.nan, total.sums[:, _NORM_AFTER])
         columns.norm_sq_after[i, shared] = measured_after[shared]
-        for told, column in ((columns.lr, _LR), (columns.weight_decay, _DECAY)):
-            unknown = shared & np.isnan(told[i])
-            told[i, unknown] = total.sums[unknown, column] / numel[unknown]
         if record.audited:
             columns.norm_sq_audit[i, shared] = total.sums[shared, _NORM_BEFORE]
 

@@ -52,6 +52,7 @@ from weightdyn.record.optimizers import (
 from weightdyn.record.runlog import STORED, RunLog, RunWriter
 from weightdyn.record.shards import (
     Announcement,
+    Held,
     Ranks,
     held_of,
     involved,
@@ -151,6 +152,9 @@ class ForceLogger:
     Source: arXiv 2606.19367 for the forces; the closed form is `before_step`'s.
     """
 
+    _sees_start = True
+    """Whether the weights are at hand before the first update."""
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
@@ -219,9 +223,7 @@ class ForceLogger:
         if start_step is None and any(map(count_stopped, self._optimizers)):
             self._warn_of_stopped_count()
         self._out = None if out is None else Path(out).absolute()
-        self._involved = involved(
-            (p for each in self._optimizers for _, (_, p) in self._places(each)), self._wholes.values()
-        )
+        self._involved = self._all_ranks()
         self._keeps = out is None or self._involved[0] == rank_here()
         self._writer = RunWriter(
             out if self._keeps else None, made, _info(self._watches), overwrite=overwrite
@@ -533,10 +535,20 @@ class ForceLogger:
         self._meet()
         self._writer.begin()
         self._begun = True
-        if self._weibull_every is not None and self._round.step == 0:
+        if self._weibull_every is not None and self._round.step == 0 and self._sees_start:
             self._fit()
 
     # ------------------------------------------------------------------ other ranks
+
+    def _all_ranks(self) -> tuple[int, ...]:
+        """Those that train the tensors, ascending: the first of them writes."""
+        parameters = (p for each in self._optimizers for _, (_, p) in self._places(each))
+        return involved(parameters, self._wholes.values())
+
+    def _sharing(self, shared: Sequence[Tracked]) -> Ranks | None:
+        """Those that add up what each has of some tensors, if there are any."""
+        pairs = [(each.parameter, each.held) for each in shared]
+        return ranks_of(pairs, self._wholes.values(), self._book.ranks)
 
     def _announce(self, source: Source, drift: Drift) -> list[Announcement]:
         """Let the other ranks know of this logger: it waits for none of them."""
@@ -598,7 +610,7 @@ class ForceLogger:
                     )
                 own = f"optimizer{index}.{place}" if len(self._watches) > 1 else place
                 name = self._names.get(parameter, own)
-                if parameter.numel() and self._select(name, parameter):
+                if math.prod(self._shape(name, parameter)) and self._select(name, parameter):
                     _check_parameter(name, parameter)
                     tracked.append(self._add(index, group, name, parameter))
                 else:
@@ -621,9 +633,7 @@ class ForceLogger:
         self._describe(tensors=self._book.labels)
         shared = [each for each in everything if each.shared]
         self._book.copies = np.zeros(len(self._book.labels))
-        self._book.ranks = ranks_of(
-            [(each.parameter, each.held) for each in shared], self._wholes.values(), self._book.ranks
-        )
+        self._book.ranks = self._sharing(shared)
         for each in shared:
             self._book.copies[each.rows] = cast(Ranks, self._book.ranks).copies_in(each.held.copies)
 
@@ -632,17 +642,27 @@ class ForceLogger:
         return _places(self._wholes.get(id(optimizer), optimizer))
 
     def _add(self, index: int, group: int, name: str, parameter: Tensor) -> Tracked:
-        labels, shape = self._book.labels, tuple(parameter.shape)
+        labels, shape = self._book.labels, self._shape(name, parameter)
         label = describe(name, shape, self._config, views=self._views, rules=self._rules)
         first, rows = len(labels), label.rows(shape)
         for row in rows:
             if row.label in labels:
                 raise ValueError(f"params: two parameters are named {name!r}; names must differ")
             labels[row.label] = {**row.identity(), "shape": list(shape), "parameter": name}
-        zero = self._wholes.get(id(self._optimizers[index]))
-        held = held_of(name, parameter) if zero is None else owned(parameter, zero)
-        foreign = zero is not None and not held.boxes
+        held, foreign = self._held(index, name, parameter)
         return Tracked(parameter, group, label, range(first, len(labels)), rows[0].label, held, foreign)
+
+    def _shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(parameter.shape)
+
+    def _held(self, index: int, name: str, parameter: Tensor) -> tuple[Held, bool]:
+        """What this process has of a parameter, and whether another rank's optimizer makes its updates."""
+        zero = self._wholes.get(id(self._optimizers[index]))
+        if zero is None:
+            return held_of(name, parameter), False
+        held = owned(parameter, zero)
+        return held, not held.boxes
 
     # ------------------------------------------------------------------ from the devices into the log
 
@@ -712,7 +732,7 @@ class ForceLogger:
         self._bring_over()  # which may correct the number of the update
         fits, labels = Fits(self._round.step, self._book.ranks, self._warn_once), list(self._book.labels)
         for _, each in self._everything():
-            if each.parameter.ndim > 1:
+            if len(each.held.shape) > 1:
                 fits.add([labels[row] for row in each.rows], each.name.views, each.parameter, each.held)
         fits.send()
         self._fits.append(fits)

@@ -51,7 +51,6 @@ from weightdyn.record.optimizers import (
     signature,
     skipped,
     update_counts,
-    updates_made,
     why_no_drift,
     with_gradient,
 )
@@ -352,8 +351,7 @@ class Watch:
         copied = [i for i in active if i in before.copies]
         inverted = [i for i in active if i not in measured]
         record.audited |= before.audit
-        shared = (i for i, each in enumerate(self.tracked) if each.shared and i not in measured)
-        record.after[self._rows(shared)] = True
+        record.after[self._rows(i for i in inverted if self.tracked[i].shared)] = True
         fresh = self._fresh(before, active)
         if self.source == "displacement":
             waiting += self._measure_displacement(copied, counts, before.copies, acting, fresh)
@@ -508,8 +506,10 @@ class Watch:
         followed = followed or {}
         alike: dict[tuple[int, int | None, float], list[int]] = {}
         for i, each in enumerate(self.tracked):
+            if each.foreign:  # its owner follows it
+                continue
             clock = followed.get(each.parameter)
-            age = 0.0 if clock is not None else self._age(each, made)
+            age = 0.0 if clock is not None else momentum_age(self.optimizer, each.parameter, made or np.inf)
             alike.setdefault((each.group, clock and id(clock), age), []).append(i)
         self._clocks = []
         anew = []
@@ -524,21 +524,13 @@ class Watch:
         if made and anew:
             self._recall(made, anew)
 
-    def _age(self, each: Tracked, made: int) -> float:
-        """Updates that the momentum of a tensor has had; that of another rank's is as old as those here."""
-        if each.foreign:
-            return float(updates_made(self.optimizer, default=made))
-        return momentum_age(self.optimizer, each.parameter, made or np.inf)
-
     def _out_of_step(self, counts: Sequence[float | Tensor]) -> bool:
         """Whether somebody else has changed the state: a moment that was reset is young again."""
         return is_normalised(self.optimizer) and any(  # all of those count
             counts[i] != clock.step and counts[i] < COUNT_STOPS
             for clock in self._clocks
             for i in clock.members
-            if not isinstance(counts[i], Tensor)
-            and not isinstance(clock.step, Tensor)
-            and not self.tracked[i].foreign
+            if not isinstance(counts[i], Tensor) and not isinstance(clock.step, Tensor)
         )
 
     def _recall(self, made: int, clocks: Iterable[_Clock]) -> None:
@@ -550,9 +542,7 @@ class Watch:
             if not found:
                 continue
             lr, decay, lr_memory = rows.loc[found[0].label, ["lr", "weight_decay", "lr_memory"]].tolist()
-            mine = min(found, key=lambda each: each.foreign)  # another rank's has no state here
-            group = self.optimizer.param_groups[clock.group]
-            state = self.optimizer.state.get(mine.parameter, {})
+            group, state = self.optimizer.param_groups[clock.group], self.optimizer.state[found[0].parameter]
             momentum = momentum_of(self.optimizer, group, clock.step, state)
             if momentum is not None:
                 clock.memory.resume(momentum, lr, decay, lr_memory)
@@ -569,8 +559,7 @@ class Watch:
                 self._clocks.append(replace(clock, members=rest, memory=copy(clock.memory)))
                 clock.members = moved
             group = self.optimizer.param_groups[clock.group]
-            first = min(moved, key=lambda i: self.tracked[i].foreign)  # another rank's has no state here
-            state = self.optimizer.state.get(self.tracked[first].parameter, {})
+            state = self.optimizer.state.get(self.tracked[moved[0]].parameter, {})
             momentum = momentum_of(self.optimizer, group, clock.step + 1, state)
             clock.step = clock.step + made
             if momentum is None:

@@ -5,6 +5,7 @@
 logs each way named into FOLDER/<way>. All of it is in float64, where the order in which ranks add up does not show.
 """
 
+import itertools
 import re
 import sys
 import warnings
@@ -181,9 +182,8 @@ OPTIONS = {"weibull_every": 2, "snapshot_every": 4, "audit_every": 2}
 def logged(folder, name):
     """Train in one of the ways, logged on every rank."""
     model, optimizer, called, part = way(name)
-    with wd.ForceLogger(
-        optimizer, model, config=CONFIG, out=folder / f"{name}-{dist.get_world_size()}", **OPTIONS
-    ) as log:
+    out = folder / f"{name}-{dist.get_world_size()}"
+    with wd.ForceLogger(optimizer, model, config=CONFIG, out=out, **OPTIONS) as log:
         train(called, optimizer, part)
     assert log.latest()["step"].tolist() == [STEPS] * len(log.latest())
     assert log.latest()["norm_sq"].notna().all()
@@ -205,13 +205,108 @@ def resumed(folder, first, stop):
         if first:
             weights, moments = get_state_dict(model, optimizer)
             state = {"model": weights, "optimizer": moments}
-            dcp.load(state, checkpoint_id=folder / "checkpoint")
+            dcp.load(state, checkpoint_id=folder / f"checkpoint-{first}")
             set_state_dict(
                 model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
             )
         train(called, optimizer, part, first, stop - first)
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder / "checkpoint")
+        if dist.is_initialized():
+            weights, moments = get_state_dict(model, optimizer)
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder / f"checkpoint-{stop}")
+
+
+# --- fakes of stacks that hand their shards over ------------------------------------------------------------------
+
+
+class Flat:
+    """A replica whose weights and moments lie in flat pieces, each on one rank, as Megatron and ZeRO have them."""
+
+    def __init__(self, cuts):
+        self.model = made()
+        self.parameters = dict(self.model.named_parameters())
+        rank = dist.get_rank()
+        self.ranges = {name: cut[rank] for name, cut in cuts(self.parameters).items()}
+        self.mains = {
+            name: nn.Parameter(p.detach().flatten()[slice(*self.ranges[name])].clone())
+            for name, p in self.parameters.items()
+        }
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [self.mains[name]], "weight_decay": 0.1 if p.ndim > 1 else 0.0}
+                for name, p in self.parameters.items()
+            ],
+            lr=1e-2,
+        )
+
+    def step(self, groups):
+        """A step of each of these parts of the optimizer, after which every rank has the new weights."""
+        for name, p in self.parameters.items():
+            dist.all_reduce(p.grad)
+            self.mains[name].grad = p.grad.flatten()[slice(*self.ranges[name])] / dist.get_world_size()
+        everything = self.optimizer.param_groups
+        for some in groups(everything):  # one sub-group at a time: the optimizer's hooks fire for each
+            self.optimizer.param_groups = some
+            self.optimizer.step()
+        self.optimizer.param_groups = everything
+        for name, p in self.parameters.items():
+            whole = torch.zeros(p.numel(), dtype=p.dtype)
+            whole[slice(*self.ranges[name])] = self.mains[name].detach()
+            dist.all_reduce(whole)
+            p.data.copy_(whole.view(p.shape))
+            p.grad = None
+
+    def shards(self, step):
+        for group, (name, main) in zip(self.optimizer.param_groups, self.mains.items(), strict=True):
+            if main.numel():
+                state = self.optimizer.state[main]
+                yield wd.Shard(
+                    name, main, state["exp_avg"], state["exp_avg_sq"], step=step, lr=group["lr"],
+                    weight_decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
+                    start=self.ranges[name][0], grad=main.grad,
+                )  # fmt: skip
+
+
+def buffer_cuts(parameters):
+    """Megatron's: one buffer of all parameters, of which each rank has an equal part, wherever that cuts them."""
+    total, size = sum(p.numel() for p in parameters.values()), dist.get_world_size()
+    edges = [total * i // size for i in range(size + 1)]
+    found, first = {}, 0
+    for name, p in parameters.items():
+        ends = [min(max(edge - first, 0), p.numel()) for edge in edges]
+        found[name] = list(itertools.pairwise(ends))
+        first += p.numel()
+    return found
+
+
+def parameter_cuts(parameters):
+    """ZeRO-3's: of each parameter every rank has an equal part; the last is padded."""
+    size = dist.get_world_size()
+    found = {}
+    for name, p in parameters.items():
+        part = -(-p.numel() // size)
+        found[name] = [(min(i * part, p.numel()), min((i + 1) * part, p.numel())) for i in range(size)]
+    return found
+
+
+def handed_over(folder, name):
+    """The training of a stack whose tensors say nothing of how they are cut."""
+    flat = Flat(buffer_cuts if name == "megatron" else parameter_cuts)
+    half = len(flat.parameters) // 2
+    groups = (lambda all_: [all_]) if name == "megatron" else (lambda all_: [all_[:half], all_[half:]])
+    shapes = {key: tuple(p.shape) for key, p in flat.parameters.items()}
+    options = {"dtype": torch.float64, **OPTIONS}
+    del options["audit_every"]
+    part = dist.get_rank(), dist.get_world_size()
+    with wd.ShardLogger(shapes, group=dist.group.WORLD, config=CONFIG, out=folder / name, **options) as log:
+        for step, tokens in batches():
+            tokens = tokens[part[0] * BATCH // part[1] : (part[0] + 1) * BATCH // part[1]]
+            loss = F.cross_entropy(flat.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            for group in flat.optimizer.param_groups:
+                group["lr"] = 1e-2 / (1 + step)
+            flat.step(groups)
+            log.update(flat.shards(step + 1))
+        assert log.step == STEPS
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
@@ -280,6 +375,8 @@ def main(folder, names):
     for name in names:
         if name == "attached_wrongly":
             attached_wrongly(folder)
+        elif name in ("megatron", "zero3"):
+            handed_over(folder, name)
         elif name.startswith("resumed"):
             resumed(folder, *map(int, name.split("-")[1:]))
         else:
