@@ -132,12 +132,23 @@ class ForceLogger:
         rules: {regular expression: component} for names that weightdyn does not know, tried first.
 
     Raises:
-        TypeError: the optimizer is not Adam-like (and the source is "moments"), or a parameter is sharded,
-            sparse or complex.
+        TypeError: the optimizer is not Adam-like (and the source is "moments"), or a parameter is sparse, complex,
+            a partial sum, or of FSDP1.
         ValueError: an argument is not one of those accepted, or nothing is selected.
+        RuntimeError: at the first update, other ranks lack a logger, or have another.
         FileExistsError: at the first update from 0 on, `out` holds updates of another training.
 
-    Under data parallelism attach it on rank 0 only: the ranks make the same updates. A hook of your own that
+    Of sharded tensors (`fully_shard`, with and without tensor parallelism, replicas, CPU offload; any DTensors;
+    ZeroRedundancyOptimizer) every rank measures its part, and two asynchronous reductions for each logged update
+    make the sums whole. So attach it on all ranks, with the same arguments: the lowest of them writes, and the table
+    is that of one process. Where one has none, or another, the first update ends in an error. Under plain data
+    parallelism the ranks make the same updates: attach it on all ranks or on rank 0 alone, which writes. FSDP1 is
+    refused; what Megatron and DeepSpeed cut is handed over to `ShardLogger`. A rank that is lost holds up the
+    others for as long as their process group waits, and for a second where they fail or end; what has not come by
+    then is left out. Weibull fits of shared views with more than 262,144 weights are of counts in bins, and left
+    out where bins blur them.
+
+    A hook of your own that
     changes gradients before the step must be registered before the logger, for it reads them then where parameters
     are below 32 bits or drift="before"; elsewhere what such a hook changes is NaN, and the log says so.
 
