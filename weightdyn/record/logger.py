@@ -140,7 +140,7 @@ class ForceLogger:
 
     Of sharded tensors (`fully_shard`, with and without tensor parallelism, replicas, CPU offload; any DTensors;
     ZeroRedundancyOptimizer) every rank measures its part, and two asynchronous reductions for each logged update
-    make the sums whole. So attach it on all ranks, with the same arguments: the lowest of them writes, and the table
+    make the sums whole. So attach it on all ranks, with the same arguments: the lowest writes, and the table
     is that of one process. Where one has none, or another, the first update ends in an error. Under plain data
     parallelism the ranks make the same updates: attach it on all ranks or on rank 0 alone, which writes. FSDP1 is
     refused; what Megatron and DeepSpeed cut is handed over to `ShardLogger`. A rank that is lost holds up the
