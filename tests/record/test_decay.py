@@ -648,7 +648,6 @@ class Nameless(torch.optim.Optimizer):
         (CoupledAdam, "not proportional to the weights"),
         (Lasso, "not proportional to the weights"),
         (Insists, "its step needs a closure"),
-        (Clips, "made another step"),
         (Frees, "frees what it holds"),
         (Held, "another optimizer that it holds"),
         (lambda p: Constant(p, lr=0.0), "at a learning rate of 0"),
@@ -670,6 +669,58 @@ def test_where_twins_cannot_tell_there_is_a_reason(make, why):
     assert "weight_decay=" in decay.reason
     if make is Frees:
         assert Frees.freed == 0
+
+
+def test_a_twin_that_makes_another_step_tells_nothing():
+    model = model_of()
+    parameters = list(model.parameters())
+    optimizer = Clips(parameters)
+    decay = Decay(optimizer)
+    for t, asked in ((1, parameters), (2, parameters), (3, parameters[:2])):
+        give_gradients(model, t)
+        decay.ask(asked, t)
+        optimizer.step()
+        told = [acting.weight_decay for acting in decay.acted(asked, t)]
+        if t < 3:  # all of its tensors were asked together
+            assert told == pytest.approx([0.1] * 4, rel=1e-6)
+            assert decay.reason is None
+        else:
+            assert all(map(math.isnan, told))
+            assert "made another step" in decay.reason
+
+
+def test_a_decay_that_a_twin_does_not_see_is_noticed():
+    """What a class adds to the step that its twin was asked of, as when the question comes in the midst of it."""
+    model = model_of()
+    parameters = list(model.parameters())
+    optimizer = Plain(parameters)
+    decay = Decay(optimizer)
+    give_gradients(model, 1)
+    decay.ask(parameters, 1)
+    optimizer.step()
+    for p in parameters:
+        p.data.mul_(1 - 1e-3)
+    assert all(math.isnan(acting.weight_decay) for acting in decay.acted(parameters, 1))
+    assert "made another step" in decay.reason
+
+
+def test_a_decay_that_no_setting_switches_off_is_not_taken_for_none():
+    class Cached(Plain):
+        def __init__(self, params):
+            super().__init__(params)
+            self._shrink_by = 0.1
+
+        def decayed(self, p, group):
+            return p * (1 - group["lr"] * self._shrink_by)
+
+    class Unused(Plain):
+        def decayed(self, p, group):
+            return p
+
+    for make, number in ((Cached, math.nan), (Unused, 0.0)):
+        _, told, decay, _ = train(make, 3, asked=STEPS)
+        assert told[2][0].weight_decay == pytest.approx(number, nan_ok=True)
+        assert ("does not switch off" in (decay.reason or "")) is math.isnan(number)
 
 
 def test_weights_that_a_step_moves_before_its_closure_have_no_number():
@@ -776,27 +827,76 @@ class Counts(Plain):
         super().step(closure)
 
 
-def test_a_group_is_one_pair_of_twins_of_its_smallest_tensor_that_tells():
+def test_all_groups_are_one_pair_of_twins_of_a_few_tensors():
     Counts.steps = []
-    model = model_of()
-    parameters = list(model.parameters())
-    groups = [
-        {"params": parameters[:2], "weight_decay": 0.1},
-        {"params": parameters[2:], "weight_decay": 0.3},
-    ]
+    model = nn.Sequential(*(nn.Linear(8 * n, 8) for n in range(9, 1, -1)))
+    matrices, biases = [each.weight for each in model], [each.bias for each in model]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.3}]
     optimizer = Counts(groups)
+    parameters = [*matrices, *biases]
     decay = Decay(optimizer)
     made = []
     for t in range(1, 8):
-        give_gradients(model, t)
+        for p in parameters:
+            p.grad = torch.randn_like(p)
         Counts.steps.clear()
         decay.ask(parameters, t)
         made.append([*Counts.steps])
         optimizer.step()
         told = [acting.weight_decay for acting in decay.acted(parameters, t)]
-        assert told == pytest.approx([0.1, 0.1, 0.3, 0.3], rel=1e-6)
-    every, one = [2, 2, 2, 2], [2, 2]  # twins of a bias of each group, then of a matrix of each
-    assert made == [every, every, one, every, one, one, one]
+        assert told == pytest.approx([0.1] * 8 + [0.3] * 8, rel=1e-6)
+    every, few = [16, 16], [4, 4]  # the smallest that tells of each group, and another in turn
+    assert made == [every, every, few, every, few, few, few]
+
+
+def test_tensors_that_come_to_decay_differently_are_each_asked_from_then_on():
+    class Late(Plain):
+        """From its fifth update on it decays by rms."""
+
+        def decayed(self, p, group):
+            later = self.state[p].setdefault("late", 0) >= 4
+            self.state[p]["late"] += 1
+            return p * (1 - group["lr"] * group["weight_decay"] * (p.pow(2).mean().sqrt() if later else 1))
+
+    model = model_of()
+    parameters = list(model.parameters())
+    decay = Decay(optimizer := Late(parameters))
+    for t in range(1, 8):
+        give_gradients(model, t)
+        rms = [float(p.detach().pow(2).mean().sqrt()) for p in parameters]
+        decay.ask(parameters, t)
+        optimizer.step()
+        told = [acting.weight_decay for acting in decay.acted(parameters, t)]
+        assert told == pytest.approx([0.1 * (each if t > 4 else 1) for each in rms], rel=1e-5)
+
+
+def test_groups_that_change_are_asked_anew():
+    p, q, r = (nn.Parameter(torch.randn(n)) for n in (70, 80, 90))
+    optimizer = Plain([p, q])
+    decay = Decay(optimizer)
+    for t, now in ((1, [p, q]), (2, [p, q]), (3, [q, r]), (4, [r]), (5, [q])):
+        optimizer.param_groups[0]["params"] = now
+        optimizer.param_groups[0]["weight_decay"] = 0.1 * t
+        for each in now:
+            each.grad = torch.randn_like(each)
+        decay.ask(now, t)
+        optimizer.step()
+        assert [acting.weight_decay for acting in decay.acted(now, t)] == pytest.approx([0.1 * t] * len(now))
+    assert decay.reason is None
+
+
+def test_a_large_tensor_is_asked_in_its_own_type_and_one_too_large_by_the_others(monkeypatch):
+    monkeypatch.setattr(module, "_WIDE", 1 << 8)
+    _, told, decay, _ = train(Plain, 3, asked=STEPS)
+    assert [acting.weight_decay for acting in told[2]] == pytest.approx([0.1] * 4, rel=1e-4)
+    assert decay.reason is None
+    monkeypatch.setattr(module, "_LARGE", 1 << 5)
+    _, told, decay, _ = train(Plain, 3, asked=STEPS)
+    assert [acting.weight_decay for acting in told[2]] == pytest.approx([0.1] * 4, rel=1e-4)
+    assert decay.reason is None
+    _, told, decay, _ = train(ByRms, 3, asked=STEPS)
+    assert [math.isnan(acting.weight_decay) for acting in told[2]] == [True, False, True, False]
+    assert "too large to be asked" in decay.reason
 
 
 def test_a_group_without_decay_is_not_asked():
