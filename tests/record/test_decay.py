@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from weightdyn.record import decay as module
 from weightdyn.record.decay import Decay
-from weightdyn.record.optimizers import coupled_decay, own_step, skipped, update_counts
+from weightdyn.record.optimizers import coupled_decay, law_of, own_step, skipped, update_counts
 
 STEPS = (1, 2, 4, 7, 11)
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
@@ -310,6 +310,38 @@ def test_weights_that_bitsandbytes_leaves_alone_are_not_told_by_its_table():
     assert Decay(optimizer).told == "table"
     optimizer.args.skip_zeros = True
     assert Decay(optimizer).told == "twins"
+
+
+@quiet
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8", "Adam8bit"])
+def test_torchaos_quantized_states_and_random_rounding_change_no_decay(kind, dtype, monkeypatch):
+    optim = pytest.importorskip("torchao.optim")
+
+    def ends(law, ask):
+        monkeypatch.setattr(module, "law_of", law)
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(64, 128).to(dtype))
+        optimizer = getattr(optim, kind)([p], lr=1e-2, weight_decay=0.1, bf16_stochastic_round=True)
+        decay, told = Decay(optimizer), []
+        with torch.compiler.set_stance("force_eager"):
+            for t in (1, 2, 3):
+                p.grad = torch.randn(64, 128).to(dtype)
+                if ask:
+                    decay.ask([p], t)
+                optimizer.step()
+                told += decay.acted([p], t) if ask else []
+        assert type(optimizer.state[p]["exp_avg"]) is not torch.Tensor
+        return p.detach(), torch.rand(1), [acting.weight_decay for acting in told]
+
+    plain, after, none = ends(law_of, ask=False)
+    for law in (law_of, lambda optimizer: None):
+        weights, random_number, told = ends(law, ask=True)
+        assert torch.equal(weights, plain)
+        assert torch.equal(random_number, after)
+        want = 0.1 if kind.startswith("AdamW") else 0.0 if law is law_of else math.nan
+        assert none == []
+        assert told == pytest.approx([want] * 3, rel=1e-3, nan_ok=True)
 
 
 # --- optimizers that nobody knows ----------------------------------------------------------------------------

@@ -24,10 +24,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from weightdyn.core.checks import check_number
-from weightdyn.record.optimizers import Acting, check_optimizer, decoupled_decay, is_remote, law_of, lr_of
+from weightdyn.record.optimizers import (
+    Acting,
+    Law,
+    check_optimizer,
+    decoupled_decay,
+    is_remote,
+    law_of,
+    lr_of,
+)
 
 Given = float | Callable[[Mapping[str, Any], int], float]
 
@@ -96,10 +104,7 @@ class Decay:
         self._first = None
         if self.told == "twins":
             moved = first is not None and any(not torch.equal(first[p], _beginning(p)) for p in first)
-            if moved:
-                self._twins.refuse("its step moves the weights before its closure makes the gradients")
-            else:
-                self._twins.ask(parameters)
+            self._twins.ask(parameters, moved)
         elif entry is not None and entry.noted:
             states = {p: self._optimizer.state.get(p) or {} for p in parameters}
             self._notes = {
@@ -113,18 +118,23 @@ class Decay:
         groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
         if self.told == "twins":
             found = self._twins.answer(parameters, groups)
+        elif self._entry is not None and self._entry.law is not None:
+            found = [self._by_law(self._entry.law, p, groups[p]) for p in parameters]
         else:
-            found = [self._by_law(p, groups[p]) for p in parameters]
+            named = {id(group): self._named(group) for group in self._optimizer.param_groups}
+            found = [named[id(groups[p])] for p in parameters]
         if callable(self._given):
             each = {id(group): self.of_group(group, step) for group in self._optimizer.param_groups}
             return [Acting(one.lr, each[id(groups[p])]) for p, one in zip(parameters, found, strict=True)]
         return found if self._given is None else [Acting(one.lr, self._given) for one in found]
 
-    def _by_law(self, parameter: Tensor, group: Mapping[str, Any]) -> Acting:
-        entry = self._entry
-        if entry is None:
-            return Acting(lr_of(group), math.nan)
-        told = entry.law(self._optimizer, group, parameter, self._notes.get(parameter, {}))
+    def _named(self, group: Mapping[str, Any]) -> Acting:
+        return Acting(
+            lr_of(group), decoupled_decay(self._optimizer, group) if self._given is None else math.nan
+        )
+
+    def _by_law(self, law: Law, parameter: Tensor, group: Mapping[str, Any]) -> Acting:
+        told = law(self._optimizer, group, parameter, self._notes.get(parameter, {}))
         if isinstance(told, Acting):
             return told
         if self._given is None:
@@ -167,8 +177,8 @@ class _Twins:
         self.why = self.why or why
         self._asked, self._answers, self._expected = True, {}, {}
 
-    def ask(self, parameters: Sequence[Tensor]) -> None:
-        """Ask what each group's decay will do in the step that begins."""
+    def ask(self, parameters: Sequence[Tensor], moved: bool) -> None:
+        """Ask what each group's decay will do in the step that begins, if it has not moved the weights yet."""
         self._asked, self._answers, self._expected = True, {}, {}
         wanted = set(parameters)
         members: dict[int, list[Tensor]] = {}
@@ -181,6 +191,8 @@ class _Twins:
         if not members:
             return
         why = _why_no_twin(self._optimizer, [p for some in members.values() for p in some])
+        if moved:
+            why = "its step moves the weights before its closure makes the gradients"
         if why is not None:
             self.refuse(why)
             return
@@ -579,6 +591,11 @@ def _twin(
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy, in another type if it is a plain one of numbers."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.ndim > 0
-    return tensor.detach().to(dtype, copy=True) if plain else tensor.detach().clone()
+    """A copy, in another type if it is a plain one of numbers; one made of others is made of their copies."""
+    tensor = tensor.detach()
+    if is_traceable_wrapper_subclass(tensor):
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: getattr(tensor, name).clone() for name in names}
+        return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+    plain = type(tensor) is Tensor and tensor.is_floating_point() and tensor.ndim > 0
+    return tensor.to(dtype, copy=True) if plain else tensor.clone()
