@@ -347,8 +347,9 @@ class ForceLogger:
         if not self._begun:
             self._begin()
         watched = self._watches[index]
-        if not watched.stepping:  # a step() that calls that of its class is one
-            self._ask(index)
+        if watched.is_inside():  # a step() that calls that of its class is one
+            return None
+        self._ask(index)
         watched.begin()
         if watched.is_changed():
             self._bring_over()
@@ -363,9 +364,9 @@ class ForceLogger:
     @torch.no_grad()
     def _on_step_end(self, index: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         watched = self._watches[index]
-        if not watched.stepping:  # a step() that calls that of its class has called this already
+        if not watched.stepping or watched.is_inside():
             return
-        watched.stepping = False
+        watched.end()
         skipped = watched.was_skipped()
         if skipped is not True and watched.has_moved():
             if not self._open:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -43,12 +44,14 @@ from weightdyn.record.optimizers import (
     grad_factor,
     is_normalised,
     is_remote,
+    is_running,
     law_of,
     lr_of,
     momentum_age,
     momentum_of,
     signature,
     skipped,
+    step_frame,
     update_counts,
     why_no_drift,
     with_gradient,
@@ -128,7 +131,8 @@ class Watch:
         self.source = source
         self.why_no_drift = why_no_drift(optimizer) if drift else "ForceLogger(drift=False)"
         self.stepping = False
-        """Whether a step has begun and not ended: one that calls its class's counts once."""
+        """Whether a step has begun and not ended."""
+        self._frame: FrameType | None = None
         self.tracked: list[Tracked] = []
         self._drift: Drift = drift if self.why_no_drift is None else False
         self.decay = Decay(optimizer, weight_decay)
@@ -156,9 +160,17 @@ class Watch:
 
     # ------------------------------------------------------------------ around a step
 
+    def is_inside(self) -> bool:
+        """Whether a hook is called by a step() that the one which has begun calls, such as that of its class."""
+        return self.stepping and is_running(self._frame) and step_frame() is not self._frame
+
+    def end(self) -> None:
+        """The step that has begun ends."""
+        self.stepping, self._frame = False, None
+
     def begin(self) -> None:
         """A step begins."""
-        self.stepping, self._before = True, None
+        self.stepping, self._before, self._frame = True, None, step_frame()
         self._had_gradient = with_gradient(self.optimizer)  # before and after: another hook may clear them
         # A step that is not torch's own may do nothing, which its counts tell.
         self._counts = self._counted() if law_of(self.optimizer) is None else None
