@@ -413,7 +413,7 @@ def test_a_decay_that_erases_the_weights_has_the_forces_of_the_loop(product, dty
 
 
 def test_where_the_device_alone_knows_the_rate_erased_weights_are_nan_and_the_log_says_why(monkeypatch):
-    for module in ("logger", "watch", "optimizers"):
+    for module in ("watch", "optimizers"):
         monkeypatch.setattr(
             f"weightdyn.record.{module}.is_remote", lambda number: isinstance(number, torch.Tensor)
         )
@@ -1011,7 +1011,7 @@ def test_counts_rates_and_skips_that_only_the_device_knows_give_the_same_rows(mo
         return logger.run.forces()
 
     expected = run()
-    for module in ("logger", "watch", "optimizers"):
+    for module in ("watch", "optimizers"):
         monkeypatch.setattr(
             f"weightdyn.record.{module}.is_remote", lambda number: isinstance(number, torch.Tensor)
         )
@@ -1104,14 +1104,21 @@ def test_a_metric_that_is_no_number_is_named():
         logger.record(loss=torch.ones(2))
 
 
-def test_a_wrapped_optimizer_is_pointed_to_the_inner_one():
+def test_of_a_wrapper_the_inner_optimizer_is_logged():
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, optimizer):
             self.optimizer = optimizer
 
+        def step(self):
+            self.optimizer.step()
+
     model = mlp()
-    with pytest.raises(TypeError, match=r"pass the inner one, optimizer\.optimizer"):
-        wd.ForceLogger(Wrapper(torch.optim.AdamW(model.parameters())), model)
+    optimizer = Wrapper(torch.optim.AdamW(model.parameters()))
+    with wd.ForceLogger(optimizer, model) as logger:
+        loss_of(model, 1).backward()
+        optimizer.step()
+    assert len(logger.run.forces()) == 6
+    assert logger.run.info["optimizer"]["name"] == "AdamW"
 
 
 def test_complex_parameters_are_refused_by_name():

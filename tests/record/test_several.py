@@ -190,7 +190,7 @@ def test_a_tensor_of_two_optimizers_and_an_empty_list_are_refused():
     pair = [torch.optim.AdamW(model.parameters()), torch.optim.SGD(model[0].parameters())]
     with pytest.raises(ValueError, match=r"0\.weight is in two of the optimizers"):
         wd.ForceLogger(pair, model)
-    with pytest.raises(TypeError, match="optimizer must be"):
+    with pytest.raises(ValueError, match=r"optimizer must be .* got none"):
         wd.ForceLogger([], model)
     with pytest.raises(TypeError, match="optimizer must be"):
         wd.ForceLogger([pair[0], model], model)
