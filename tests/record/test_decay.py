@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
+import weightdyn as wd
 from weightdyn.record import decay as module
 from weightdyn.record.decay import Decay
 from weightdyn.record.optimizers import coupled_decay, law_of, own_step, skipped, update_counts
@@ -1076,6 +1077,66 @@ def test_no_twin_outlives_its_question():
     gc.collect()
     assert made
     assert not any(each() for each in made)
+
+
+# --- in the log ----------------------------------------------------------------------------------------------
+
+
+LOGGED = ["schedule-free adamw, warmup", "lion, decoupled", "hf adafactor, lr=None", "hf adafactor, scaled"]
+LOGGED += ["torchao AdamW8bit", "bitsandbytes AdamW8bit", "Decoupled", "ByRms"]
+
+
+@quiet
+@pytest.mark.parametrize("name", LOGGED)
+def test_the_decay_in_the_log_is_what_the_steps_do(name):
+    make = EVERY[name]
+    logs = []
+
+    def attached(parameters):
+        optimizer = make(parameters)
+        logs.append(wd.ForceLogger(optimizer, list(zip("abcd", parameters, strict=True)), drift=False))
+        return optimizer
+
+    states, *_ = train(attached, max(STEPS))
+    with logs[0] as log:
+        table = log.run.forces().set_index(["step", "tensor"])
+        true = truth(make, torch.float32 if " Adam" in name else torch.float64)
+        for t in STEPS:
+            for tensor, (product, _), w, after in zip("abcd", true[t], *states[t], strict=True):
+                row = table.loc[t, tensor]
+                assert row["lr"] * row["weight_decay"] == pytest.approx(product, rel=1e-3)
+                assert row["decay"] == pytest.approx(
+                    -(2 * product - product**2) * float((w**2).sum()), rel=1e-3
+                )
+                change = float((after**2).sum() - (w**2).sum())
+                assert row[["alignment", "injection", "decay"]].sum() == pytest.approx(change, abs=1e-9)
+        assert "no_decay" not in log.run.info
+
+
+def test_a_skipped_step_is_no_update_of_the_log():
+    model = model_of()
+    optimizer = SkipStep(model.parameters())
+    with wd.ForceLogger(optimizer, model, drift=False) as log:
+        for t in range(1, 9):
+            loss = give_gradients(model, t)
+            optimizer.latest_loss = loss.detach() * (1e6 if t == 6 else 1)
+            optimizer.step()
+            if t == 6:
+                optimizer.losses.pop()
+        assert log.step == 7
+        assert log.run.forces().groupby("step").size().tolist() == [4] * 7
+
+
+def test_a_decay_that_is_not_known_leaves_no_force_in_the_log_and_a_word():
+    model = model_of()
+    optimizer = CoupledAdam(model.parameters())
+    with wd.ForceLogger(optimizer, model, drift=False) as log:
+        give_gradients(model, 1)
+        with pytest.warns(
+            RuntimeWarning, match=r"not proportional to the weights .* weight_decay=0 counts it"
+        ):
+            optimizer.step()
+        assert log.latest()[["weight_decay", "alignment", "decay"]].isna().all(axis=None)
 
 
 # --- what is given -------------------------------------------------------------------------------------------
