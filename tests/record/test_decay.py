@@ -918,18 +918,35 @@ def test_groups_that_change_are_asked_anew():
     assert decay.reason is None
 
 
-def test_a_large_tensor_is_asked_in_its_own_type_and_one_too_large_by_the_others(monkeypatch):
-    monkeypatch.setattr(module, "_WIDE", 1 << 8)
-    _, told, decay, _ = train(Plain, 3, asked=STEPS)
-    assert [acting.weight_decay for acting in told[2]] == pytest.approx([0.1] * 4, rel=1e-4)
-    assert decay.reason is None
-    monkeypatch.setattr(module, "_LARGE", 1 << 5)
-    _, told, decay, _ = train(Plain, 3, asked=STEPS)
-    assert [acting.weight_decay for acting in told[2]] == pytest.approx([0.1] * 4, rel=1e-4)
-    assert decay.reason is None
+def test_a_tensor_that_is_too_large_is_told_by_the_others(monkeypatch):
+    for name, size in (("_TOGETHER", 1 << 8), ("_LARGE", 1 << 5)):  # one by one; then the biases alone
+        monkeypatch.setattr(module, name, size)
+        _, told, decay, _ = train(Plain, 3, asked=STEPS)
+        assert [acting.weight_decay for acting in told[2]] == pytest.approx([0.1] * 4, rel=1e-6)
+        assert decay.reason is None
     _, told, decay, _ = train(ByRms, 3, asked=STEPS)
     assert [math.isnan(acting.weight_decay) for acting in told[2]] == [True, False, True, False]
     assert "too large to be asked" in decay.reason
+    _, told, decay, _ = train(Plain, 3, asked=STEPS, only=is_matrix)  # there is no other
+    assert [acting.weight_decay for acting in told[2]] == pytest.approx([0.1] * 2, rel=1e-3)
+    assert decay.reason is None
+
+
+def test_what_is_kept_outside_of_the_state_is_not_copied_where_it_is_much(monkeypatch):
+    class Flat(Plain):
+        def __init__(self, params):
+            super().__init__(params)
+            self.buffers = {"m": [torch.zeros(100)]}
+
+    for size, told in ((1 << 8, 0.1), (1 << 6, math.nan)):
+        monkeypatch.setattr(module, "_LARGE", size)
+        p = nn.Parameter(torch.randn(70))
+        p.grad = torch.randn(70)
+        decay = Decay(optimizer := Flat([p]))
+        decay.ask([p], 1)
+        optimizer.step()
+        assert decay.acted([p], 1)[0].weight_decay == pytest.approx(told, nan_ok=True)
+        assert ("outside of its state" in (decay.reason or "")) is math.isnan(told)
 
 
 def test_a_group_without_decay_is_not_asked():

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from weightdyn.core.checks import check_number
 from weightdyn.record.optimizers import (
@@ -41,8 +42,8 @@ Given = float | Callable[[Mapping[str, Any], int], float]
 
 _SAME = 1e-3  # relative error of λ that is accepted
 _FEW = 64  # weights that tell whether a difference is proportional to them
-_WIDE = 1 << 20  # weights of a tensor up to which its twins are of float64
-_LARGE = 1 << 24  # ... and from which it is not asked where others of its group can be
+_TOGETHER = 1 << 20  # weights that are asked at once
+_LARGE = 1 << 24  # ... of a tensor that is not asked where two others of its group can be
 _BESIDE = 0.05  # part of the step by which a twin of float64 may miss it
 _DECAYS = re.compile(r"(^|_)(wd|weight_decay)($|_rate$|_at_y$)")
 _REMEDY = "give the decay that acts by weight_decay=, a number or a function of group and step"
@@ -187,7 +188,7 @@ class _Twins:
                 (p for p in group["params"] if p in wanted and p.grad is not None), key=Tensor.numel
             )
             if some and _decays(self._optimizer, group):
-                members[i] = [p for p in some if p.numel() <= _LARGE] or some[:1]
+                members[i] = some[:2] + [p for p in some[2:] if p.numel() <= _LARGE]
         if not members:
             return
         why = _why_no_twin(self._optimizer, [p for some in members.values() for p in some])
@@ -211,7 +212,7 @@ class _Twins:
         speaker = self._speakers.get(group)
         if group in self._apart or not any(p is speaker for p in members):
             return members
-        others = [p for p in members if p is not speaker and p.numel() <= _WIDE]
+        others = [p for p in members if p is not speaker and p.numel() <= _TOGETHER]
         return [p for p in members if p is speaker] + (others and [others[self._questions % len(others)]])
 
     def _agree(self, group: int, asked: Sequence[Tensor]) -> bool:
@@ -306,7 +307,7 @@ class _Twins:
         for p, i in sorted(
             ((p, i) for i, some in asked.items() for p in some), key=lambda each: each[0].numel()
         ):
-            if batch and sum(map(Tensor.numel, batch)) + p.numel() > _WIDE:
+            if batch and sum(map(Tensor.numel, batch)) + p.numel() > _TOGETHER:
                 self._compare_at_once(batch)
                 batch = {}
             batch[p] = i
@@ -316,7 +317,7 @@ class _Twins:
     def _compare_at_once(self, batch: Mapping[Tensor, int]) -> None:
         found: dict[Tensor, float | None] = {}
         after: dict[Tensor, Tensor] = {}
-        if self._widen and all(p.numel() <= _WIDE for p in batch):
+        if self._widen and all(p.numel() <= _LARGE for p in batch):
             try:
                 plain, after = (_stepped(self._optimizer, [*batch], s, torch.float64) for s in (0.0, 1.0))
                 told = {p: _over(p, plain[p], after[p]) for p in batch}
@@ -336,7 +337,7 @@ class _Twins:
                         f"its twins could not be stepped ({type(error).__name__}: {error})"
                     ) from None
             kept = self._expected.get(i)
-            if p.numel() <= _WIDE and (kept is None or kept.parameter.numel() < _FEW):
+            if kept is None or kept.parameter.numel() < _FEW:
                 self._expected[i] = _Expected(p, p.detach().double(), after[p])
         self._answers.update(found)
 
@@ -470,6 +471,12 @@ def _why_no_twin(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor])
         return "it frees what it holds when it is deleted, so that no twin can be made"
     if any(_holds_optimizer(value) for value in vars(optimizer).values()):
         return "it steps by another optimizer that it holds, so that no twin can be made"
+    own = tree_leaves(
+        [value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")]
+    )
+    members = {p for group in optimizer.param_groups for p in group["params"]}
+    if sum(each.numel() for each in own if isinstance(each, Tensor) and each not in members) > _LARGE:
+        return f"it keeps more than {_LARGE:,} numbers outside of its state, so that no twin is made"
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         return "its step needs a closure, so that no twin can be stepped"
@@ -531,6 +538,7 @@ def _unnoticed(parameters: Sequence[Tensor]) -> Iterator[None]:
             stack.enter_context(_Alone())
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        hooks = {name: held for name, held in hooks.items() if held}
         for name in hooks:
             setattr(module, name, OrderedDict())
         try:
