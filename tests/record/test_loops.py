@@ -1,7 +1,7 @@
 """The loops that people write around an optimizer: each is logged as it trains, and trains as if it were not.
 
-Every training here runs twice. Alone it gives the weights that it must end at, to the last bit. With a logger each of
-its updates is made again in float64, from copies of weights, gradients and state that were taken before it.
+Every training here runs twice. Alone it gives the weights that it must end at, to the last bit. With a logger each
+of its updates is made again in float64, from copies of weights, gradients and state that were taken before it.
 """
 
 import contextlib
@@ -9,9 +9,10 @@ import copy
 import functools
 import io
 import math
+import os
 import pickle
+import re
 import threading
-import warnings
 from typing import Any
 from unittest import mock
 
@@ -21,12 +22,11 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import swa_utils
-from torch.utils.checkpoint import checkpoint
 
 import weightdyn as wd
 
-EXACT = 1e-4  # of the row's budget, of weights in float32
-HALF = 2**-7  # m, v and the gradient are rounded to 8 bits, 2⁻⁹ each, and ‖u‖² has u twice
+EXACT = 1e-4  # of the row's budget
+HALF = 2**-7  # m̂, √v̂ and their quotient are rounded to 8 bits, 2⁻⁹ each, and ‖u‖² has u twice
 
 
 class Reference:
@@ -65,6 +65,8 @@ class Reference:
         count = float(state.get("step", 0)) + 1
         m = beta1 * state.get("exp_avg", 0) + (1 - beta1) * g
         v = beta2 * state.get("exp_avg_sq", 0) + (1 - beta2) * g * g
+        if p.dtype.itemsize < 4 and not group["fused"]:  # each operation stores what it made
+            m, v = (self.state(p)[key] for key in ("exp_avg", "exp_avg_sq"))
         if group["amsgrad"]:
             v = torch.maximum(v, state.get("max_exp_avg_sq", torch.zeros_like(v)))
         held = self.held[p] = beta1 * (self.held[p] if count > 1 else 0) + (1 - beta1)
@@ -121,7 +123,7 @@ def twice(train, print_as=""):
         error = reference.furthest(logger.run.forces())
         print(f"{print_as}: {error:.1e}")
         assert error <= within
-    return [logger.run for logger, *_ in attached]
+    return [(logger.run, reference) for logger, reference, _ in attached]
 
 
 def language_model(kind="llama", **options):
@@ -180,7 +182,7 @@ def ends(*optimizers):
 def autocast(attach, inside, **kind):
     model = language_model("neox")
     optimizer = adamw(model.parameters(), **kind)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, (n + 1) / 4))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1, n / 4))
     watch = attach(optimizer, model)
     for t in range(8):
         optimizer.zero_grad()
@@ -239,10 +241,10 @@ def masters(attach, **kind):
     return [*ends(optimizer), *(p.detach() for p in model.parameters())]
 
 
-def bf16_weights(attach, **kind):
+def bf16_weights(attach, within, **kind):
     model = language_model("neox").to(torch.bfloat16)
     optimizer = adamw(model.parameters(), eps=2**-20, **kind)
-    watch = attach(optimizer, model, within=HALF)
+    watch = attach(optimizer, model, within)
     for t in range(8):
         optimizer.zero_grad()
         loss_on(model, t).backward()
@@ -251,7 +253,7 @@ def bf16_weights(attach, **kind):
     return ends(optimizer)
 
 
-def bf16_matrices_beside_fp32_norms(attach, **kind):
+def bf16_matrices_beside_fp32_norms(attach, within, **kind):
     model = mlp()
     for i in (0, 3):
         model[i].to(torch.bfloat16)
@@ -262,10 +264,23 @@ def bf16_matrices_beside_fp32_norms(attach, **kind):
         model[i].register_forward_pre_hook(cast)
     model[2].register_forward_pre_hook(lambda module, given: given[0].float())
     optimizer = adamw(model.parameters(), eps=2**-20, **kind)
-    watch = attach(optimizer, model, within=HALF)
+    watch = attach(optimizer, model, within)
     for t in range(8):
         optimizer.zero_grad()
         loss_of(model, t).float().backward()
+        with watch():
+            optimizer.step()
+    return ends(optimizer)
+
+
+def fp16_weights_of_small_gradients(attach):
+    # v is below the least number of float16: the fused step knows it, the state does not.
+    rng = torch.Generator().manual_seed(0)
+    w = nn.Parameter(torch.randn(40, 30, generator=rng).half())
+    optimizer = adamw([w], fused=True)
+    watch = attach(optimizer, [("w", w)])
+    for _ in range(4):
+        w.grad = 1e-4 * torch.randn(40, 30, generator=rng).half()
         with watch():
             optimizer.step()
     return ends(optimizer)
@@ -283,13 +298,14 @@ def mixed_kernel(params, grads, exp_avgs, exp_avg_sqs, tops, steps, **given):
         second.copy_(v)
 
 
-def bf16_moments(attach, **options):
+def bf16_moments(attach, pattern="", **options):
     # torchtitan's fused_opt_states_bf16: a hook makes the state before the optimizer would.
     model = language_model("neox")
     optimizer = adamw(model.parameters(), fused=True)
+    chosen = [p for name, p in model.named_parameters() if re.search(pattern, name)]
 
     def prepare(*_):
-        for p in model.parameters():
+        for p in chosen:
             if not optimizer.state[p]:
                 zeros = {key: torch.zeros_like(p, dtype=torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {"step": torch.zeros(()), **zeros}
@@ -302,7 +318,7 @@ def bf16_moments(attach, **options):
             loss_on(model, t).backward()
             with watch():
                 optimizer.step()
-    assert all(state["exp_avg"].dtype == torch.bfloat16 for state in optimizer.state.values())
+    assert all(optimizer.state[p]["exp_avg"].dtype == torch.bfloat16 for p in chosen)
     return ends(optimizer)
 
 
@@ -473,9 +489,14 @@ LOOPS = {
     **{f"scaler-{name}": (grad_scaler, {"unscale": False, **kind}) for name, kind in KINDS.items()},
     **{f"scaler-clipped-{name}": (grad_scaler, {"unscale": True, **kind}) for name, kind in KINDS.items()},
     **{f"masters-{name}": (masters, kind) for name, kind in KINDS.items()},
-    **{f"bf16-weights-{name}": (bf16_weights, kind) for name, kind in KINDS.items()},
-    **{f"bf16-matrices-{name}": (bf16_matrices_beside_fp32_norms, kind) for name, kind in KINDS.items()},
+    "bf16-weights-foreach": (bf16_weights, {"within": HALF, "foreach": True}),
+    "bf16-weights-fused": (bf16_weights, {"within": HALF, "fused": True}),
+    "bf16-weights-fused-exactly": (bf16_weights, {"within": EXACT, "fused": True}),
+    "bf16-matrices-foreach": (bf16_matrices_beside_fp32_norms, {"within": HALF, "foreach": True}),
+    "bf16-matrices-fused": (bf16_matrices_beside_fp32_norms, {"within": HALF, "fused": True}),
+    "fp16-weights-fused": (fp16_weights_of_small_gradients, {}),
     "bf16-moments": (bf16_moments, {"within": HALF}),
+    "bf16-moments-exactly": (bf16_moments, {}),
     "bf16-moments-read-before": (bf16_moments, {"within": HALF, "drift": "before"}),
     "checkpointed": (checkpointed, {"reentrant": False, "clip": "norm", "set_to_none": True}),
     "checkpointed-reentrant": (checkpointed, {"reentrant": True, "clip": "value", "set_to_none": False}),
@@ -489,17 +510,28 @@ LOOPS = {
 }
 
 
-RESTARTS_ALL = pytest.mark.xfail(
-    strict=True, reason="a tensor whose state is reset makes all others forget how their momentum was made"
-)
 LOOPS["surgery-reset"] = (surgery, {"reset": True})
-MARKS = {"surgery-reset": RESTARTS_ALL}
+UNROUNDED = "the moments are taken as they are stored: a fused step uses them before they are rounded"
+FAULTS = {
+    "surgery-reset": "a tensor whose state is reset makes all others forget how their momentum was made",
+    "bf16-weights-fused-exactly": UNROUNDED,
+    "bf16-moments-exactly": UNROUNDED,
+    "fp16-weights-fused": UNROUNDED,
+}
+MARKS = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in FAULTS.items()}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in LOOPS])
 def test_each_update_is_that_of_a_float64_loop_and_the_training_stays_to_the_last_bit(name):
     train, options = LOOPS[name]
     twice(functools.partial(train, **options), print_as=name)
+
+
+@pytest.mark.xfail(strict=True, reason="small tensors are packed in the type of the first one's moments")
+def test_fp32_moments_beside_bf16_ones_are_read_as_they_are():
+    ((run, reference),) = twice(functools.partial(bf16_moments, pattern="embed_in", within=HALF))
+    reference.rows = [row for row in reference.rows if "embed_in" not in row["tensor"]]
+    assert reference.furthest(run.forces().query("~tensor.str.contains('embed_in')")) <= EXACT
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------
@@ -600,9 +632,10 @@ def test_a_model_whose_blocks_are_wrapped_has_the_names_of_the_plain_one(wrap):
 # --- other hooks ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("older", [False, pytest.param(True, marks=pytest.mark.xfail(
-    strict=True, reason="the logger reads weights and η after the hooks that are older than it"
-))])  # fmt: skip
+OLDER = pytest.mark.xfail(strict=True, reason="weights and η are read after the hooks that are older")
+
+
+@pytest.mark.parametrize("older", [False, pytest.param(True, marks=OLDER)])
 @pytest.mark.parametrize("what", ["weights", "rate"])
 def test_what_another_hook_changes_after_the_step_is_not_taken_for_the_step(what, older):
     def train(attach):
@@ -658,7 +691,7 @@ def test_a_step_that_fails_and_is_made_again_is_one_update():
                 optimizer.step()
         return ends(optimizer)
 
-    (run,) = twice(train)
+    ((run, _),) = twice(train)
     assert sorted(run.forces()["step"].unique()) == [1, 2, 3, 4, 5]
 
 
@@ -795,6 +828,52 @@ def test_workers_that_load_data_leave_the_log_alone(persistent, tmp_path):
         assert len(list((tmp_path / str(workers)).rglob("*.parquet"))) == 2
     pd.testing.assert_frame_equal(*tables)
     assert sorted(tables[0]["step"].unique()) == list(range(1, 9))
+
+
+@pytest.mark.xfail(strict=True, reason="the hooks go on in a forked process, and write into its parent's run")
+def test_a_forked_process_that_trains_leaves_the_log_to_its_parent(tmp_path, monkeypatch):
+    monkeypatch.setattr("weightdyn.record.logger._FLUSH_SECONDS", -1.0)  # write after every update
+    model = mlp()
+    optimizer = adamw(model.parameters())
+    with wd.ForceLogger(optimizer, model, out=tmp_path) as logger:
+
+        def update(t):
+            optimizer.zero_grad()
+            loss_of(model, t).backward()
+            optimizer.step()
+
+        update(0)
+        child = os.fork()
+        if not child:
+            try:
+                for t in range(3):
+                    update(100 + t)
+                logger.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        update(1)
+    assert wd.RunLog(tmp_path).forces()["step"].unique().tolist() == [1, 2]
+    assert len(list(tmp_path.rglob("*.parquet"))) == 2
+
+
+@pytest.mark.xfail(strict=True, reason="parameters are known by their identity alone")
+def test_a_parameter_whose_data_get_another_shape_is_read_as_it_is():
+    a, b = (nn.Parameter(torch.randn(rows, 30)) for rows in (40, 60))
+    optimizer = adamw([a, b])
+    with wd.ForceLogger(optimizer, [("a", a), ("b", b)]) as logger:
+        for t in range(4):
+            if t == 2:  # rows of one go to the other
+                for p, rows in ((a, 60), (b, 40)):
+                    p.grad, p.data = None, torch.randn(rows, 30)
+                    optimizer.state.pop(p)
+            for p in (a, b):
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+    table = logger.run.forces().query("step == 4").set_index("tensor")
+    assert table["numel"].tolist() == [1800, 1200]
+    for name, p in (("a", a), ("b", b)):
+        assert table.loc[name, "norm_sq_after"] == pytest.approx(float(p.detach().square().sum()), rel=1e-5)
 
 
 def test_threads_that_train_and_threads_that_read_have_each_their_own():
