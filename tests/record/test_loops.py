@@ -517,14 +517,12 @@ LOOPS = {
     **{f"scaler-clipped-{name}": (grad_scaler, {"unscale": True, **kind}) for name, kind in KINDS.items()},
     **{f"masters-{name}": (masters, kind) for name, kind in KINDS.items()},
     "bf16-weights-foreach": (bf16_weights, {"within": HALF, "foreach": True}),
-    "bf16-weights-fused": (bf16_weights, {"within": HALF, "fused": True}),
-    "bf16-weights-fused-exactly": (bf16_weights, {"within": EXACT, "fused": True}),
+    "bf16-weights-fused": (bf16_weights, {"within": EXACT, "fused": True}),
     "bf16-matrices-foreach": (bf16_matrices_beside_fp32_norms, {"within": HALF, "foreach": True}),
-    "bf16-matrices-fused": (bf16_matrices_beside_fp32_norms, {"within": HALF, "fused": True}),
+    "bf16-matrices-fused": (bf16_matrices_beside_fp32_norms, {"within": EXACT, "fused": True}),
     "fp16-weights-fused": (fp16_weights_of_small_gradients, {}),
-    "bf16-moments": (bf16_moments, {"within": HALF}),
-    "bf16-moments-exactly": (bf16_moments, {}),
-    "bf16-moments-read-before": (bf16_moments, {"within": HALF, "drift": "before"}),
+    "bf16-moments": (bf16_moments, {}),
+    "bf16-moments-read-before": (bf16_moments, {"drift": "before"}),
     "checkpointed": (checkpointed, {"reentrant": False, "clip": "norm", "set_to_none": True}),
     "checkpointed-reentrant": (checkpointed, {"reentrant": True, "clip": "value", "set_to_none": False}),
     "tied-frozen-added": (tied_frozen_and_added, {"set_to_none": True}),
@@ -532,30 +530,19 @@ LOOPS = {
     "in-backward": (in_the_backward_pass, {}),
     "functional": (functional, {}),
     **{f"surgery-{name}": (surgery, kind) for name, kind in KINDS.items()},
+    "surgery-reset": (surgery, {"reset": True}),
     "options": (every_option_at_once, {}),
     "differentiable": (differentiable, {}),
     "modes": (modes, {}),
 }
 
 
-LOOPS["surgery-reset"] = (surgery, {"reset": True})
-UNROUNDED = "the moments are taken as they are stored: a fused step uses them before they are rounded"
-FAULTS = {
-    "surgery-reset": "a tensor whose state is reset makes all others forget how their momentum was made",
-    "bf16-weights-fused-exactly": UNROUNDED,
-    "bf16-moments-exactly": UNROUNDED,
-    "fp16-weights-fused": UNROUNDED,
-}
-MARKS = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in FAULTS.items()}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in LOOPS])
+@pytest.mark.parametrize("name", LOOPS)
 def test_each_update_is_that_of_a_float64_loop_and_the_training_stays_to_the_last_bit(name):
     train, options = LOOPS[name]
     twice(functools.partial(train, **options), print_as=name)
 
 
-@pytest.mark.xfail(strict=True, reason="small tensors are packed in the type of the first one's moments")
 def test_fp32_moments_beside_bf16_ones_are_read_as_they_are():
     ((run, reference),) = twice(functools.partial(bf16_moments, pattern="embed_in", within=HALF))
     reference.rows = [row for row in reference.rows if "embed_in" not in row["tensor"]]
@@ -656,7 +643,6 @@ def wrapped_for_checkpoints(block):
     return checkpoint_wrapper(block)
 
 
-@pytest.mark.xfail(strict=True, reason="only a wrapper of the whole model is taken from the names")
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_model_whose_blocks_are_wrapped_has_the_names_of_the_plain_one(wrap):
     names = []
@@ -672,10 +658,7 @@ def test_a_model_whose_blocks_are_wrapped_has_the_names_of_the_plain_one(wrap):
 # --- other hooks ------------------------------------------------------------------------------------------------
 
 
-OLDER = pytest.mark.xfail(strict=True, reason="weights and η are read after the hooks that are older")
-
-
-@pytest.mark.parametrize("older", [False, pytest.param(True, marks=OLDER)])
+@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("what", ["weights", "rate"])
 def test_what_another_hook_changes_after_the_step_is_not_taken_for_the_step(what, older):
     def train(attach):
@@ -712,17 +695,12 @@ def test_what_another_hook_changes_after_the_step_is_not_taken_for_the_step(what
     twice(train)
 
 
-OVERTAKEN = pytest.mark.xfail(
-    strict=True, reason="a gradient that is read before a newer hook is told as if it acted"
-)
-
-
 @pytest.mark.parametrize(
     ("dtype", "drift"),
     [
         (torch.float32, True),
-        pytest.param(torch.float32, "before", marks=OVERTAKEN),
-        pytest.param(torch.bfloat16, True, marks=OVERTAKEN),
+        (torch.float32, "before"),
+        (torch.bfloat16, True),
     ],
 )
 @pytest.mark.filterwarnings("ignore:ForceLogger")
@@ -934,7 +912,6 @@ def test_workers_that_load_data_leave_the_log_alone(persistent, tmp_path):
     assert sorted(tables[0]["step"].unique()) == list(range(1, 9))
 
 
-@pytest.mark.xfail(strict=True, reason="the hooks go on in a forked process, and write into its parent's run")
 def test_a_forked_process_that_trains_leaves_the_log_to_its_parent(tmp_path, monkeypatch):
     monkeypatch.setattr("weightdyn.record.logger._FLUSH_SECONDS", -1.0)  # write after every update
     model = mlp()
@@ -961,7 +938,6 @@ def test_a_forked_process_that_trains_leaves_the_log_to_its_parent(tmp_path, mon
     assert len(list(tmp_path.rglob("*.parquet"))) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="parameters are known by their identity alone")
 def test_a_parameter_whose_data_get_another_shape_is_read_as_it_is():
     a, b = (nn.Parameter(torch.randn(rows, 30)) for rows in (40, 60))
     optimizer = adamw([a, b])
@@ -1044,9 +1020,6 @@ def test_the_names_of_bf16_copies_are_refused_where_the_optimizer_steps_their_ma
     assert "gpt_neox.layers.0.attention.query_key_value.weight[q]" in logger.run.info["tensors"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a parameter without a name gets one of its place, and nobody hears of it"
-)
 def test_masters_without_a_name_are_told_where_other_parameters_have_one():
     model = mlp()
     for i in (0, 3):
