@@ -1,6 +1,5 @@
 """ForceLogger on real torch optimizers, against a float64 loop that clones the weights before each step."""
 
-import contextlib
 import gc
 import math
 import pickle
@@ -376,16 +375,14 @@ def test_gradients_that_another_hook_clears_do_not_hide_the_update(source):
     optimizer.register_step_post_hook(lambda o, args, kwargs: o.zero_grad())
     loop = Loop(optimizer, {p: name for name, p in model.named_parameters()})
     loop.has_gradient = lambda p: True
-    told = r"gradient of 0.weight was freed or written to inside the step"
     with wd.ForceLogger(optimizer, model, source=source) as logger:
         for t in range(1, 4):
             optimizer.zero_grad()
             loss_of(model, t).backward()
-            with pytest.warns(RuntimeWarning, match=told) if t == 1 else contextlib.nullcontext():
-                loop.step(t)
+            loop.step(t)
     table = logger.run.forces()
     assert len(table) == 3 * 6
-    assert table[["drift", "memory", "signal"]].isna().all(axis=None)
+    assert table["drift"].notna().all()
     agree(table, loop.table())
 
 

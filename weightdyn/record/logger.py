@@ -12,6 +12,7 @@ import functools
 import json
 import operator
 import os
+import threading
 import time
 import warnings
 import weakref
@@ -58,6 +59,20 @@ Source = Literal["auto", "moments", "displacement"]
 
 _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # what torch puts into the names of a block
+
+
+def _alone(method: Callable[..., Any]) -> Any:
+    """One thread at a time, and none of a forked process, which leaves the log to its parent."""
+
+    @functools.wraps(method)
+    def alone(self: ForceLogger, *args: Any, **kwargs: Any) -> Any:
+        if self._process != os.getpid():
+            return None
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 class ForceLogger:
@@ -70,8 +85,8 @@ class ForceLogger:
 
     For each selected tensor and logged update t it records ⟨w,u⟩, ‖u‖² and ‖w‖² with u = m̂/(√v̂+ε), from which
     `RunLog.forces()` computes alignment, injection and decay (see `forces_from_products`). The products are
-    measured after the step and carried back over it in closed form (`before_step`); parameters below 32 bits,
-    whose steps rounding may swallow, are measured before the step from the gradient instead.
+    measured after the step and carried back over it in closed form (`before_step`); where the weights or
+    their moments are below 32 bits, and rounding may swallow a step, they are measured before it from the gradient.
 
     Args:
         optimizer: any torch optimizer, or a list of those that train the model together (Muon and AdamW; one for
@@ -121,8 +136,8 @@ class ForceLogger:
         FileExistsError: at the first update from 0 on, `out` holds updates of another training.
 
     Under data parallelism attach it on rank 0 only: the ranks make the same updates. A hook of your own that
-    changes gradients before the step must be registered before the logger, for it reads them then where parameters
-    are below 32 bits or drift="before"; elsewhere what such a hook changes is NaN, and the log says so.
+    changes gradients before the step must be registered before the logger, for it may read them then; what is
+    changed later is NaN, and the log says so.
 
     On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
     flushed, every 60 s or 50,000 rows, and after each Weibull fit. A NaN or inf is recorded as it is and warned
@@ -208,6 +223,7 @@ class ForceLogger:
             raise
         self._closed = False
         self._process = os.getpid()
+        self._lock = threading.RLock()  # who reads the run in another thread must not take half an update
         self._handles = [
             handle
             for index in range(len(self._watches))
@@ -223,12 +239,16 @@ class ForceLogger:
             return torch.compiler.disable(functools.partial(function, index))
 
         optimizer = watched.optimizer
-        return [
+        handles: list[Any] = [
             optimizer.register_step_pre_hook(hook(self._on_step_begin)),
             optimizer.register_step_post_hook(hook(self._on_step_end)),
             optimizer.register_load_state_dict_post_hook(self._on_load),
             optimizer.register_state_dict_pre_hook(self._on_save),
         ]
+        # Weights, state and η as the step left them: older hooks may change them.
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(handles[1].id, last=False)
+        return handles
 
     # ------------------------------------------------------------------ what users call
 
@@ -268,6 +288,7 @@ class ForceLogger:
         self._bring_over()
         return force_table(self._last, self._book.labels)
 
+    @_alone
     @uninterrupted
     def flush(self) -> None:
         """Bring the results over from the devices and write what is not yet written."""
@@ -300,10 +321,11 @@ class ForceLogger:
 
         Warns if there was no update to log.
         """
-        if not self._closed:
+        if not self._closed and self._process == os.getpid():
             self._close()
             self._warn_of_no_update()
 
+    @_alone
     @uninterrupted
     def _close(self) -> None:
         for handle in self._handles:
@@ -340,6 +362,7 @@ class ForceLogger:
 
     # ------------------------------------------------------------------ the hooks
 
+    @_alone
     @uninterrupted
     @torch.no_grad()
     def _on_step_begin(self, index: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
@@ -360,6 +383,7 @@ class ForceLogger:
             return None
         return watched.prepare(t - 1, audit, args, kwargs)
 
+    @_alone
     @uninterrupted
     @torch.no_grad()
     def _on_step_end(self, index: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -520,6 +544,12 @@ class ForceLogger:
             followed = watched.track(tracked)
             watched.set_clocks(self._round.step, followed)
         everything = [each for _, each in self._everything()]
+        if self._given and (unnamed := [each for each in everything if each.parameter not in self._names]):
+            self._warn_once(
+                "names",
+                f"{len(unnamed)} of the optimizer's parameters are not in params and are named by their place, "
+                f"{unnamed[0].name.name} for one: pass (name, parameter) pairs of all, of fp32 masters too",
+            )
         whole = [
             each.name.name for each in everything if each.name.component == "qkv" and not each.name.views
         ]
@@ -546,6 +576,7 @@ class ForceLogger:
 
     # ------------------------------------------------------------------ from the devices into the log
 
+    @_alone
     def _bring_over(self) -> None:
         """Turn what was measured since the last time into rows: one copy from each device."""
         if self._book.pending:
@@ -565,6 +596,7 @@ class ForceLogger:
         self._bring_over()
         self._store()
 
+    @_alone
     def _store(self) -> None:
         """Write in mid-training: a full disk must not end it, and the rows are kept for the next time."""
         self._flushed_at = time.monotonic()
@@ -666,14 +698,17 @@ def _given_pairs(
         raise TypeError("params must be a model or (name, parameter) pairs, such as model.named_parameters()")
     given = {parameter for _, parameter in pairs}
     if not any(parameter in given for each in optimizers for _, (_, parameter) in _places(each)):
-        raise ValueError("params has none of the optimizer's parameters: is it another model's, or a copy?")
+        raise ValueError(
+            "params has none of the optimizer's parameters: is it another model's, or a copy? Of an optimizer that "
+            "steps copies (fp32 masters of bf16 weights) pass (name, copy) pairs"
+        )
     return pairs
 
 
 def _names(pairs: Sequence[tuple[str, Tensor]]) -> dict[Tensor, str]:
-    """Parameters with their names, less what a wrapper (DDP, torch.compile) puts before every one of them."""
-    names = [name for name, _ in pairs]
-    for wrapper in ("module.", "_orig_mod.", "module."):
+    """Parameters with their names, less what wrappers (torch.compile, DDP) put into them."""
+    names = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name, _ in pairs]
+    for wrapper in ("module.", "module."):
         if all(name.startswith(wrapper) for name in names):
             names = [name.removeprefix(wrapper) for name in names]
     return {parameter: name for name, (_, parameter) in zip(names, pairs, strict=True)}

@@ -609,9 +609,9 @@ def own_names(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     ]
 
 
-def signature(optimizer: torch.optim.Optimizer) -> list[list[int]]:
-    """Which parameters are in which group: two that are equal are of the same groups."""
-    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+def signature(optimizer: torch.optim.Optimizer) -> list[list[tuple[int, ...]]]:
+    """Which parameters are in which group, and their shapes: two that are equal are of the same groups."""
+    return [[(id(p), *p.shape) for p in group["params"]] for group in optimizer.param_groups]
 
 
 def with_gradient(optimizer: torch.optim.Optimizer) -> set[Tensor]:

@@ -33,7 +33,7 @@ from weightdyn.record.book import (
     on_one_device,
 )
 from weightdyn.record.decay import Decay, Given
-from weightdyn.record.moments import Fresh, Plan
+from weightdyn.record.moments import PRODUCTS, Fresh, Plan
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
     Acting,
@@ -47,6 +47,7 @@ from weightdyn.record.optimizers import (
     is_running,
     law_of,
     lr_of,
+    moments_of,
     momentum_age,
     momentum_of,
     signature,
@@ -184,8 +185,15 @@ class Watch:
             args, kwargs: what step() was called with.
         """
         before = _Before(made + 1, self._counted())
-        if self._out_of_step(before.counts):
-            self.set_clocks(made)
+        changed = self._out_of_step(before.counts)
+        if changed:
+            followed = {
+                self.tracked[i].parameter: clock
+                for clock in self._clocks
+                for i in clock.members
+                if i not in changed
+            }
+            self.set_clocks(made, followed)
         everything = range(len(self.tracked))
         if audit:
             before.waiting += self._measure_norms(NormBefore, everything)
@@ -244,17 +252,19 @@ class Watch:
         }
         self.decay.ask([self.tracked[i].parameter for i in gradients], before.step)
         if self.source == "moments":
-            before.ahead = [
-                i
-                for i in gradients
-                if self._drift == "before" or self.tracked[i].parameter.dtype.itemsize < 4
-            ]
+            before.ahead = [i for i in gradients if self._drift == "before" or self._is_rounded(i)]
             before.waiting += self._measure_moments(Products, before.ahead, before.counts, ahead=True)
             before.copies = {i: kept for i, kept in before.copies.items() if i not in before.ahead}
         if self._drift == "before" and self.source == "displacement":
             before.gradients = {i: (grad.clone(), -1) for i, grad in gradients.items()}
-        elif self._drift:
+        elif self._drift or before.ahead:
             before.gradients = {i: (grad, grad._version) for i, grad in gradients.items()}
+
+    def _is_rounded(self, i: int) -> bool:
+        """Whether what stands in the tensor or its moments after a step is less than what acted in it."""
+        parameter = self.tracked[i].parameter
+        kept = [parameter, *moments_of(self.optimizer, parameter).values()]
+        return any(each.dtype.itemsize < 4 for each in kept)
 
     def _shrunk(self) -> list[int]:
         """Tensors of which this step's decay leaves so little that w cannot be told from w'."""
@@ -328,7 +338,8 @@ class Watch:
         else:
             waiting += self._measure_moments(ProductsAfter, inverted, counts, fresh)
             waiting += self._measure_moments(Products, copied, counts, fresh, copies=before.copies)
-        record.waiting += [*waiting, *self._measure_norms(NormAfter, [i for i in active if i in measured])]
+        waiting += self._measure_norms(NormAfter, [i for i in active if i in measured])
+        record.waiting += [*waiting, *self._overtaken(before)]
 
     # ------------------------------------------------------------------ measuring
 
@@ -339,6 +350,23 @@ class Watch:
         return [
             what(rows, plan.norms([self.tracked[i].parameter.detach() for i in chosen]))
             for chosen, rows, plan in self._by_device(indices)
+        ]
+
+    def _overtaken(self, before: _Before) -> list[Measured]:
+        """NaN for what was measured from a gradient that a later hook changed before the step."""
+        changed = [i for i in before.ahead if before.gradients[i][0]._version != before.gradients[i][1]]
+        if not changed:
+            return []
+        self._warn(
+            "overtaken",
+            f"the gradient of {self.tracked[changed[0]].name.name} was written to after it had been read: its "
+            "forces are NaN. Register the hook that does it before the logger",
+        )
+        return [
+            Products(
+                rows, torch.full((len(rows), len(PRODUCTS)), np.nan, dtype=torch.float64, device=plan.device)
+            )
+            for _, rows, plan in self._by_device(changed)
         ]
 
     def _fresh(self, before: _Before, active: Sequence[int]) -> dict[int, Tensor]:
@@ -434,6 +462,7 @@ class Watch:
                 grads = [cast(Tensor, parameter.grad).detach() for parameter in parameters]
                 more["fresh"] = self._acting(grads, groups, after=False)
                 more["ahead"], more["drift"] = True, bool(self._drift)
+                more["rounded"] = not groups[0].get("fused")
                 if any(top is not None for top in tops):
                     more["max_exp_avg_sqs"] = _first_given(
                         tops, [p.new_zeros(()).expand(p.shape) for p in parameters]
@@ -483,14 +512,19 @@ class Watch:
         if made and anew:
             self._recall(made, anew)
 
-    def _out_of_step(self, counts: Sequence[float | Tensor]) -> bool:
-        """Whether somebody else has changed the state: a moment that was reset is young again."""
-        return is_normalised(self.optimizer) and any(  # all of those count
-            counts[i] != clock.step and counts[i] < COUNT_STOPS
+    def _out_of_step(self, counts: Sequence[float | Tensor]) -> set[int]:
+        """Tensors whose state somebody else has changed: a moment that was reset is young again."""
+        if not is_normalised(self.optimizer):  # all of those count
+            return set()
+        return {
+            i
             for clock in self._clocks
             for i in clock.members
-            if not isinstance(counts[i], Tensor) and not isinstance(clock.step, Tensor)
-        )
+            if not isinstance(counts[i], Tensor)
+            and not isinstance(clock.step, Tensor)
+            and counts[i] != clock.step
+            and counts[i] < COUNT_STOPS
+        }
 
     def _recall(self, made: int, clocks: Iterable[_Clock]) -> None:
         """Go on from the last update, if the log has it."""
