@@ -627,6 +627,15 @@ class Sharpness(Plain):
         super().step()
 
 
+class Searches(Plain):
+    """It asks for the gradient twice, there and where it would go."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for _ in range(2):
+            super().step(closure)
+
+
 class Insists(Plain):
     def step(self, closure):
         super().step(closure)
@@ -758,7 +767,7 @@ def test_a_decay_that_no_setting_switches_off_is_not_taken_for_none():
 
 
 def test_weights_that_a_step_moves_before_its_closure_have_no_number():
-    for make, moved in ((Sharpness, True), (Plain, False)):
+    for make, moved in ((Sharpness, True), (Searches, True), (Plain, False)):
         model = model_of()
         parameters = list(model.parameters())
         optimizer = make(parameters)

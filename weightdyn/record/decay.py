@@ -100,9 +100,11 @@ class Decay:
 
     @torch.no_grad()
     def ask(self, parameters: Sequence[Tensor], step: int) -> None:
-        """Before a logged update, when the gradients are there and weights and state are those before it."""
+        """Before a logged update, when the gradients are there and weights and state are those before it.
+
+        In a closure that is called several times it is asked each time.
+        """
         entry, first = self._entry, self._first
-        self._first = None
         if self.told == "twins":
             moved = first is not None and any(not torch.equal(first[p], _beginning(p)) for p in first)
             self._twins.ask(parameters, moved)
@@ -117,6 +119,7 @@ class Decay:
     def acted(self, parameters: Sequence[Tensor], step: int) -> list[Acting]:
         """η and λ of each tensor in the update that was just made, the state being that after it."""
         groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        self._first = None
         if self.told == "twins":
             found = self._twins.answer(parameters, groups)
         elif self._entry is not None and self._entry.law is not None:
