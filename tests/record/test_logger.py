@@ -1139,3 +1139,22 @@ def test_a_step_to_record_at_is_a_whole_number(step):
         with pytest.raises((TypeError, ValueError), match="step must be a whole number >= 0, or None"):
             logger.record(step, loss=1.0)
     assert logger.run.metrics().empty
+
+
+def test_the_run_says_what_its_forces_and_its_decay_are_from():
+    class Calling(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    for make, source, decay in (
+        (torch.optim.AdamW, "moments", "table"),
+        (torch.optim.SGD, "displacement", "table"),
+        (Calling, "displacement", "twins"),
+    ):
+        model = mlp()
+        log = wd.ForceLogger(make(model.parameters()), model)
+        with pytest.warns(RuntimeWarning, match="no update"):
+            log.close()
+        assert (log.run.info["source"], log.run.info["decay"]) == (source, decay)
+        assert f"forces by   {source}" in repr(log.run)
+        assert f"decay by    {decay}" in repr(log.run)
