@@ -1,0 +1,131 @@
+"""What the callbacks share: a logger, and a schedule of rescalings, that a framework's events open and close."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightdyn.core.tables import By
+from weightdyn.record.logger import ForceLogger
+from weightdyn.record.optimizers import updates_made
+from weightdyn.wisca.schedule import RescaleSchedule
+
+
+class Recording:
+    """A `ForceLogger` for each training in turn.
+
+    Args:
+        by: groups of the scalars, as in `ForceLogger.scalars`.
+        options: of `ForceLogger`.
+
+    Attributes:
+        log: the logger of the present training, or of the last one; None before, and in a process that has none.
+
+    Raises:
+        TypeError: an option is none of `ForceLogger`'s.
+    """
+
+    def __init__(self, by: By | Sequence[str] | None, options: Mapping[str, Any]):
+        inspect.signature(ForceLogger).bind(None, params=None, out=None, start_step=None, **options)
+        self.log: ForceLogger | None = None
+        self._by, self._options = by, options
+        self._open = False
+        self._told: dict[str, float] = {}
+
+    def begin(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        model: nn.Module,
+        out: Path,
+        step: int,
+        config: Any = None,
+    ) -> None:
+        """Attach a logger, at the update where the optimizers are by their own count, or `step` if they have none."""
+        self.end()
+        inner = [unwrap(each) for each in optimizers]
+        given: Any = inner[0] if len(inner) == 1 else inner
+        made = max(updates_made(each, default=step) for each in inner)
+        options = {"config": config, **self._options}
+        self.log = ForceLogger(given, model, out=out, start_step=made, **options)
+        self._open, self._told = True, {}
+
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Keep a framework's metrics beside the forces, those that are numbers."""
+        if self._open and self.log is not None:
+            values = {
+                name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+                for name, value in metrics.items()
+                if name != "step"
+            }
+            self.log.record(
+                **{name: value for name, value in values.items() if isinstance(value, (int, float))}
+            )
+
+    def news(self) -> dict[str, float]:
+        """The scalars of the last logged update, once: empty until there is another one."""
+        scalars = self.log.scalars(self._by) if self._open and self.log is not None else {}
+        if scalars == self._told:
+            return {}
+        self._told = scalars
+        return scalars
+
+    def flush(self) -> None:
+        """Before a checkpoint is written, so that it knows of no update that the log does not."""
+        if self._open and self.log is not None:
+            self.log.flush()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Close the log; after an `error` as a `with` statement does. Ending twice does no harm."""
+        if self._open and self.log is not None:
+            self._open = False
+            self.log.__exit__(None if error is None else type(error), error, None)
+
+
+class Rescaling:
+    """A `RescaleSchedule` for each training in turn.
+
+    Args:
+        options: of `RescaleSchedule`.
+
+    Attributes:
+        schedule: that of the present training, or of the last one; None before.
+    """
+
+    def __init__(self, options: Mapping[str, Any]):
+        self.schedule: RescaleSchedule | None = None
+        self._options = options
+
+    def begin(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        model: nn.Module,
+        log: ForceLogger | None,
+        step: int,
+    ) -> None:
+        """Attach a schedule, at the update where the optimizer is by its own count, or `step` if it has none."""
+        self.end()
+        if len(optimizers) != 1:
+            raise ValueError(
+                f"RescaleCallback follows one optimizer, and there are {len(optimizers)}: call "
+                "weightdyn.wisca.rescale_(model, optimizers) in the training step"
+            )
+        inner = unwrap(optimizers[0])
+        made = updates_made(inner, default=step)
+        self.schedule = RescaleSchedule(model, inner, logger=log, start_step=made, **self._options)
+
+    def end(self) -> None:
+        """Take the schedule off the optimizer. Ending twice does no harm."""
+        if self.schedule is not None:
+            self.schedule.close()
+
+
+def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:  # to go: ForceLogger unwraps
+    """The optimizer inside a wrapper."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
