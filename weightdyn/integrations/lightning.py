@@ -11,7 +11,7 @@ to whatever loggers it has; other callbacks find them in `trainer.callback_metri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,8 @@ class ForceCallback(pl.Callback):
         trainer = Trainer(..., callbacks=[ForceCallback(every=10)])
 
     With automatic and manual optimization. At each of the trainer's logging steps (`log_every_n_steps`) behind a
-    newly logged update, the scalars of that update go out (`ForceLogger.scalars` says what they are). The loss
-    that `training_step` returns is recorded in the run at the same steps, and what was logged by the end of a
-    validation: `RunLog.metrics()`.
+    newly logged update, the scalars of that update go out (`ForceLogger.scalars` says what they are). What the
+    module logs is recorded in the run at the same steps, and at the end of a validation: `RunLog.metrics()`.
 
     Args:
         out: run directory. Default: `weightdyn` in the trainer's `default_root_dir`.
@@ -72,14 +71,15 @@ class ForceCallback(pl.Callback):
         )
         self._recording = Recording(by, options)
         self._step = 0
+        self._of_training: set[str] = set()  # names of metrics
 
     @property
-    def log(self) -> ForceLogger | None:
-        """The logger of the present training or of the last one; `log.run` reads what it holds.
+    def logger(self) -> ForceLogger | None:
+        """The logger of the present training or of the last one; `logger.run` reads what it holds.
 
         None before the training, and in other processes than the first, where the updates are the same.
         """
-        return self._recording.log
+        return self._recording.logger
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the logger; resumed optimizers have their states by now."""
@@ -93,17 +93,18 @@ class ForceCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Report the forces where the trainer is about to report its metrics."""
-        if trainer._logger_connector.should_update_logs:
-            scalars = self._recording.news()
-            if scalars:
-                pl_module.log_dict(scalars, on_step=True, on_epoch=False, rank_zero_only=True)
-                loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-                self._recording.record({"loss": loss})
+        connector = trainer._logger_connector
+        if connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+            metrics = connector.metrics["callback"]
+            self._of_training |= {*metrics}
+            self._recording.record(metrics)
+            pl_module.log_dict(self._recording.news(), on_step=True, on_epoch=False, rank_zero_only=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record what was logged by now."""
+        """Record what the validation logged; of the training's metrics the values there may be old."""
         if not trainer.sanity_checking:
-            self._recording.record(trainer.callback_metrics)
+            metrics = trainer.callback_metrics.items()
+            self._recording.record({name: each for name, each in metrics if name not in self._of_training})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the log."""
@@ -118,7 +119,7 @@ class ForceCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Store the log, and return the update at which it is: {"step": updates}."""
         self._recording.flush()
-        return {} if self.log is None else {"step": self.log.step}
+        return {} if self.logger is None else {"step": self.logger.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Where to go on, if the optimizers do not count."""
@@ -162,7 +163,7 @@ class RescaleCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the schedule at the update where the training is."""
-        log = None if self._forces is None else self._forces.log
+        log = None if self._forces is None else self._forces.logger
         self._rescaling.begin(trainer.optimizers, _inner(pl_module), log, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

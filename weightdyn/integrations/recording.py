@@ -24,7 +24,7 @@ class Recording:
         options: of `ForceLogger`.
 
     Attributes:
-        log: the logger of the present training, or of the last one; None before, and in a process that has none.
+        logger: the logger of the present training, or of the last one; None before, and in a process that has none.
 
     Raises:
         TypeError: an option is none of `ForceLogger`'s.
@@ -32,7 +32,7 @@ class Recording:
 
     def __init__(self, by: By | Sequence[str] | None, options: Mapping[str, Any]):
         inspect.signature(ForceLogger).bind(None, params=None, out=None, start_step=None, **options)
-        self.log: ForceLogger | None = None
+        self.logger: ForceLogger | None = None
         self._by, self._options = by, options
         self._open = False
         self._told: dict[str, float] = {}
@@ -45,30 +45,30 @@ class Recording:
         step: int,
         config: Any = None,
     ) -> None:
-        """Attach a logger, at the update where the optimizers are by their own count, or `step` if they have none."""
+        """Attach a logger at the update that the optimizers count, or at `step` if they do not count."""
         self.end()
         inner = [unwrap(each) for each in optimizers]
         given: Any = inner[0] if len(inner) == 1 else inner
         made = max(updates_made(each, default=step) for each in inner)
         options = {"config": config, **self._options}
-        self.log = ForceLogger(given, model, out=out, start_step=made, **options)
+        self.logger = ForceLogger(given, model, out=out, start_step=made, **options)
         self._open, self._told = True, {}
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Keep a framework's metrics beside the forces, those that are numbers."""
-        if self._open and self.log is not None:
+        """Keep a framework's metrics beside the forces, those that are numbers and not the forces' own."""
+        if self._open and self.logger is not None:
             values = {
                 name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
                 for name, value in metrics.items()
-                if name != "step"
+                if name != "step" and not name.startswith(("forces/", "weibull/"))
             }
-            self.log.record(
+            self.logger.record(
                 **{name: value for name, value in values.items() if isinstance(value, (int, float))}
             )
 
     def news(self) -> dict[str, float]:
         """The scalars of the last logged update, once: empty until there is another one."""
-        scalars = self.log.scalars(self._by) if self._open and self.log is not None else {}
+        scalars = self.logger.scalars(self._by) if self._open and self.logger is not None else {}
         if scalars == self._told:
             return {}
         self._told = scalars
@@ -76,14 +76,14 @@ class Recording:
 
     def flush(self) -> None:
         """Before a checkpoint is written, so that it knows of no update that the log does not."""
-        if self._open and self.log is not None:
-            self.log.flush()
+        if self._open and self.logger is not None:
+            self.logger.flush()
 
     def end(self, error: BaseException | None = None) -> None:
         """Close the log; after an `error` as a `with` statement does. Ending twice does no harm."""
-        if self._open and self.log is not None:
+        if self._open and self.logger is not None:
             self._open = False
-            self.log.__exit__(None if error is None else type(error), error, None)
+            self.logger.__exit__(None if error is None else type(error), error, None)
 
 
 class Rescaling:
@@ -107,7 +107,7 @@ class Rescaling:
         log: ForceLogger | None,
         step: int,
     ) -> None:
-        """Attach a schedule, at the update where the optimizer is by its own count, or `step` if it has none."""
+        """Attach a schedule at the update that the optimizer counts, or at `step` if it does not count."""
         self.end()
         if len(optimizers) != 1:
             raise ValueError(

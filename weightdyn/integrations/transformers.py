@@ -73,12 +73,12 @@ class ForceCallback(TrainerCallback):
         self._recording = Recording(by, options)
 
     @property
-    def log(self) -> ForceLogger | None:
-        """The logger of the present training or of the last one; `log.run` reads what it holds.
+    def logger(self) -> ForceLogger | None:
+        """The logger of the present training or of the last one; `logger.run` reads what it holds.
 
         None before the training, and in other processes than the first, where the updates are the same.
         """
-        return self._recording.log
+        return self._recording.logger
 
     def on_train_begin(
         self,
@@ -177,7 +177,7 @@ class RescaleCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach the schedule at the update where the training is."""
-        log = None if self._forces is None else self._forces.log
+        log = None if self._forces is None else self._forces.logger
         self._rescaling.begin([optimizer], model, log, state.global_step)
 
     def on_train_end(

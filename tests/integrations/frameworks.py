@@ -1,4 +1,10 @@
-"""What the frameworks' tests share: a tiny model and its data, and forces from weights cloned across the step."""
+"""What the tests of frameworks share: a tiny model and its data, forces from cloned weights, killed trainings."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +32,7 @@ class Truth:
         self.forces, self.moments = {}, {}
 
     def before(self, optimizer, model, step):
-        """Clone the weights, follow the moments, and tell the forces of update `step`, which is about to be made."""
+        """Clone the weights, follow the moments, and tell the forces of the update that is about to be made."""
         names = {parameter: name for name, parameter in model.named_parameters()}
         for group in optimizer.param_groups:
             lr, decay, (beta1, beta2) = float(group["lr"]), float(group["weight_decay"]), group["betas"]
@@ -46,11 +52,36 @@ class Truth:
                 )
 
 
-def assert_forces_are_true(table, truth, steps):
-    """Every update of `steps` once for each tensor, and each force right to 1e-4 of its row's budget."""
+def assert_every_update_is_there_once(table, tensors, updates):
+    rows = zip(table["step"], table["tensor"], strict=True)
+    assert sorted(rows) == sorted((step, name) for step in range(1, updates + 1) for name in tensors)
+
+
+def assert_forces_are_true(table, truth):
+    """Each force that the truth knows, to 1e-4 of its row's budget."""
     rows = table.set_index(["step", "tensor"])[[*FORCES]]
-    tensors = {name for _, name in truth.forces}
-    assert sorted(rows.index) == sorted((step, name) for step in steps for name in tensors)
-    for key, row in rows.iterrows():
-        expected = np.array(truth.forces[key])
-        assert np.abs(row.to_numpy() - expected).max() <= 1e-4 * np.abs(expected).sum(), key
+    for key, expected in truth.forces.items():
+        wrong = np.abs(rows.loc[key].to_numpy() - np.array(expected)).max()
+        assert wrong <= 1e-4 * np.abs(expected).sum(), key
+
+
+def kill_this_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_to_the_kill(module, scenarios):
+    """Call `train(*arguments)` of a test module for each of the scenarios, in processes that end by SIGKILL."""
+    code = f"""
+import os, sys, signal
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import {module}
+for arguments in {scenarios!r}:
+    child = os.fork()
+    if child == 0:
+        {module}.train(*arguments)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (arguments, status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
