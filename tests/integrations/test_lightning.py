@@ -47,8 +47,8 @@ def automatic(base):
         def validation_step(self, batch, index):
             self.log("val_loss", self.model(batch, labels=batch).loss)
 
-        def configure_gradient_clipping(self, optimizer, *args):  # the last event before the step
-            super().configure_gradient_clipping(optimizer, *args)
+        def configure_gradient_clipping(self, optimizer, **options):  # the last event before the step
+            super().configure_gradient_clipping(optimizer, **options)
             if isinstance(optimizer, torch.optim.AdamW):
                 self.truth.before(optimizer, self, self.global_step + 1)
 

@@ -1,5 +1,6 @@
 """The callbacks of transformers' Trainer, on real trainings of a LLaMA of 4,000 weights."""
 
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -217,3 +218,41 @@ def test_a_rescaling_while_a_trainer_trains_is_that_of_a_plain_loop(tmp_path):
             wd.wisca.rescale_(plain, optimizer, power_of_two=True)
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def distributed(folder):
+    """What each of two processes calls."""
+    watch, force = Watch(), ForceCallback()
+    trainer = make_trainer(folder, [watch, force], ddp_backend="gloo")
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    first = trainer.args.process_index == 0
+    assert (force.logger is not None) == first
+    if first:
+        run = wd.RunLog(Path(folder) / "weightdyn")
+        assert_every_update_is_there_once(run.forces(), NAMES, 6)
+        assert len(watch.truth.forces) == 6 * len(NAMES)
+        assert_forces_are_true(run.forces(), watch.truth)
+        rows = [row["step"] for row in trainer.state.log_history if "forces/other/norm" in row]
+        assert rows == [2, 4, 6]
+        (Path(folder) / "done").touch()
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_log_one_run(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        f"import test_transformers\ntest_transformers.distributed({str(tmp_path)!r})\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "done").exists()
