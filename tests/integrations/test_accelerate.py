@@ -38,6 +38,7 @@ class Kept(accelerate.tracking.GeneralTracker):
 def train(folder, kill=None, resume=False, updates=6, accumulate=2):
     """Also what the process that is killed calls; its checkpoint is of update 4."""
     kept, truth = Kept(), Truth()
+    accelerate.state.GradientState._reset_state()  # which earlier trainings of this process share
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=accumulate, cpu=True, log_with=kept)
     accelerator.init_trackers("run")
     model = tiny_llama()

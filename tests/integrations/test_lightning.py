@@ -229,7 +229,7 @@ def test_a_rescaling_while_lightning_trains_is_that_of_a_plain_loop(tmp_path):
         if step % 2 == 0:
             wd.wisca.rescale_(plain, optimizer)
     for p, q in zip(module.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=3e-4)
 
 
 def test_rescaling_with_several_optimizers_is_refused(tmp_path):

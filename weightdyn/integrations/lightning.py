@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -23,16 +23,19 @@ from weightdyn.integrations.recording import Recording, Rescaling
 from weightdyn.record.logger import ForceLogger
 from weightdyn.wisca.schedule import RescaleSchedule
 
-try:
+if TYPE_CHECKING:
     import lightning.pytorch as pl
-except ImportError:
+else:
     try:
-        import pytorch_lightning as pl  # type: ignore[no-redef]
-    except ImportError as error:
-        raise ImportError(
-            f"weightdyn.integrations.lightning needs lightning or pytorch_lightning ({error}): "
-            "pip install lightning"
-        ) from error
+        import lightning.pytorch as pl
+    except ImportError:
+        try:
+            import pytorch_lightning as pl
+        except ImportError as error:
+            raise ImportError(
+                f"weightdyn.integrations.lightning needs lightning or pytorch_lightning ({error}): "
+                "pip install lightning"
+            ) from error
 
 
 class ForceCallback(pl.Callback):
@@ -51,7 +54,8 @@ class ForceCallback(pl.Callback):
             the one model inside the module that has one.
 
     Raises:
-        TypeError: an option is none of `ForceLogger`'s; and when the training begins what `ForceLogger` raises.
+        TypeError, ValueError: an option is none of `ForceLogger`'s, or `by` none of those; and when the training
+            begins, what `ForceLogger` raises.
 
     A training that resumes (`ckpt_path`) goes on in the same run: at the update that the optimizers' states count,
     or where they do not count at the one that this callback's state in the checkpoint says.

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from weightdyn.core.tables import By
+from weightdyn.core.tables import IDENTITY, By, group_columns
 from weightdyn.record.logger import ForceLogger
 from weightdyn.record.optimizers import updates_made
 from weightdyn.wisca.schedule import RescaleSchedule
@@ -28,9 +29,11 @@ class Recording:
 
     Raises:
         TypeError: an option is none of `ForceLogger`'s.
+        ValueError: an unknown `by`.
     """
 
     def __init__(self, by: By | Sequence[str] | None, options: Mapping[str, Any]):
+        group_columns(pd.DataFrame(columns=[*IDENTITY]), by)
         inspect.signature(ForceLogger).bind(None, params=None, out=None, start_step=None, **options)
         self.logger: ForceLogger | None = None
         self._by, self._options = by, options
@@ -57,14 +60,14 @@ class Recording:
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Keep a framework's metrics beside the forces, those that are numbers and not the forces' own."""
         if self._open and self.logger is not None:
-            values = {
-                name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-                for name, value in metrics.items()
-                if name != "step" and not name.startswith(("forces/", "weibull/"))
-            }
-            self.logger.record(
-                **{name: value for name, value in values.items() if isinstance(value, (int, float))}
-            )
+            numbers: dict[str, Any] = {}
+            for name, value in metrics.items():
+                if isinstance(value, Tensor) and value.numel() == 1:
+                    value = value.item()
+                own = name == "step" or name.startswith(("forces/", "weibull/"))
+                if isinstance(value, (int, float)) and not own:
+                    numbers[name] = value
+            self.logger.record(**numbers)
 
     def news(self) -> dict[str, float]:
         """The scalars of the last logged update, once: empty until there is another one."""

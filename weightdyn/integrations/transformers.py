@@ -54,7 +54,8 @@ class ForceCallback(TrainerCallback):
         options: of `ForceLogger`: every, tensors, views, weibull_every, drift, …
 
     Raises:
-        TypeError: an option is none of `ForceLogger`'s; and when the training begins what `ForceLogger` raises.
+        TypeError, ValueError: an option is none of `ForceLogger`'s, or `by` none of those; and when the training
+            begins, what `ForceLogger` raises.
 
     A training that resumes goes on in the same run: at the update that the optimizer's state counts, or at the
     trainer's `global_step` where the checkpoint was saved without it (`save_only_model`).

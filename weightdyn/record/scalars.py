@@ -121,4 +121,5 @@ def _labels(table: pd.DataFrame, keys: Sequence[str]) -> list[str]:
     if "tensor" in keys:  # whose name says the rest
         return ["/".join(filter(None, split_label(label))) for label in table["tensor"]]
     rows = table[[*keys]].astype(object).itertuples(index=False)
-    return ["/".join("outside" if pd.isna(each) else str(each) for each in row if each != "") for row in rows]
+    words = (["outside" if pd.isna(value) else str(value) for value in row] for row in rows)
+    return ["/".join(filter(None, row)) for row in words]
