@@ -85,3 +85,23 @@ for arguments in {scenarios!r}:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def torchrun(module, folder):
+    """Call `distributed(folder)` of a test module in two processes; the first leaves a file when all is well."""
+    script = folder / "script.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        f"import {module}\n{module}.distributed({str(folder)!r})\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "done").exists()

@@ -4,7 +4,9 @@ import importlib
 import signal
 import sys
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from frameworks import (
@@ -15,6 +17,7 @@ from frameworks import (
     kill_this_process,
     run_to_the_kill,
     tiny_llama,
+    torchrun,
 )
 from torch.utils.data import DataLoader
 
@@ -146,6 +149,42 @@ def test_the_forces_of_a_module_are_those_of_a_float64_loop(tmp_path, name, way)
     assert_forces_are_true(table, module.truth)
 
 
+class Adversaries(pl.LightningModule):
+    """Two optimizers that take turns, in manual optimization."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.one, self.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.truth = Truth()
+
+    def training_step(self, batch, index):
+        x = batch[:, :4].float() / 32
+        for turn, optimizer in enumerate(self.optimizers()):
+            loss = (self.other(self.one(x)) - 1).square().mean() * (1 - 2 * turn)
+            self.manual_backward(loss)
+            self.truth.before(optimizer, self, index + 1)
+            optimizer.step()
+            for each in self.optimizers():
+                each.zero_grad()
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.AdamW(each.parameters(), lr=1e-2, weight_decay=0.1) for each in (self.one, self.other)
+        ]
+
+
+@pytest.mark.xfail(raises=TypeError, strict=True, reason="until ForceLogger takes a list of optimizers")
+def test_several_optimizers_make_one_run(tmp_path):
+    module, force = Adversaries(), ForceCallback()
+    make_trainer(tmp_path, [force], max_steps=12).fit(module, DataLoader(TOKENS, batch_size=4))
+    table = force.logger.run.forces()
+    for name, _ in module.named_parameters():
+        expected = np.array([module.truth.forces[step, name] for step in range(1, 7)])
+        found = table[table["tensor"] == name].sort_values("step")[[*wd.FORCES]].to_numpy()
+        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).sum(axis=1).min()
+
+
 def test_loggers_get_the_forces_with_the_loss_and_the_run_their_metrics(tmp_path):
     kept, force = Kept(), ForceCallback()
     options = {"accumulate_grad_batches": 2, "val_check_interval": 4}
@@ -252,3 +291,24 @@ def test_a_missing_framework_is_told_with_what_to_install(module, missing, monke
     monkeypatch.delitem(sys.modules, f"weightdyn.integrations.{module}", raising=False)
     with pytest.raises(ImportError, match="pip install"):
         importlib.import_module(f"weightdyn.integrations.{module}")
+
+
+def distributed(folder):
+    """What each of two processes calls."""
+    module, force, kept = Module(), ForceCallback(), Kept()
+    trainer = make_trainer(folder, [force], strategy="ddp", devices=2, logger=kept)
+    fit(trainer, module)
+    assert trainer.world_size == 2
+    assert (force.logger is not None) == trainer.is_global_zero
+    if trainer.is_global_zero:
+        table = wd.RunLog(Path(folder) / "weightdyn").forces()
+        assert_every_update_is_there_once(table, NAMES, 6)
+        assert len(module.truth.forces) == 6 * len(NAMES)
+        assert_forces_are_true(table, module.truth)
+        assert len([row for _, row in kept.rows if "forces/other/norm" in row]) == 3
+        (Path(folder) / "done").touch()
+
+
+@pytest.mark.slow
+def test_two_processes_log_one_run(tmp_path):
+    torchrun("test_lightning", tmp_path)

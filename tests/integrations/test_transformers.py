@@ -1,6 +1,5 @@
 """The callbacks of transformers' Trainer, on real trainings of a LLaMA of 4,000 weights."""
 
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from frameworks import (
     kill_this_process,
     run_to_the_kill,
     tiny_llama,
+    torchrun,
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
@@ -139,6 +139,34 @@ def test_an_exception_leaves_a_whole_log_that_is_closed(tmp_path, error):
     assert_every_update_is_there_once(run.forces(), NAMES, 6)
 
 
+def test_a_batch_that_was_too_large_is_tried_again_and_the_run_goes_on(tmp_path):
+    tried = []
+
+    def too_large():
+        if not tried:
+            tried.append(True)
+            raise RuntimeError("CUDA out of memory.")
+
+    force = ForceCallback()
+    trainer = make_trainer(tmp_path, [force, Stop(3, too_large)], auto_find_batch_size=True)
+    trainer.train()
+    table = wd.RunLog(tmp_path / "weightdyn").forces()
+    assert_every_update_is_there_once(table, NAMES, 9)  # 3, and 6 that its optimizer made behind them
+
+
+def test_a_full_disk_is_told_and_does_not_end_the_training(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    force = ForceCallback()
+    fill = Stop(2, lambda: monkeypatch.setattr("weightdyn.record.runlog.write_parquet", full))
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        make_trainer(tmp_path, [force, fill]).train()
+    monkeypatch.undo()
+    force.logger.close()
+    assert_every_update_is_there_once(wd.RunLog(tmp_path / "weightdyn").forces(), NAMES, 6)
+
+
 def test_a_second_training_goes_on_in_the_run(tmp_path):
     force = ForceCallback()
     trainer = make_trainer(tmp_path, [force], max_steps=3)
@@ -242,20 +270,5 @@ def distributed(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_log_one_run(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys\nsys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
-        f"import test_transformers\ntest_transformers.distributed({str(tmp_path)!r})\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "done").exists()
+def test_two_processes_log_one_run(tmp_path):
+    torchrun("test_transformers", tmp_path)

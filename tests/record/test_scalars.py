@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import weightdyn as wd
+from weightdyn.record.scalars import SCALARS
 
 FORCES = ["alignment", "injection", "decay"]
 
@@ -109,6 +110,14 @@ def test_layers_and_views_have_names_of_their_own():
     assert found == {f"{stack}/0", f"{stack}/1", "outside"}
     assert "forces/gpt_neox.layers.0.attention.query_key_value.weight/q/norm" in tensors
     assert "weibull/gpt_neox.layers.0.attention.query_key_value.weight/q/lam" in tensors
+
+
+def test_the_names_are_those_that_are_documented():
+    net, optimizer, log = make(weibull_every=1)
+    step(net, optimizer)
+    got = {name.replace("/model/", "/<group>/") for name in log.scalars("model")}
+    assert got == set(SCALARS)
+    log.close()
 
 
 def test_weibull_numbers_are_of_the_latest_fit_pooled_over_the_group():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ class Recording:
         config: Any = None,
     ) -> None:
         """Attach a logger at the update that the optimizers count, or at `step` if they do not count."""
-        self.end()
+        self.end(RuntimeError("another training began"))  # if the last one never told of its end
         inner = [unwrap(each) for each in optimizers]
         given: Any = inner[0] if len(inner) == 1 else inner
         made = max(updates_made(each, default=step) for each in inner)
@@ -80,13 +82,25 @@ class Recording:
     def flush(self) -> None:
         """Before a checkpoint is written, so that it knows of no update that the log does not."""
         if self._open and self.logger is not None:
-            self.logger.flush()
+            with _full_disk_is_told():
+                self.logger.flush()
 
     def end(self, error: BaseException | None = None) -> None:
         """Close the log; after an `error` as a `with` statement does. Ending twice does no harm."""
         if self._open and self.logger is not None:
             self._open = False
-            self.logger.__exit__(None if error is None else type(error), error, None)
+            with _full_disk_is_told():
+                self.logger.__exit__(None if error is None else type(error), error, None)
+
+
+@contextlib.contextmanager
+def _full_disk_is_told() -> Iterator[None]:
+    """A log that cannot be written must not end the training."""
+    try:
+        yield
+    except OSError as error:
+        message = f"ForceCallback: the log could not be written and is kept in memory: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class Rescaling:

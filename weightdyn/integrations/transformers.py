@@ -110,7 +110,8 @@ class ForceCallback(TrainerCallback):
         if "loss" in logs:  # of the training: not an evaluation, nor the summary at the end
             scalars = self._recording.news()
             logs.update(scalars)
-            state.log_history[-1].update(scalars)  # where the trainer has put a copy
+            if state.log_history:
+                state.log_history[-1].update(scalars)  # where the trainer has put a copy of them
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
