@@ -69,21 +69,21 @@ def kill_this_process():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_to_the_kill(module, scenarios):
-    """Call `train(*arguments)` of a test module for each of the scenarios, in processes that end by SIGKILL."""
+def run_to_the_kill(scenarios):
+    """Call `train` of each (test module, arguments), in processes that end by SIGKILL."""
     code = f"""
-import os, sys, signal
+import importlib, os, signal, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
-import {module}
-for arguments in {scenarios!r}:
+for module, arguments in {scenarios!r}:
+    train = importlib.import_module(module).train
     child = os.fork()
     if child == 0:
-        {module}.train(*arguments)
+        train(*arguments)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (arguments, status)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (module, arguments, status)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

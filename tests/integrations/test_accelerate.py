@@ -8,7 +8,6 @@ from frameworks import (
     assert_every_update_is_there_once,
     assert_forces_are_true,
     kill_this_process,
-    run_to_the_kill,
     tiny_llama,
 )
 
@@ -80,11 +79,11 @@ def test_the_forces_behind_prepare_are_those_of_a_float64_loop(tmp_path):
     assert told == pytest.approx(shares[:, "value"].tolist(), rel=1e-9)
 
 
-def test_a_training_that_is_killed_and_loads_its_state_logs_every_update_once(tmp_path):
-    run_to_the_kill("test_accelerate", [(str(tmp_path), 7, False, 10)])
-    assert wd.RunLog(tmp_path / "run").forces()["step"].max() == 4  # flushed with the checkpoint
-    truth, _ = train(tmp_path, resume=True, updates=10)
-    table = wd.RunLog(tmp_path / "run").forces()
+def test_a_training_that_is_killed_and_loads_its_state_logs_every_update_once(killed):
+    folder = killed["accelerate"]
+    assert wd.RunLog(folder / "run").forces()["step"].max() == 4  # flushed with the checkpoint
+    truth, _ = train(folder, resume=True, updates=10)
+    table = wd.RunLog(folder / "run").forces()
     assert_every_update_is_there_once(table, NAMES, 10)
     assert {step for step, _ in truth.forces} == set(range(5, 11))
     assert_forces_are_true(table, truth)

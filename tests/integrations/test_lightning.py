@@ -15,7 +15,6 @@ from frameworks import (
     assert_every_update_is_there_once,
     assert_forces_are_true,
     kill_this_process,
-    run_to_the_kill,
     tiny_llama,
     torchrun,
 )
@@ -217,11 +216,11 @@ def test_an_exception_leaves_a_whole_log_that_is_closed(tmp_path, error):
     assert_every_update_is_there_once(run.forces(), NAMES, 6)
 
 
-def test_a_training_that_is_killed_and_resumes_logs_every_update_once(tmp_path):
-    run_to_the_kill("test_lightning", [(str(tmp_path), 7)])
-    assert wd.RunLog(tmp_path / "run").forces()["step"].max() == 4  # flushed with the checkpoint
-    truth = train(tmp_path, resume=tmp_path / "step=4.ckpt")
-    table = wd.RunLog(tmp_path / "run").forces()
+def test_a_training_that_is_killed_and_resumes_logs_every_update_once(killed):
+    folder = killed["lightning"]
+    assert wd.RunLog(folder / "run").forces()["step"].max() == 4  # flushed with the checkpoint
+    truth = train(folder, resume=folder / "step=4.ckpt")
+    table = wd.RunLog(folder / "run").forces()
     assert_every_update_is_there_once(table, NAMES, 10)
     assert {step for step, _ in truth.forces} == set(range(5, 11))
     assert_forces_are_true(table, truth)

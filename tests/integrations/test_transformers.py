@@ -12,7 +12,6 @@ from frameworks import (
     assert_every_update_is_there_once,
     assert_forces_are_true,
     kill_this_process,
-    run_to_the_kill,
     tiny_llama,
     torchrun,
 )
@@ -139,6 +138,7 @@ def test_an_exception_leaves_a_whole_log_that_is_closed(tmp_path, error):
     assert_every_update_is_there_once(run.forces(), NAMES, 6)
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_too_large_is_tried_again_and_the_run_goes_on(tmp_path):
     tried = []
 
@@ -187,19 +187,11 @@ def test_the_best_model_at_the_end_and_its_evaluations(tmp_path):
     assert run.metrics().set_index("step")["eval_loss"].dropna().to_dict() == evaluated
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Folders of two trainings that were killed at update 7 of 10; the second saved no optimizer."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("whole", "model_only")]
-    run_to_the_kill("test_transformers", [(str(folders[0]), False, 7), (str(folders[1]), False, 7, True)])
-    return dict(zip(("whole", "model_only"), folders, strict=True))
-
-
-@pytest.mark.parametrize("saved", ["whole", "model_only"])
+@pytest.mark.parametrize("saved", ["", ", the model only"])
 def test_a_training_that_is_killed_and_resumes_logs_every_update_once(saved, killed):
-    folder = killed[saved]
+    folder = killed[f"transformers{saved}"]
     assert wd.RunLog(folder / "run").forces()["step"].max() == 4  # flushed with the checkpoint
-    truth, _ = train(folder, resume=True, save_only_model=saved == "model_only")
+    truth, _ = train(folder, resume=True, save_only_model=bool(saved))
     table = wd.RunLog(folder / "run").forces()
     assert_every_update_is_there_once(table, NAMES, 10)
     assert {step for step, _ in truth.forces} == set(range(5, 11))
