@@ -279,6 +279,12 @@ def test_rescaling_with_several_optimizers_is_refused(tmp_path):
         fit(make_trainer(tmp_path, [RescaleCallback(every=2)]), Two())
 
 
+def test_forces_that_stand_behind_the_rescaling_are_refused(tmp_path):
+    forces = ForceCallback()
+    with pytest.raises(ValueError, match="in front of the RescaleCallback"):
+        fit(make_trainer(tmp_path, [RescaleCallback(every=2, forces=forces), forces]))
+
+
 @pytest.mark.parametrize(
     ("module", "missing"),
     [("lightning", ["lightning", "pytorch_lightning"]), ("transformers", ["transformers"])],

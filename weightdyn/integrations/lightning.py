@@ -167,8 +167,10 @@ class RescaleCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the schedule at the update where the training is."""
-        log = None if self._forces is None else self._forces.logger
-        self._rescaling.begin(trainer.optimizers, _inner(pl_module), log, trainer.global_step)
+        forces = None if self._forces is None else self._forces._recording
+        self._rescaling.begin(
+            trainer.optimizers, _inner(pl_module), forces, trainer.global_step, trainer.is_global_zero
+        )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the schedule off the optimizer."""

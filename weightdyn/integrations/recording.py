@@ -28,6 +28,7 @@ class Recording:
 
     Attributes:
         logger: the logger of the present training, or of the last one; None before, and in a process that has none.
+        is_open: whether it logs now.
 
     Raises:
         TypeError: an option is none of `ForceLogger`'s.
@@ -39,7 +40,7 @@ class Recording:
         inspect.signature(ForceLogger).bind(None, params=None, out=None, start_step=None, **options)
         self.logger: ForceLogger | None = None
         self._by, self._options = by, options
-        self._open = False
+        self.is_open = False
         self._told: dict[str, float] = {}
 
     def begin(
@@ -57,11 +58,11 @@ class Recording:
         made = max(updates_made(each, default=step) for each in inner)
         options = {"config": config, **self._options}
         self.logger = ForceLogger(given, model, out=out, start_step=made, **options)
-        self._open, self._told = True, {}
+        self.is_open, self._told = True, {}
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Keep a framework's metrics beside the forces, those that are numbers and not the forces' own."""
-        if self._open and self.logger is not None:
+        if self.is_open and self.logger is not None:
             numbers: dict[str, Any] = {}
             for name, value in metrics.items():
                 if isinstance(value, Tensor) and value.numel() == 1:
@@ -73,7 +74,7 @@ class Recording:
 
     def news(self) -> dict[str, float]:
         """The scalars of the last logged update, once: empty until there is another one."""
-        scalars = self.logger.scalars(self._by) if self._open and self.logger is not None else {}
+        scalars = self.logger.scalars(self._by) if self.is_open and self.logger is not None else {}
         if scalars == self._told:
             return {}
         self._told = scalars
@@ -81,14 +82,14 @@ class Recording:
 
     def flush(self) -> None:
         """Before a checkpoint is written, so that it knows of no update that the log does not."""
-        if self._open and self.logger is not None:
+        if self.is_open and self.logger is not None:
             with _full_disk_is_told():
                 self.logger.flush()
 
     def end(self, error: BaseException | None = None) -> None:
         """Close the log; after an `error` as a `with` statement does. Ending twice does no harm."""
-        if self._open and self.logger is not None:
-            self._open = False
+        if self.is_open and self.logger is not None:
+            self.is_open = False
             with _full_disk_is_told():
                 self.logger.__exit__(None if error is None else type(error), error, None)
 
@@ -121,11 +122,20 @@ class Rescaling:
         self,
         optimizers: Sequence[torch.optim.Optimizer],
         model: nn.Module,
-        log: ForceLogger | None,
+        forces: Recording | None,
         step: int,
+        first: bool,
     ) -> None:
-        """Attach a schedule at the update that the optimizer counts, or at `step` if it does not count."""
+        """Attach a schedule at the update that the optimizer counts, or at `step` if it does not count.
+
+        It writes into the log of `forces`, which the `first` process has.
+        """
         self.end()
+        if forces is not None and first and not forces.is_open:
+            raise ValueError(
+                "forces does not log this training: give the same ForceCallback to the trainer, in front of the "
+                "RescaleCallback"
+            )
         if len(optimizers) != 1:
             raise ValueError(
                 f"RescaleCallback follows one optimizer, and there are {len(optimizers)}: call "
@@ -133,6 +143,7 @@ class Rescaling:
             )
         inner = unwrap(optimizers[0])
         made = updates_made(inner, default=step)
+        log = None if forces is None else forces.logger
         self.schedule = RescaleSchedule(model, inner, logger=log, start_step=made, **self._options)
 
     def end(self) -> None:

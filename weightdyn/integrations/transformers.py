@@ -179,8 +179,8 @@ class RescaleCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach the schedule at the update where the training is."""
-        log = None if self._forces is None else self._forces.logger
-        self._rescaling.begin([optimizer], model, log, state.global_step)
+        forces = None if self._forces is None else self._forces._recording
+        self._rescaling.begin([optimizer], model, forces, state.global_step, state.is_world_process_zero)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
