@@ -44,7 +44,7 @@ def train(folder, kill=None, resume=False, updates=6, accumulate=2):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    log = wd.ForceLogger(optimizer.optimizer, model, out=f"{folder}/run")  # to go: ForceLogger unwraps
+    log = wd.ForceLogger(optimizer, model, out=f"{folder}/run")
     accelerator.register_for_checkpointing(log)
     if resume:
         accelerator.load_state(f"{folder}/checkpoint")

@@ -173,7 +173,6 @@ class Adversaries(pl.LightningModule):
         ]
 
 
-@pytest.mark.xfail(raises=TypeError, strict=True, reason="until ForceLogger takes a list of optimizers")
 def test_several_optimizers_make_one_run(tmp_path):
     module, force = Adversaries(), ForceCallback()
     make_trainer(tmp_path, [force], max_steps=12).fit(module, DataLoader(TOKENS, batch_size=4))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from weightdyn.record.optimizers import (
@@ -14,8 +15,13 @@ from weightdyn.record.optimizers import (
     coupled_decay,
     decoupled_decay,
     known,
+    moments_of,
     rng_state,
     set_rng_state,
+    skipped,
+    source_of,
+    unwrap,
+    update_counts,
     updates_made,
 )
 
@@ -25,9 +31,9 @@ def made(name, parameters, **options):
     return getattr(torch.optim, name)(parameters, **settings)
 
 
-CASES = [
-    (name, {}) for name in KNOWN if name not in ("Rprop", "SGD", "ASGD")
-]  # no decay; both are the same there
+OF_TORCH = [key.removeprefix("torch.") for key in KNOWN if key.startswith("torch.")]
+CASES = [(name, {}) for name in OF_TORCH if name not in ("Rprop", "SGD", "ASGD", "Muon")]
+# Rprop has no decay; of SGD and ASGD both kinds are the same here; Muon takes matrices.
 CASES += [(name, {"decoupled_weight_decay": True}) for name in ("Adam", "NAdam", "RAdam")]
 
 
@@ -71,7 +77,7 @@ def test_an_optimizer_of_the_same_name_elsewhere_is_another_one():
         """Not torch's."""
 
     p = nn.Parameter(torch.ones(2))
-    assert known(Mine([p])) == KNOWN["AdamW"]
+    assert known(Mine([p])) == KNOWN["torch.AdamW"]
     assert known(SGD([p], {})).decoupled
     assert not known(SGD([p], {})).adam
 
@@ -90,6 +96,166 @@ def test_updates_made_is_the_highest_count_and_a_stopped_one_is_a_lower_end():
     assert float(optimizer.state[p]["step"]) == COUNT_STOPS  # torch's own count stands still
     assert count_stopped(optimizer)
     assert (updates_made(optimizer), updates_made(optimizer, default=2**25)) == (COUNT_STOPS, 2**25)
+
+
+# --- where forces are read, and whether there was an update ---------------------------------------------------
+
+
+def test_moments_are_read_where_adam_alone_makes_the_step():
+    class Renamed(torch.optim.AdamW):
+        """Adam's step, called something else."""
+
+    class Extended(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class AdamW(torch.optim.Optimizer):
+        """Somebody else's."""
+
+    p = nn.Parameter(torch.ones(2, 2))
+    sources = {
+        "moments": [torch.optim.AdamW([p]), torch.optim.Adam([p], amsgrad=True), Renamed([p])],
+        "displacement": [torch.optim.SGD([p]), torch.optim.NAdam([p]), Extended([p]), AdamW([p], {})],
+    }
+    for source, optimizers in sources.items():
+        assert {source_of(each) for each in optimizers} == {source}
+
+
+def test_moments_of_fewer_bits_than_the_weights_are_still_adams():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([p])
+    p.grad = torch.ones(4)
+    optimizer.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[p][key] = optimizer.state[p][key].bfloat16()
+    assert source_of(optimizer) == "moments"
+    assert moments_of(optimizer, p)["exp_avg"].dtype == torch.bfloat16
+
+
+def test_an_update_is_skipped_where_no_count_has_grown():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([p, q])
+    none = update_counts(optimizer, [p, q])
+    assert skipped(optimizer, [p, q], none) is False  # nothing is counted yet
+    p.grad = torch.ones(2)
+    optimizer.step()
+    one = update_counts(optimizer, [p, q])
+    assert one == [1, 0]
+    assert skipped(optimizer, [p, q], none) is False
+    assert skipped(optimizer, [p, q], one) is True
+    optimizer.state[p]["step"].fill_(COUNT_STOPS)  # stands still at every update
+    assert skipped(optimizer, [p], update_counts(optimizer, [p])) is False
+
+
+def test_an_optimizer_that_counts_nothing_skips_nothing():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert skipped(optimizer, [p], update_counts(optimizer, [p])) is False
+
+
+# --- wrappers ------------------------------------------------------------------------------------------------
+
+
+class Container(torch.optim.Optimizer):
+    """An optimizer of several, as torchtitan's: its own groups hold all the parameters."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+        super().__init__(
+            [p for each in optimizers for g in each.param_groups for p in g["params"]], {"lr": 0.1}
+        )
+
+    def step(self, closure=None):
+        for each in self.optimizers:
+            each.step()
+
+
+class Wrapper:
+    """One around another, as fp16 wrappers are."""
+
+    def __init__(self, inner, name="optimizer"):
+        setattr(self, name, inner)
+
+    def step(self):
+        pass
+
+    def zero_grad(self):
+        pass
+
+
+def some():
+    model = nn.Linear(2, 2)
+    return torch.optim.AdamW([model.weight]), torch.optim.SGD([model.bias], lr=0.1)
+
+
+def test_wrappers_are_unwrapped_to_the_optimizers_that_make_the_steps():
+    a, b = some()
+    assert unwrap(a) == [a]
+    assert unwrap((a, [b])) == [a, b]
+    assert unwrap(Container([a, b])) == [a, b]
+    assert unwrap(Wrapper(a)) == [a]
+    assert unwrap(Wrapper(a, "optim")) == [a]
+    assert unwrap([Wrapper(Container([Container([a])])), b]) == [a, b]
+
+
+def test_accelerates_and_lightnings_wrappers_are_unwrapped():
+    a, b = some()
+    accelerate = pytest.importorskip("accelerate")
+    try:
+        assert unwrap(accelerate.Accelerator(cpu=True).prepare(a)) == [a]
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+    lightning = pytest.importorskip("lightning.pytorch.core.optimizer")
+    assert unwrap([lightning.LightningOptimizer(b), a]) == [b, a]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_zero_redundancy_optimizer_is_unwrapped(tmp_path):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Linear(2, 2)
+        zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
+        assert unwrap(zero) == [zero.optim]
+        with pytest.raises(TypeError, match=r"ZeroRedundancyOptimizer around a AdamW: .* optimizer.optim"):
+            check_optimizer(zero)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_wrappers_whose_inner_one_steps_something_else_are_refused():
+    free = pytest.importorskip("schedulefree")
+    a, _ = some()
+    for kind in (free.ScheduleFreeWrapper, free.ScheduleFreeWrapperReference):
+        for take in (unwrap, check_optimizer):
+            with pytest.raises(TypeError, match="steps z and not the weights"):
+                take(kind(a))
+    offload = pytest.importorskip("torchao.optim").CPUOffloadOptimizer
+    for take in (unwrap, check_optimizer):
+        with pytest.raises(TypeError, match=r"optim_dict.values"):
+            take(object.__new__(offload))
+
+
+def test_what_holds_no_optimizer_is_refused_by_type():
+    a, b = some()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(a, lambda t: 1.0)
+    for wrong in (None, "adam", nn.Linear(2, 2), scheduler, Wrapper(None), [a, "b"], {"a": a}):
+        kind = type(wrong[1] if isinstance(wrong, list) else wrong).__name__
+        with pytest.raises(TypeError, match=f"optimizer must be a torch.optim.Optimizer, .* got {kind}"):
+            unwrap(wrong)
+    with pytest.raises(ValueError, match="got none"):
+        unwrap([])
+    with pytest.raises(ValueError, match="a AdamW is there twice"):
+        unwrap([a, b, Wrapper(a)])
+    with pytest.raises(
+        TypeError, match=r"Container around a AdamW and SGD: pass the inner one, optimizer.optimizers"
+    ):
+        check_optimizer(Container([a, b]))
 
 
 def test_random_numbers_go_on_where_their_state_was_taken():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from weightdyn.core.tables import IDENTITY, By, group_columns
 from weightdyn.record.logger import ForceLogger
-from weightdyn.record.optimizers import updates_made
+from weightdyn.record.optimizers import unwrap, updates_made
 from weightdyn.wisca.schedule import RescaleSchedule
 
 
@@ -53,11 +53,9 @@ class Recording:
     ) -> None:
         """Attach a logger at the update that the optimizers count, or at `step` if they do not count."""
         self.end(RuntimeError("another training began"))  # if the last one never told of its end
-        inner = [unwrap(each) for each in optimizers]
-        given: Any = inner[0] if len(inner) == 1 else inner
-        made = max(updates_made(each, default=step) for each in inner)
+        made = max(updates_made(each, default=step) for each in unwrap(optimizers))
         options = {"config": config, **self._options}
-        self.logger = ForceLogger(given, model, out=out, start_step=made, **options)
+        self.logger = ForceLogger(optimizers, model, out=out, start_step=made, **options)
         self.is_open, self._told = True, {}
 
     def record(self, metrics: Mapping[str, Any]) -> None:
@@ -136,24 +134,17 @@ class Rescaling:
                 "forces does not log this training: give the same ForceCallback to the trainer, in front of the "
                 "RescaleCallback"
             )
-        if len(optimizers) != 1:
+        inner = unwrap(optimizers)
+        if len(inner) != 1:
             raise ValueError(
-                f"RescaleCallback follows one optimizer, and there are {len(optimizers)}: call "
+                f"RescaleCallback follows one optimizer, and there are {len(inner)}: call "
                 "weightdyn.wisca.rescale_(model, optimizers) in the training step"
             )
-        inner = unwrap(optimizers[0])
-        made = updates_made(inner, default=step)
+        made = updates_made(inner[0], default=step)
         log = None if forces is None else forces.logger
-        self.schedule = RescaleSchedule(model, inner, logger=log, start_step=made, **self._options)
+        self.schedule = RescaleSchedule(model, inner[0], logger=log, start_step=made, **self._options)
 
     def end(self) -> None:
         """Take the schedule off the optimizer. Ending twice does no harm."""
         if self.schedule is not None:
             self.schedule.close()
-
-
-def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:  # to go: ForceLogger unwraps
-    """The optimizer inside a wrapper."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer

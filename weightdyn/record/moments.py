@@ -20,9 +20,9 @@ from torch import Tensor
 
 from weightdyn.core.naming import View
 
-PRODUCTS = ("dot_wu", "u_sq", "w_sq", "m_rms", "v_mean", "u_max", "dot_wg", "dot_ug", "g_sq")
-"""Columns of a measurement: ⟨w,u⟩, ‖u‖², ‖w‖², rms of m̂, mean of v̂, max|u|, and ⟨w,g̃⟩, ⟨u,g̃⟩, ‖g̃‖² with the
-fresh gradient in units of u, g̃ = g/(√v̂+ε)."""
+PRODUCTS = ("dot_wu", "u_sq", "w_sq", "m_sq", "v_sum", "u_max", "dot_wg", "dot_ug", "g_sq")
+"""Columns of a measurement: ⟨w,u⟩, ‖u‖², ‖w‖², ‖m̂‖², Σv̂, max|u|, and ⟨w,g̃⟩, ⟨u,g̃⟩, ‖g̃‖² with the fresh gradient
+in units of u, g̃ = g/(√v̂+ε). All but the largest are sums over weights, so that parts of a tensor add."""
 
 _BLOCK = 256  # so many products at most are summed in the weights' own precision
 _CHUNK = {"cpu": 1 << 18}  # weights in a piece: the caches of a CPU, ...
@@ -145,6 +145,7 @@ class Plan:
         fresh: Fresh | None = None,
         lr: Sequence[float | Tensor] | None = None,
         ahead: bool = False,
+        rounded: bool = False,
         max_exp_avg_sqs: Sequence[Tensor] | None = None,
         drift: bool = True,
     ) -> Tensor:
@@ -165,8 +166,9 @@ class Plan:
             adams: the update's constants, one for each tensor. Tensors among them are used where they are.
             fresh: the gradients of the update; without them the products of g̃ are NaN.
             lr: η of each tensor, if the weights are those after the update: a coupled decay needs those before.
-            ahead: whether m and v are those before the update, and the gradients are what moves them; the
-                result is rounded to the moments' type (one for all tensors), as the update will be.
+            ahead: whether m and v are those before the update, and the gradients are what moves them.
+            rounded: whether the update then rounds them to their type (one for all tensors) before it uses them,
+                as torch's do that are not fused.
             max_exp_avg_sqs: with `ahead` and amsgrad, the running maximum before the update.
             drift: whether the products with g̃ are wanted, where `fresh` is given.
 
@@ -192,7 +194,7 @@ class Plan:
             w, m, v, *more = piece.flats
             grad = more[0] if more else w
             if ahead:
-                kind = exp_avgs[0].dtype
+                kind = exp_avgs[0].dtype if rounded else m.dtype
                 grad = _rounded(_acting(grad, w, piece.pick(factor), piece.pick(coupled)), kind)
                 m = _rounded(torch.lerp(grad, m, piece.pick(beta1), out=_like("m", m)), kind)
                 v = _rounded(torch.mul(v, piece.pick(beta2), out=_like("v", v)), kind)
@@ -218,9 +220,8 @@ class Plan:
         else:
             dot_wu, u_sq, w_sq, m_sq, v_sum, u_max = sums.totals()
             of_fresh = (torch.full_like(u_sq, math.nan),) * 3
-        m_rms = (m_sq / self.numel).sqrt() / self._by_row(correction1)
-        v_mean = v_sum / self.numel / root2**2
-        columns = (dot_wu * scale, u_sq * scale**2, w_sq, m_rms, v_mean, u_max * scale, *of_fresh)
+        m_sq, v_sum = m_sq / self._by_row(correction1) ** 2, v_sum / root2**2
+        columns = (dot_wu * scale, u_sq * scale**2, w_sq, m_sq, v_sum, u_max * scale, *of_fresh)
         return torch.stack(columns, dim=1)
 
     def displacement(
@@ -248,7 +249,7 @@ class Plan:
                 without them g̃ is the gradient.
 
         Returns:
-            float64 tensor (R, 9), columns PRODUCTS with NaN for `m_rms` and `v_mean`; the products are those of
+            float64 tensor (R, 9), columns PRODUCTS with NaN for `m_sq` and `v_sum`; the products are those of
             the weights before the update.
         """
         eta, decay = self._columns(list(zip(lr, weight_decay, strict=True)))
@@ -439,7 +440,8 @@ def _chunks(tensors: tuple[Tensor, ...], size: int, block: int) -> Iterator[tupl
 def _end_to_end(tensors: Sequence[Tensor], name: object) -> Tensor:
     """Tensors of one type in one dimension, in memory that the next of this name will take."""
     size = sum(each.numel() for each in tensors)
-    out = _scratch(name, size, tensors[0].dtype, tensors[0].device)
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in tensors))
+    out = _scratch(name, size, dtype, tensors[0].device)
     return torch.cat([each.reshape(-1) for each in tensors], out=out)
 
 

@@ -1,17 +1,18 @@
 """What an optimizer is: its decay, its state, the updates it has made, its names, what wraps it.
 
 All that the package knows of optimizers stands here, so that nobody else asks for their keys. To add one, add it to
-`KNOWN`; one that is not there is taken for an optimizer with decoupled decay and a state of its own.
+`KNOWN`; of one that is not there `decay` finds out what decays, and its state is its own.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,25 +21,52 @@ from weightdyn.core.forces import Momentum
 from weightdyn.record.moments import Adam
 
 
+class Acting(NamedTuple):
+    """What acted on one tensor in an update, w ← (1 − ηλ)w − ηu.
+
+    Attributes:
+        lr: η; a tensor where it lives on a device, NaN where the optimizer names none.
+        weight_decay: λ; NaN where it cannot be told, 0 where it is known to be a part of u.
+    """
+
+    lr: float | Tensor
+    weight_decay: float
+
+
+Law = Callable[[torch.optim.Optimizer, Mapping[str, Any], Tensor, Mapping[str, Any]], Acting | str]
+"""What acted on a tensor, or why that cannot be told; from the optimizer after the step, the tensor's group, the
+tensor, and what was noted of its state before the step."""
+
+
+def _by_group(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor, before: Mapping[str, Any]
+) -> Acting:
+    return Acting(lr_of(group), decoupled_decay(optimizer, group))
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of the optimizers of one class, and of those that are made from it.
 
     Attributes:
-        package: where the class lives; one of the same name elsewhere is another one.
         decoupled: True if the decay shrinks the weights, w ← (1 − ηλ)w; False if it is added to the gradient, where
             it becomes part of u. An option `decoupled_weight_decay` of the parameters' group goes before.
         adam: whether it keeps Adam's moments and steps by u = m̂/(√v̂ + ε).
         momentum: how u is made of the gradients, from a group, the number of its update and the state of one of its
             parameters after it; None where u is not linear in them, so that they cannot be told from one another.
         normalised: whether u is divided by √v̂ + ε, v̂ from `exp_avg_sq` and β₂.
+        law: η and λ of an update, where they are not simply the group's.
+        noted: keys of the state before the update that the law needs.
+        told: whether the law holds for this optimizer, where that depends on its version or settings.
     """
 
-    package: str = ""
     decoupled: bool = True
     adam: bool = False
     momentum: Callable[[Mapping[str, Any], float, Mapping[str, Any]], Momentum] | None = None
     normalised: bool = False
+    law: Law = _by_group
+    noted: tuple[str, ...] = ()
+    told: Callable[[torch.optim.Optimizer], bool] = lambda optimizer: True
 
 
 def _adam(group: Mapping[str, Any], step: float, state: Mapping[str, Any]) -> Momentum:
@@ -58,17 +86,133 @@ def _sgd(group: Mapping[str, Any], step: float, state: Mapping[str, Any]) -> Mom
     return Momentum(beta, taken, beta, 1.0) if group["nesterov"] else Momentum(beta, taken, 1.0, 0.0)
 
 
+def _asgd(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor, before: Mapping[str, Any]
+) -> Acting:
+    """w ← (1 − lambd·η)w − ηg with an η of its own, set at the end of the update before."""
+    lr = lr_of(group)
+    eta = float(before.get("eta", group["lr"]))
+    return Acting(lr, float(group["lambd"]) * eta / float(lr) if lr else 0.0)
+
+
+def _schedule_free(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor, before: Mapping[str, Any]
+) -> Acting | str:
+    """Weights are y = βx + (1 − β)z, of which λ acts on z at the scheduled rate and through z on the mean x."""
+    lr, decay = lr_of(group), float(group["weight_decay"])
+    if decay and group.get("decay_at_z"):
+        return "with decay_at_z it decays z, which is not w"
+    if not decay or not float(lr):
+        return Acting(lr, 0.0)
+    beta = float(group["betas"][0] if "betas" in group else group["momentum"])
+    total = float(group["weight_sum"])
+    weight = float(group["k"]) ** float(group["r"]) * float(group["lr_max"]) ** float(
+        group["weight_lr_power"]
+    )
+    newest = weight / total if total else 0.0  # the part of x that is the new z
+    rate = float(group["scheduled_lr"]) / float(lr)
+    return Acting(lr, decay * rate * (1 - beta * (1 - newest)))
+
+
+def _schedule_free_closure(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor, before: Mapping[str, Any]
+) -> Acting | str:
+    if group["weight_decay"]:
+        return "its weights are x, and it decays y"
+    return Acting(lr_of(group), 0.0)
+
+
+def _lion(
+    optimizer: Any, group: Mapping[str, Any], parameter: Tensor, before: Mapping[str, Any]
+) -> Acting | str:
+    decay = float(group["weight_decay"])
+    if decay and group.get("cautious_wd"):
+        return "with cautious_wd it decays some of the weights"
+    return Acting(lr_of(group), decay / float(optimizer._init_lr) if optimizer.decoupled_wd else decay)
+
+
+def _adafactor(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor, before: Mapping[str, Any]
+) -> Acting | str:
+    """λη·scale, with the rms of the weights before the update; η is the group's or the relative step."""
+    state = optimizer.state.get(parameter) or {}
+    lr = lr_of(group)
+    if group["relative_step"]:
+        step = max(state.get("step", 1), 1)
+        lr = min(1e-6 * step if group["warmup_init"] else 1e-2, 1 / math.sqrt(step))
+    rms = state.get("RMS", math.nan)
+    if hasattr(rms, "to_local"):
+        return "its rms of the weights is spread over processes"
+    scale = max(group["eps"][1], float(rms)) if group["scale_parameter"] else 1.0
+    return Acting(lr, float(group["weight_decay"]) * scale)
+
+
+def _bits(optimizer: Any, group: Mapping[str, Any], parameter: Tensor, before: Mapping[str, Any]) -> Acting:
+    """What its manager says of the parameter goes before the group."""
+    own = dict(group)
+    if optimizer.mng.pid2config or optimizer.mng.index2config:
+        places = (
+            (i, j)
+            for i, each in enumerate(optimizer.param_groups)
+            for j, other in enumerate(each["params"])
+            if other is parameter
+        )
+        own = optimizer.get_config(*next(places), group)
+    return Acting(lr_of(own), decoupled_decay(optimizer, own))
+
+
+def _bits_told(optimizer: Any) -> bool:
+    name = optimizer.optimizer_name
+    if optimizer.args.skip_zeros:
+        return False  # weights without a gradient are not decayed
+    if (
+        name == "lion"
+    ):  # with a state of 32 bits its CUDA kernel adds the decay to the gradient, the others do not
+        return all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
+    return name in ("adam", "lamb", "ademamix", "momentum", "lars", "rmsprop", "adagrad")
+
+
 KNOWN = {
-    "AdamW": Known("torch", adam=True, momentum=_adam, normalised=True),
-    "Adam": Known("torch", decoupled=False, adam=True, momentum=_adam, normalised=True),
-    "NAdam": Known("torch", decoupled=False, momentum=_nadam, normalised=True),
-    "SGD": Known("torch", decoupled=False, momentum=_sgd),
+    "torch.AdamW": Known(adam=True, momentum=_adam, normalised=True),
+    "torch.Adam": Known(decoupled=False, adam=True, momentum=_adam, normalised=True),
+    "torch.NAdam": Known(decoupled=False, momentum=_nadam, normalised=True),
+    "torch.SGD": Known(decoupled=False, momentum=_sgd),
+    "torch.ASGD": Known(decoupled=False, law=_asgd, noted=("eta",)),
     **dict.fromkeys(
-        ("Adamax", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"),
-        Known("torch", decoupled=False),
+        (f"torch.{name}" for name in ("Adamax", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta")),
+        Known(decoupled=False),
+    ),
+    **dict.fromkeys(("torch.Muon", "torch.Adafactor"), Known()),
+    **dict.fromkeys(
+        (
+            f"schedulefree.{kind}ScheduleFree{variant}"
+            for kind in ("AdamW", "RAdam", "SGD")
+            for variant in ("", "Paper", "Reference")
+        ),
+        Known(law=_schedule_free, told=lambda optimizer: "scheduled_lr" in optimizer.defaults),
+    ),
+    **dict.fromkeys(
+        (f"schedulefree.{kind}ScheduleFreeClosure" for kind in ("AdamW", "RAdam", "SGD")),
+        Known(law=_schedule_free_closure),
+    ),
+    "lion_pytorch.Lion": Known(law=_lion),
+    "transformers.Adafactor": Known(law=_adafactor),
+    # bitsandbytes' Adam decays as its AdamW does.
+    "bitsandbytes.Optimizer2State": Known(law=_bits, told=_bits_told),
+    "bitsandbytes.Optimizer1State": Known(decoupled=False, law=_bits, told=_bits_told),
+    **dict.fromkeys(
+        (f"bitsandbytes.{paged}Lion{bits}" for paged in ("", "Paged") for bits in ("", "8bit", "32bit")),
+        Known(law=_bits, told=_bits_told),
+    ),
+    "bitsandbytes.PytorchLARS": Known(decoupled=False),
+    **dict.fromkeys(
+        (f"torchao.{name}" for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8", "_AdamW")), Known()
+    ),
+    **dict.fromkeys(
+        (f"torchao.{name}" for name in ("Adam8bit", "Adam4bit", "AdamFp8")), Known(decoupled=False)
     ),
 }
-"""Optimizers by the name of their class."""
+"""Optimizers by their package and the name of their class; one of the same name elsewhere is another one."""
 
 STATE_POWERS = {
     "exp_avg": 1,
@@ -93,17 +237,22 @@ COUNT_STOPS = 1 << 24
 """Updates at which a count in float32, as torch keeps it, no longer grows: 2²⁴ + 1 is rounded back to 2²⁴."""
 
 
+def _entry(optimizer: torch.optim.Optimizer) -> tuple[str, Known]:
+    """The package and the entry of the class, or of the nearest one that it is made from."""
+    for kind in type(optimizer).mro():
+        package = _package(kind.__module__)
+        if f"{package}.{kind.__name__}" in KNOWN:
+            return package, KNOWN[f"{package}.{kind.__name__}"]
+    return "", Known()
+
+
 def known(optimizer: torch.optim.Optimizer) -> Known:
     """The entry of the class, or of the nearest one that it is made from."""
-    for kind in type(optimizer).mro():
-        entry = KNOWN.get(kind.__name__)
-        if entry is not None and _within(kind.__module__, entry.package):
-            return entry
-    return Known()
+    return _entry(optimizer)[1]
 
 
-def _within(module: str, package: str) -> bool:
-    return module == package or module.startswith(f"{package}.")
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 # --- what is asked of one ------------------------------------------------------------------------------------
@@ -115,32 +264,122 @@ def check_optimizer(optimizer: Any, accepted: str = "a torch.optim.Optimizer") -
     Raises:
         TypeError: it is none, or a wrapper whose steps an inner one makes.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be {accepted}, got {type(optimizer).__name__}")
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
+    _refuse_wrapper(optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        inside = _inside(optimizer)
+        if inside is None:
+            return optimizer
+        name, inner = inside
+        kind = " and ".join(sorted({type(each).__name__ for each in _flat(inner)}))
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__} around a {type(inner).__name__}: pass the inner one, "
-            "optimizer.optimizer, whose steps it makes"
+            f"optimizer is a {type(optimizer).__name__} around a {kind}: pass the inner one, "
+            f"optimizer.{name}, whose steps it makes"
         )
-    return optimizer
+    raise TypeError(f"optimizer must be {accepted}, got {type(optimizer).__name__}")
+
+
+_INSIDE = ("optimizers", "optimizer", "optim")
+"""Attributes by which a wrapper knows the optimizers that make its steps: torchtitan's container; Accelerate's,
+Lightning's and others' wrappers; torch's ZeroRedundancyOptimizer and fairscale's OSS."""
+
+_STEPS_Z = "its inner one steps z and not the weights; schedulefree's AdamW, RAdam and SGD can be logged"
+_NO_INSIDE = {
+    "schedulefree.ScheduleFreeWrapper": _STEPS_Z,
+    "schedulefree.ScheduleFreeWrapperReference": _STEPS_Z,
+    "torchao.CPUOffloadOptimizer": "its inner ones step copies of the weights on the host; pass those, "
+    "[*optimizer.optim_dict.values(), optimizer.d_opt] (d_opt may be None), and the names of the copies by "
+    "params=[(name, optimizer.param_d2h_map.get(p, p)) for name, p in model.named_parameters()]",
+}
+"""Wrappers whose inner optimizers do not step the weights of the model, and what can be done."""
+
+
+def unwrap(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers that make the steps: of an optimizer, of a wrapper of some, or of a list of these.
+
+    A wrapper is known by its attribute `optimizer`, `optimizers` or `optim` (`_INSIDE`).
+
+    Raises:
+        TypeError: something is none of these, or wraps optimizers that do not step the weights.
+        ValueError: there is none, or one twice.
+
+    >>> model = torch.nn.Linear(2, 2)
+    >>> both = [torch.optim.SGD([model.weight]), (torch.optim.Adam([model.bias]),)]
+    >>> [type(each).__name__ for each in unwrap(both)]
+    ['SGD', 'Adam']
+    """
+    found = [_innermost(each) for each in _flat(optimizer)]
+    optimizers = [each for inner in found for each in inner]
+    if not optimizers:
+        raise ValueError("optimizer must be a torch.optim.Optimizer or several, got none")
+    twice = {
+        type(each).__name__ for i, each in enumerate(optimizers) if any(each is o for o in optimizers[:i])
+    }
+    if twice:
+        raise ValueError(f"optimizer: a {', '.join(sorted(twice))} is there twice")
+    return optimizers
+
+
+def _flat(optimizers: Any) -> Iterator[Any]:
+    if isinstance(optimizers, list | tuple):
+        for each in optimizers:
+            yield from _flat(each)
+    else:
+        yield optimizers
+
+
+def _innermost(optimizer: Any) -> list[torch.optim.Optimizer]:
+    seen: list[Any] = []
+    waiting, found = [optimizer], []
+    while waiting:
+        each = waiting.pop(0)
+        if any(each is other for other in seen):
+            continue
+        seen.append(each)
+        inside = _inside(each)
+        if inside is not None:
+            waiting = [*_flat(inside[1]), *waiting]
+        else:
+            found.append(check_optimizer(each, "a torch.optim.Optimizer, a wrapper of one, or several"))
+    return found
+
+
+def _inside(optimizer: Any) -> tuple[str, Any] | None:
+    """The attribute that holds the optimizers that make the steps of a wrapper, and what it holds."""
+    if all(callable(getattr(optimizer, name, None)) for name in ("step", "zero_grad")):
+        for name in _INSIDE:
+            inner = getattr(optimizer, name, None)
+            each = [*_flat(inner)]
+            if each and all(isinstance(one, torch.optim.Optimizer) or _inside(one) for one in each):
+                return name, inner
+    return None
+
+
+def _refuse_wrapper(optimizer: Any) -> None:
+    kind = type(optimizer)
+    why = _NO_INSIDE.get(f"{_package(kind.__module__)}.{kind.__name__}")
+    if why is not None:
+        raise TypeError(f"optimizer is a {kind.__name__}, which cannot be logged: {why}")
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
     """Raise a TypeError if the forces of this optimizer cannot be read from its state."""
-    entry = known(optimizer)
-    if not entry.adam or own_step(optimizer):
-        what = "has a step() of its own" if entry.adam else "does not keep Adam's moments"
+    if source_of(optimizer) != "moments":
+        adam = known(optimizer).adam
+        what = "has a step() of its own" if adam else "does not keep Adam's moments"
         raise TypeError(
             f"optimizer must be torch.optim.AdamW or torch.optim.Adam, got {type(optimizer).__name__}, which "
             f'{what}; source="displacement" logs any optimizer from a copy of the weights'
         )
 
 
+def source_of(optimizer: torch.optim.Optimizer) -> Literal["moments", "displacement"]:
+    """Where the forces of an optimizer are read: in Adam's moments where it keeps them and steps by them alone."""
+    return "moments" if known(optimizer).adam and not own_step(optimizer) else "displacement"
+
+
 def own_step(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its class has a step() of its own, which may do other things than that of the one it is made from."""
-    entry = known(optimizer)
-    return not _within(inspect.unwrap(type(optimizer).step).__module__, entry.package)
+    return _package(inspect.unwrap(type(optimizer).step).__module__) != _entry(optimizer)[0]
 
 
 def momentum_of(
@@ -190,7 +429,7 @@ def grad_factor(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], afte
         return sign
     if after:
         # Those whose drift is told have the step() of torch's class, and maybe an __init__ of their own.
-        kind = next(kind for kind in type(optimizer).mro() if _within(kind.__module__, "torch"))
+        kind = next(kind for kind in type(optimizer).mro() if _package(kind.__module__) == "torch")
         scale = scale ** _left_scaled(kind, scale.device)
     return sign / scale
 
@@ -210,12 +449,25 @@ def _left_scaled(kind: type[torch.optim.Optimizer], device: torch.device) -> Ten
 # --- decay ---------------------------------------------------------------------------------------------------
 
 
+def lr_of(group: Mapping[str, Any]) -> float | Tensor:
+    """η as a group names it: a tensor where it lives on a device, NaN where it names none."""
+    lr = group.get("lr")
+    return math.nan if lr is None else lr if is_remote(lr) else float(lr)
+
+
+def law_of(optimizer: torch.optim.Optimizer) -> Known | None:
+    """The entry whose decay law holds for an optimizer; None where it has to be asked."""
+    entry = known(optimizer)
+    return None if own_step(optimizer) or not entry.told(optimizer) else entry
+
+
 def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    return bool(group.get("decoupled_weight_decay", known(optimizer).decoupled))
+    """Whether the group's λ shrinks the weights; of a step that is not known it is not said that it does not."""
+    return own_step(optimizer) or bool(group.get("decoupled_weight_decay", known(optimizer).decoupled))
 
 
 def decoupled_decay(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
-    """λ of the group where it shrinks the weights, else 0."""
+    """λ that the group names, where it shrinks the weights, else 0. What acts of it, `Decay` tells."""
     return float(group.get("weight_decay", 0.0)) if _is_decoupled(optimizer, group) else 0.0
 
 
@@ -301,6 +553,33 @@ def update_counts(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
     return [step.clone() if is_remote(step) else float(step) for step in steps]
 
 
+def skipped(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], before: Sequence[float | Tensor]
+) -> bool | Tensor:
+    """Whether a step made no update, as its state tells: it counts the updates of these, and no count has grown.
+
+    Args:
+        optimizer: after the step.
+        parameters: those that had a gradient in it.
+        before: their `update_counts` before it.
+
+    Returns:
+        False where the state keeps no count `step`; a tensor where the counts live on a device.
+    """
+    counted = [i for i, p in enumerate(parameters) if "step" in optimizer.state.get(p, ())]
+    if not counted:
+        return False
+    after = update_counts(optimizer, [parameters[i] for i in counted])
+    grown = [
+        (now > before[i]) | (now >= COUNT_STOPS)  # a tensor where one of them is
+        for i, now in zip(counted, after, strict=True)
+    ]
+    if any(each is True for each in grown):
+        return False
+    remote = [each.reshape(()) for each in grown if isinstance(each, Tensor)]
+    return ~torch.stack(remote).any() if remote else True
+
+
 # --- names, gradients, description ---------------------------------------------------------------------------
 
 
@@ -313,9 +592,9 @@ def own_names(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     ]
 
 
-def signature(optimizer: torch.optim.Optimizer) -> list[list[int]]:
-    """Which parameters are in which group: two that are equal are of the same groups."""
-    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+def signature(optimizer: torch.optim.Optimizer) -> list[list[tuple[int, ...]]]:
+    """Which parameters are in which group, and their shapes: two that are equal are of the same groups."""
+    return [[(id(p), *p.shape) for p in group["params"]] for group in optimizer.param_groups]
 
 
 def with_gradient(optimizer: torch.optim.Optimizer) -> set[Tensor]:

@@ -1,0 +1,267 @@
+"""What was measured of the updates, on its way from the devices into the log.
+
+Nothing waits for a device inside a step: an update leaves a `Record` of measurements there, and they come over
+together when the log is flushed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from weightdyn.core.forces import Remembered, before_step, fresh_before_step
+from weightdyn.record.moments import PRODUCTS
+
+_LOST = 0.01  # at a smaller |1−ηλ| w' tells nothing of w
+
+
+class _Columns:
+    """What is known of some logged updates: arrays (updates, rows), filled in from the records."""
+
+    def __init__(self, records: Sequence[Record]):
+        shape = (len(records), len(records[0].moved))
+        self.lr = np.stack([record.lr for record in records])
+        self.weight_decay = np.stack([record.weight_decay for record in records])
+        self.moved = np.stack([record.moved for record in records])
+        self.remembered = np.stack([record.remembered for record in records])  # fields of Remembered
+        self.products = np.full((*shape, len(PRODUCTS)), np.nan)
+        self.after = np.zeros(shape, dtype=bool)  # where the products are those of the weights after the step
+        self.norm_sq_after = np.full(shape, np.nan)
+        self.norm_sq_audit = np.full(shape, np.nan)
+
+
+@dataclass
+class Measured:
+    """Something measured for some rows, still on its device; its kind says what becomes of it."""
+
+    rows: list[int]
+    values: Tensor
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        """Put the values, come over from the device, where they belong for update i."""
+        raise NotImplementedError
+
+
+class Products(Measured):
+    """PRODUCTS with the weights before the step."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        """Put them there."""
+        columns.products[i, self.rows] = values.reshape(-1, len(PRODUCTS))
+
+
+class ProductsAfter(Products):
+    """PRODUCTS with the weights after the step, to be carried back over it."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        """Put them there, and note whose they are."""
+        super().enter(columns, i, values)
+        columns.after[i, self.rows] = True
+
+
+class Moved(Measured):
+    """Above 0 where the step moved the tensor."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        """Leave those out that did not move."""
+        columns.moved[i, self.rows] &= values > 0
+
+
+class LearningRate(Measured):
+    """η, where it is a tensor on the device."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        """Put it there."""
+        columns.lr[i, self.rows] = values
+
+
+class Remembers(Measured):
+    """What momentum remembers, where a device knows its numbers: the fields of `Remembered`."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        """Put them there."""
+        columns.remembered[i][:, self.rows] = values.reshape(-1, len(Remembered._fields)).T
+
+
+class NormAfter(Measured):
+    """‖w‖² after the step."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        """Put it there."""
+        columns.norm_sq_after[i, self.rows] = values
+
+
+class NormBefore(Measured):
+    """‖w‖² before the step, of an audit."""
+
+    def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
+        """Put it there."""
+        columns.norm_sq_audit[i, self.rows] = values
+
+
+@dataclass
+class Round:
+    """One update of the run: a step of its optimizer, or of several that make it together.
+
+    Attributes:
+        step: its number, if none was skipped that is not known of yet.
+        skips: updates before it that a GradScaler skipped, as a device knows, and that its number counts still.
+        certain: whether one of its optimizers has made its step for certain.
+        found: of the others, 1 where a GradScaler skipped, on their devices.
+    """
+
+    step: int
+    skips: Tensor | None = None
+    certain: bool = False
+    found: list[Tensor] = field(default_factory=list)
+
+    def join(self, found_inf: Tensor | None) -> None:
+        """One more optimizer has stepped; `found_inf` is given where a device knows whether it did."""
+        if found_inf is None:
+            self.certain = True
+        else:
+            self.found.append(found_inf)
+
+    def skipped(self) -> Tensor | None:
+        """Updates up to this one that were skipped, by all their optimizers; on the device."""
+        if self.certain or not self.found:
+            return self.skips
+        device = self.found[0].device
+        itself = torch.stack([each.to(device, torch.float64).reshape(()) for each in self.found]).amin()
+        return itself if self.skips is None else itself + self.skips
+
+    def was_skipped(self) -> bool:
+        """Whether all of its optimizers skipped it; waits for the device."""
+        return bool(self.found) and not self.certain and all(bool(each.item()) for each in self.found)
+
+    def settled(self) -> int:
+        """Its true number, or that of the one before it, if it was skipped itself; waits for the device."""
+        skipped = self.skipped()
+        return self.step - (0 if skipped is None else int(skipped.item()))
+
+
+@dataclass
+class Record:
+    """One logged update: what is still on the devices, and what the host knows; arrays (rows,)."""
+
+    round: Round
+    lr: np.ndarray  # NaN where it is a tensor on a device
+    weight_decay: np.ndarray
+    moved: np.ndarray  # false for a tensor that this update left alone
+    remembered: np.ndarray  # (fields of Remembered, rows), NaN where unknown or on a device
+    waiting: list[Measured] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, update: Round, rows: int) -> Record:
+        """An empty one."""
+        numbers = np.full((2 + len(Remembered._fields), rows), np.nan)
+        return cls(update, numbers[0], numbers[1], np.zeros(rows, dtype=bool), numbers[2:])
+
+
+class Book:
+    """The logged updates that are not in the log yet.
+
+    Args:
+        warn: says something once: a key and the message.
+    """
+
+    def __init__(self, warn: Callable[[str, str], None]):
+        self._warn = warn
+        self.labels: dict[str, dict[str, Any]] = {}
+        """The rows of every update, by their labels: what run.json says of each."""
+        self.pending: list[Record] = []
+
+    @property
+    def rows(self) -> int:
+        """Rows that wait."""
+        return len(self.pending) * len(self.labels)
+
+    def record(self, update: Round) -> Record:
+        """The record of an update, opened by the first optimizer that asks for it."""
+        if not self.pending or self.pending[-1].round is not update:
+            self.pending.append(Record.of(update, len(self.labels)))
+        return self.pending[-1]
+
+    def take(self) -> pd.DataFrame:
+        """The stored columns of what waits, as `RunLog` reads them: one copy from each device."""
+        records, self.pending = self.pending, []
+        fetched = _to_host([measured.values for record in records for measured in record.waiting])
+        found = _Columns(records)
+        for i, record in enumerate(records):
+            for measured in record.waiting:
+                measured.enter(found, i, next(fetched))
+        steps = np.array([record.round.settled() for record in records])
+        products = dict(zip(PRODUCTS, np.moveaxis(found.products, -1, 0), strict=True))
+        dot_wu, u_sq, w_sq, m_sq, v_sum = (
+            products.pop(name) for name in ("dot_wu", "u_sq", "w_sq", "m_sq", "v_sum")
+        )
+        numel = np.array([entry["numel"] for entry in self.labels.values()], dtype=float)
+        remembered = Remembered(*np.moveaxis(found.remembered, 1, 0))
+        with np.errstate(all="ignore"):  # what is not finite is recorded as it is
+            # In units of u: as if all of it were made of this gradient.
+            dot_wg, dot_ug = (products.pop(name) * remembered.gain for name in ("dot_wg", "dot_ug"))
+            g_sq = products.pop("g_sq") * remembered.gain**2
+            undone = before_step(dot_wu, u_sq, w_sq, found.lr, found.weight_decay)
+            dot_wg_undone = fresh_before_step(dot_wg, dot_ug, found.lr, found.weight_decay)
+            lost = found.after & (np.abs(1 - found.lr * found.weight_decay) < _LOST)
+            m_rms, v_mean = np.sqrt(m_sq / numel), v_sum / numel
+        if (lost & found.moved).any():
+            self._warn(
+                "lost",
+                "at ηλ = 1 the decay erases the weights, and those before the step are not known where η is a "
+                "tensor on a device or changes during the step: recorded as NaN",
+            )
+        columns = {
+            "lr": found.lr,
+            "weight_decay": found.weight_decay,
+            "norm_sq_after": np.where(found.after, w_sq, found.norm_sq_after),
+            "norm_sq_audit": found.norm_sq_audit,
+            "dot_wu": np.where(lost, np.nan, np.where(found.after, undone.dot_wu, dot_wu)),
+            # Rounding can take it below 0.
+            "norm_sq": np.where(lost, np.nan, np.where(found.after, np.maximum(undone.w_sq, 0), w_sq)),
+            "u_sq": u_sq,
+            "m_rms": m_rms,
+            "v_mean": v_mean,
+            "dot_wg": np.where(lost, np.nan, np.where(found.after, dot_wg_undone, dot_wg)),
+            "dot_ug": dot_ug,
+            "g_sq": g_sq,
+            "lr_memory": remembered.lr_memory,
+            "fresh": remembered.fresh,
+            **products,
+        }
+        rows = found.moved.shape[1]
+        table = pd.DataFrame(
+            {
+                "step": np.repeat(steps, rows),
+                "span": 1,
+                "tensor": pd.Categorical.from_codes(np.tile(np.arange(rows), len(steps)), list(self.labels)),
+                **{name: values.ravel() for name, values in columns.items()},
+            }
+        )
+        return table[found.moved.ravel()]
+
+
+def on_one_device(values: Iterable[Any]) -> Tensor:
+    """Numbers, some of them on a device, as one float64 tensor there."""
+    values = list(values)
+    device = next(value.device for value in values if isinstance(value, Tensor))
+    return torch.stack(
+        [torch.as_tensor(value, dtype=torch.float64).to(device).reshape(()) for value in values]
+    )
+
+
+def _to_host(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
+    """The values of float64 tensors, flat, in their order, with one copy from each device."""
+    devices = {tensor.device for tensor in tensors}
+    flat = {d: torch.cat([t.reshape(-1) for t in tensors if t.device == d]).cpu().numpy() for d in devices}
+    taken = dict.fromkeys(devices, 0)
+    for tensor in tensors:
+        start = taken[tensor.device]
+        taken[tensor.device] = start + tensor.numel()
+        yield flat[tensor.device][start : start + tensor.numel()]
