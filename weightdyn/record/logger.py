@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from weightdyn.core.checks import check_choice, check_flag, check_path, check_pattern, check_whole
 from weightdyn.core.naming import Views, check_config, check_views, describe
-from weightdyn.core.tables import force_table
+from weightdyn.core.tables import By, force_table
 from weightdyn.files.durable import write_file
 from weightdyn.record.book import Book, Round
 from weightdyn.record.decay import Given
@@ -48,6 +48,7 @@ from weightdyn.record.optimizers import (
     warn_of_coupled_decay,
 )
 from weightdyn.record.runlog import STORED, RunLog, RunWriter
+from weightdyn.record.scalars import flat_scalars
 from weightdyn.record.sigterm import uninterrupted, unwatch, watch
 from weightdyn.record.watch import Drift, Tracked, Watch
 from weightdyn.weibull.fit import fit_weibull
@@ -206,6 +207,7 @@ class ForceLogger:
         self._book = Book(self._warn_once)
         self._notes: list[tuple[str, dict[str, Any], Round]] = []  # metrics whose step the device knows
         self._last = pd.DataFrame(columns=[*STORED["forces"]])
+        self._fits = pd.DataFrame(columns=[*STORED["weibull"]])  # the latest
         self._flushed_at = time.monotonic()
         self._warned: set[str] = set()
         self._unknown_decays: list[str] = []  # why
@@ -287,6 +289,31 @@ class ForceLogger:
         """Force table of the last logged update (empty before the first). Waits for a GPU."""
         self._bring_over()
         return force_table(self._last, self._book.labels)
+
+    @uninterrupted
+    def scalars(self, by: By | Sequence[str] | None = "role") -> dict[str, float]:
+        """The last logged update as plain floats, such as a reporter takes: `wandb.log(log.scalars())`.
+
+            forces/<group>/alignment_share, injection_share, decay_share   |F|/Σ|F|
+            forces/<group>/relative_update, angle, norm                    η‖u‖/‖w‖, radians, ‖w‖ before the update
+            forces/<group>/drift_signed_share, memory_signed_share         drift/Σ|F|, memory/Σ|F|
+            weibull/<group>/lam, k                                         of the latest fit (`weibull_every`)
+
+        The two signed shares are there where the drift was measured. They are noisy in a single update, and keep
+        their sign so that a dashboard's smoothing averages the noise out; `smooth` does it with errors. λ and k are
+        pooled over the group as `pool_weibull` does, and stay until the next fit.
+
+        Args:
+            by: groups of tensors: "layer", "component", "role" (selection, transmission, value, other), "model", a
+                list of such columns, or None for each tensor. Those that the update left alone do not count.
+
+        Returns:
+            {name: float}, empty before the first logged update. Waits for a GPU.
+
+        Raises:
+            ValueError: an unknown `by`.
+        """
+        return flat_scalars(self.latest(), self._fits, self._book.labels, by)
 
     @_alone
     @uninterrupted
@@ -641,9 +668,9 @@ class ForceLogger:
             columns = zip(
                 ("tensor", "lam", "k", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
             )
-            self._writer.append(
-                "weibull", {"step": self._round.step, **{name: list(each) for name, each in columns}}
-            )
+            values = {name: list(each) for name, each in columns}
+            self._fits = pd.DataFrame({"step": self._round.step, **values})
+            self._writer.append("weibull", self._fits)
 
     def _snapshot(self) -> None:
         """Full w, m and v of the selected tensors, beside the log."""
