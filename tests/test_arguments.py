@@ -411,6 +411,7 @@ def calls(g):
                 "start_step": 0,
             },
         ),
+        "ForceLogger.scalars": (_stepped(g).scalars, {"by": "role"}),
     }
 
 
@@ -462,6 +463,16 @@ def _published_recovery(g):
     path = g["tmp"] / "recovery.json"
     path.write_text('[{"step": 1, "true": -1.0, "spline": -1.0, "local_gap": 10}]')
     return path
+
+
+def _stepped(g):
+    """A logger that has logged an update."""
+    net = copy.deepcopy(g["net"])
+    optimizer = torch.optim.AdamW(net.parameters())
+    with wd.ForceLogger(optimizer, net) as logger:
+        net(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    return logger
 
 
 class _logged_run:

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 import weightdyn
 
 MODULES = [module.name for module in pkgutil.walk_packages(weightdyn.__path__, "weightdyn.")]
+if importlib.util.find_spec("lightning") is None:
+    MODULES.remove("weightdyn.integrations.lightning")
 
 
 @pytest.mark.parametrize("name", MODULES)

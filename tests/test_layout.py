@@ -9,7 +9,7 @@ import weightdyn
 
 ROOT = Path(weightdyn.__file__).parent
 ROOMS = (
-    "core", "files", "weibull", "record", "integrations", "checkpoints", "explain", "train", "wisca", "plot", "cli",
+    "core", "files", "weibull", "record", "checkpoints", "explain", "train", "wisca", "integrations", "plot", "cli",
 )  # fmt: skip
 """Each may import from those before it (and from itself), as CONTRIBUTING.md says."""
 

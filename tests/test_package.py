@@ -68,6 +68,7 @@ def test_importing_weightdyn_loads_nothing_heavy():
     modules = loaded_by("import weightdyn; weightdyn.plot.force_budget")
     assert "weightdyn.record.logger" in modules
     for heavy in (
+        "accelerate",
         "filelock",
         "huggingface_hub",
         "joblib",
@@ -79,6 +80,7 @@ def test_importing_weightdyn_loads_nothing_heavy():
         "scipy.stats",
         "transformers",
         "typer",
+        "weightdyn.integrations",
     ):
         assert heavy not in modules, heavy
 

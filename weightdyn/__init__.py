@@ -48,12 +48,12 @@ from weightdyn.core.tables import SUMMARY_TABLE as SUMMARY_TABLE
 from weightdyn.core.tables import WEIBULL_TABLE as WEIBULL_TABLE
 from weightdyn.core.tables import aggregate as aggregate
 from weightdyn.core.tables import budget as budget
+from weightdyn.core.tables import pool_weibull as pool_weibull
 from weightdyn.explain.summary import summarize as summarize
 from weightdyn.explain.trajectory import closure as closure
 from weightdyn.explain.trajectory import equilibrium as equilibrium
 from weightdyn.explain.trajectory import integrate as integrate
 from weightdyn.explain.trajectory import phases as phases
-from weightdyn.explain.trajectory import pool_weibull as pool_weibull
 from weightdyn.explain.windows import smooth as smooth
 from weightdyn.files.weightfiles import CheckpointError as CheckpointError
 from weightdyn.record.given import Shard as Shard

@@ -27,9 +27,10 @@ from weightdyn.core.tables import (
     check_weibull_table,
     group_columns,
     group_numbers,
+    pool_weibull,
     table_of,
 )
-from weightdyn.explain.trajectory import closure, equilibrium, integrate, phases, pool_weibull
+from weightdyn.explain.trajectory import closure, equilibrium, integrate, phases
 from weightdyn.explain.windows import smooth
 
 TENSORS = [

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightdyn.core.forces import forces_from_products
-from weightdyn.core.tables import FORCES, aggregate
-from weightdyn.explain.trajectory import closure, equilibrium, integrate, phases, pool_weibull
+from weightdyn.core.tables import FORCES, aggregate, pool_weibull
+from weightdyn.explain.trajectory import closure, equilibrium, integrate, phases
 
 
 def adamw_run(updates=60, seed=0, tensors=("a", "b"), lr=0.05, weight_decay=0.3, size=20, resting=()):

@@ -16,9 +16,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
+import weightdyn as wd
 from weightdyn.record import decay as module
 from weightdyn.record.decay import Decay
-from weightdyn.record.optimizers import coupled_decay, own_step, skipped, update_counts
+from weightdyn.record.optimizers import coupled_decay, law_of, own_step, skipped, update_counts
 
 STEPS = (1, 2, 4, 7, 11)
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
@@ -312,6 +313,38 @@ def test_weights_that_bitsandbytes_leaves_alone_are_not_told_by_its_table():
     assert Decay(optimizer).told == "twins"
 
 
+@quiet
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8", "Adam8bit"])
+def test_torchaos_quantized_states_and_random_rounding_change_no_decay(kind, dtype, monkeypatch):
+    optim = pytest.importorskip("torchao.optim")
+
+    def ends(law, ask):
+        monkeypatch.setattr(module, "law_of", law)
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(64, 128).to(dtype))
+        optimizer = getattr(optim, kind)([p], lr=1e-2, weight_decay=0.1, bf16_stochastic_round=True)
+        decay, told = Decay(optimizer), []
+        with torch.compiler.set_stance("force_eager"):
+            for t in (1, 2, 3):
+                p.grad = torch.randn(64, 128).to(dtype)
+                if ask:
+                    decay.ask([p], t)
+                optimizer.step()
+                told += decay.acted([p], t) if ask else []
+        assert type(optimizer.state[p]["exp_avg"]) is not torch.Tensor
+        return p.detach(), torch.rand(1), [acting.weight_decay for acting in told]
+
+    plain, after, none = ends(law_of, ask=False)
+    for law in (law_of, lambda optimizer: None):
+        weights, random_number, told = ends(law, ask=True)
+        assert torch.equal(weights, plain)
+        assert torch.equal(random_number, after)
+        want = 0.1 if kind.startswith("AdamW") else 0.0 if law is law_of else math.nan
+        assert none == []
+        assert told == pytest.approx([want] * 3, rel=1e-3, nan_ok=True)
+
+
 # --- optimizers that nobody knows ----------------------------------------------------------------------------
 
 
@@ -594,6 +627,15 @@ class Sharpness(Plain):
         super().step()
 
 
+class Searches(Plain):
+    """It asks for the gradient twice, there and where it would go."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for _ in range(2):
+            super().step(closure)
+
+
 class Insists(Plain):
     def step(self, closure):
         super().step(closure)
@@ -648,7 +690,6 @@ class Nameless(torch.optim.Optimizer):
         (CoupledAdam, "not proportional to the weights"),
         (Lasso, "not proportional to the weights"),
         (Insists, "its step needs a closure"),
-        (Clips, "made another step"),
         (Frees, "frees what it holds"),
         (Held, "another optimizer that it holds"),
         (lambda p: Constant(p, lr=0.0), "at a learning rate of 0"),
@@ -672,8 +713,61 @@ def test_where_twins_cannot_tell_there_is_a_reason(make, why):
         assert Frees.freed == 0
 
 
+def test_a_twin_that_makes_another_step_tells_nothing():
+    model = model_of()
+    parameters = list(model.parameters())
+    optimizer = Clips(parameters)
+    decay = Decay(optimizer)
+    for t, asked in ((1, parameters), (2, parameters), (3, parameters[:2])):
+        give_gradients(model, t)
+        decay.ask(asked, t)
+        optimizer.step()
+        told = [acting.weight_decay for acting in decay.acted(asked, t)]
+        if t < 3:  # all of its tensors were asked together
+            assert told == pytest.approx([0.1] * 4, rel=1e-6)
+            assert decay.reason is None
+        else:
+            assert all(map(math.isnan, told))
+            assert "made another step" in decay.reason
+
+
+@pytest.mark.parametrize("make", [Plain, Spelled])
+def test_a_decay_that_a_twin_does_not_see_is_noticed(make):
+    # As where the question comes in the midst of a step. Of Spelled's, by the sign, it is 3 % of what moves.
+    model = model_of()
+    parameters = list(model.parameters())
+    decay = Decay(optimizer := make(parameters))
+    give_gradients(model, 1)
+    decay.ask(parameters, 1)
+    optimizer.step()
+    with torch.no_grad():
+        for p in parameters:
+            p.mul_(1 - 1e-3)
+    assert all(math.isnan(acting.weight_decay) for acting in decay.acted(parameters, 1))
+    assert "made another step" in decay.reason
+
+
+def test_a_decay_that_no_setting_switches_off_is_not_taken_for_none():
+    class Cached(Plain):
+        def __init__(self, params):
+            super().__init__(params)
+            self._shrink_by = 0.1
+
+        def decayed(self, p, group):
+            return p * (1 - group["lr"] * self._shrink_by)
+
+    class Unused(Plain):
+        def decayed(self, p, group):
+            return p
+
+    for make, number in ((Cached, math.nan), (Unused, 0.0)):
+        _, told, decay, _ = train(make, 3, asked=STEPS)
+        assert told[2][0].weight_decay == pytest.approx(number, nan_ok=True)
+        assert ("does not switch off" in (decay.reason or "")) is math.isnan(number)
+
+
 def test_weights_that_a_step_moves_before_its_closure_have_no_number():
-    for make, moved in ((Sharpness, True), (Plain, False)):
+    for make, moved in ((Sharpness, True), (Searches, True), (Plain, False)):
         model = model_of()
         parameters = list(model.parameters())
         optimizer = make(parameters)
@@ -776,27 +870,93 @@ class Counts(Plain):
         super().step(closure)
 
 
-def test_a_group_is_one_pair_of_twins_of_its_smallest_tensor_that_tells():
+def test_all_groups_are_one_pair_of_twins_of_a_few_tensors():
     Counts.steps = []
-    model = model_of()
-    parameters = list(model.parameters())
-    groups = [
-        {"params": parameters[:2], "weight_decay": 0.1},
-        {"params": parameters[2:], "weight_decay": 0.3},
-    ]
+    model = nn.Sequential(*(nn.Linear(8 * n, 8) for n in range(9, 1, -1)))
+    matrices, biases = [each.weight for each in model], [each.bias for each in model]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.3}]
     optimizer = Counts(groups)
+    parameters = [*matrices, *biases]
     decay = Decay(optimizer)
     made = []
     for t in range(1, 8):
-        give_gradients(model, t)
+        for p in parameters:
+            p.grad = torch.randn_like(p)
         Counts.steps.clear()
         decay.ask(parameters, t)
         made.append([*Counts.steps])
         optimizer.step()
         told = [acting.weight_decay for acting in decay.acted(parameters, t)]
-        assert told == pytest.approx([0.1, 0.1, 0.3, 0.3], rel=1e-6)
-    every, one = [2, 2, 2, 2], [2, 2]  # twins of a bias of each group, then of a matrix of each
-    assert made == [every, every, one, every, one, one, one]
+        assert told == pytest.approx([0.1] * 8 + [0.3] * 8, rel=1e-6)
+    every, few = [16, 16], [4, 4]  # the smallest that tells of each group, and another in turn
+    assert made == [every, every, few, every, few, few, few]
+
+
+def test_tensors_that_come_to_decay_differently_are_each_asked_from_then_on():
+    class Late(Plain):
+        """From its fifth update on it decays by rms."""
+
+        def decayed(self, p, group):
+            later = self.state[p].setdefault("late", 0) >= 4
+            self.state[p]["late"] += 1
+            return p * (1 - group["lr"] * group["weight_decay"] * (p.pow(2).mean().sqrt() if later else 1))
+
+    model = model_of()
+    parameters = list(model.parameters())
+    decay = Decay(optimizer := Late(parameters))
+    for t in range(1, 8):
+        give_gradients(model, t)
+        rms = [float(p.detach().pow(2).mean().sqrt()) for p in parameters]
+        decay.ask(parameters, t)
+        optimizer.step()
+        told = [acting.weight_decay for acting in decay.acted(parameters, t)]
+        assert told == pytest.approx([0.1 * (each if t > 4 else 1) for each in rms], rel=1e-5)
+
+
+def test_groups_that_change_are_asked_anew():
+    p, q, r = (nn.Parameter(torch.randn(n)) for n in (70, 80, 90))
+    optimizer = Plain([p, q])
+    decay = Decay(optimizer)
+    for t, now in ((1, [p, q]), (2, [p, q]), (3, [q, r]), (4, [r]), (5, [q])):
+        optimizer.param_groups[0]["params"] = now
+        optimizer.param_groups[0]["weight_decay"] = 0.1 * t
+        for each in now:
+            each.grad = torch.randn_like(each)
+        decay.ask(now, t)
+        optimizer.step()
+        assert [acting.weight_decay for acting in decay.acted(now, t)] == pytest.approx([0.1 * t] * len(now))
+    assert decay.reason is None
+
+
+def test_a_tensor_that_is_too_large_is_told_by_the_others(monkeypatch):
+    for name, size in (("_TOGETHER", 1 << 8), ("_LARGE", 1 << 5)):  # one by one; then the biases alone
+        monkeypatch.setattr(module, name, size)
+        _, told, decay, _ = train(Plain, 3, asked=STEPS)
+        assert [acting.weight_decay for acting in told[2]] == pytest.approx([0.1] * 4, rel=1e-6)
+        assert decay.reason is None
+    _, told, decay, _ = train(ByRms, 3, asked=STEPS)
+    assert [math.isnan(acting.weight_decay) for acting in told[2]] == [True, False, True, False]
+    assert "too large to be asked" in decay.reason
+    _, told, decay, _ = train(Plain, 3, asked=STEPS, only=is_matrix)  # there is no other
+    assert [acting.weight_decay for acting in told[2]] == pytest.approx([0.1] * 2, rel=1e-3)
+    assert decay.reason is None
+
+
+def test_what_is_kept_outside_of_the_state_is_not_copied_where_it_is_much(monkeypatch):
+    class Flat(Plain):
+        def __init__(self, params):
+            super().__init__(params)
+            self.buffers = {"m": [torch.zeros(100)]}
+
+    for size, told in ((1 << 8, 0.1), (1 << 6, math.nan)):
+        monkeypatch.setattr(module, "_LARGE", size)
+        p = nn.Parameter(torch.randn(70))
+        p.grad = torch.randn(70)
+        decay = Decay(optimizer := Flat([p]))
+        decay.ask([p], 1)
+        optimizer.step()
+        assert decay.acted([p], 1)[0].weight_decay == pytest.approx(told, nan_ok=True)
+        assert ("outside of its state" in (decay.reason or "")) is math.isnan(told)
 
 
 def test_a_group_without_decay_is_not_asked():
@@ -927,6 +1087,27 @@ def test_twins_are_no_steps_in_a_profile():
     assert sum(event.count for event in profile.key_averages() if "Optimizer.step" in event.key) == 1
 
 
+def test_a_twin_does_not_reach_the_tensors_that_it_has_not():
+    class Reaches(Plain):
+        def __init__(self, params):
+            super().__init__(params)
+            self.everything = {"list": [*self.param_groups[0]["params"]]}
+
+        def step(self, closure=None):
+            super().step(closure)
+            for p in self.everything["list"]:
+                p.data.mul_(0.5)
+
+    model = model_of()
+    parameters = list(model.parameters())
+    decay = Decay(Reaches(parameters))
+    give_gradients(model, 1)
+    before = weights(parameters)
+    for asked in (parameters, parameters[:1], parameters[1:]):
+        decay.ask(asked, 1)
+    assert all(torch.equal(w, now) for w, now in zip(before, weights(parameters), strict=True))
+
+
 def test_no_twin_outlives_its_question():
     made = []
 
@@ -944,6 +1125,66 @@ def test_no_twin_outlives_its_question():
     gc.collect()
     assert made
     assert not any(each() for each in made)
+
+
+# --- in the log ----------------------------------------------------------------------------------------------
+
+
+LOGGED = ["schedule-free adamw, warmup", "lion, decoupled", "hf adafactor, lr=None", "hf adafactor, scaled"]
+LOGGED += ["torchao AdamW8bit", "bitsandbytes AdamW8bit", "Decoupled", "ByRms"]
+
+
+@quiet
+@pytest.mark.parametrize("name", LOGGED)
+def test_the_decay_in_the_log_is_what_the_steps_do(name):
+    make = EVERY[name]
+    logs = []
+
+    def attached(parameters):
+        optimizer = make(parameters)
+        logs.append(wd.ForceLogger(optimizer, list(zip("abcd", parameters, strict=True)), drift=False))
+        return optimizer
+
+    states, *_ = train(attached, max(STEPS))
+    with logs[0] as log:
+        table = log.run.forces().set_index(["step", "tensor"])
+        true = truth(make, torch.float32 if " Adam" in name else torch.float64)
+        for t in STEPS:
+            for tensor, (product, _), w, after in zip("abcd", true[t], *states[t], strict=True):
+                row = table.loc[t, tensor]
+                assert row["lr"] * row["weight_decay"] == pytest.approx(product, rel=1e-3)
+                assert row["decay"] == pytest.approx(
+                    -(2 * product - product**2) * float((w**2).sum()), rel=1e-3
+                )
+                change = float((after**2).sum() - (w**2).sum())
+                assert row[["alignment", "injection", "decay"]].sum() == pytest.approx(change, abs=1e-9)
+        assert "no_decay" not in log.run.info
+
+
+def test_a_skipped_step_is_no_update_of_the_log():
+    model = model_of()
+    optimizer = SkipStep(model.parameters())
+    with wd.ForceLogger(optimizer, model, drift=False) as log:
+        for t in range(1, 9):
+            loss = give_gradients(model, t)
+            optimizer.latest_loss = loss.detach() * (1e6 if t == 6 else 1)
+            optimizer.step()
+            if t == 6:
+                optimizer.losses.pop()
+        assert log.step == 7
+        assert log.run.forces().groupby("step").size().tolist() == [4] * 7
+
+
+def test_a_decay_that_is_not_known_leaves_no_force_in_the_log_and_a_word():
+    model = model_of()
+    optimizer = CoupledAdam(model.parameters())
+    with wd.ForceLogger(optimizer, model, drift=False) as log:
+        give_gradients(model, 1)
+        with pytest.warns(
+            RuntimeWarning, match=r"not proportional to the weights .* weight_decay=0 counts it"
+        ):
+            optimizer.step()
+        assert log.latest()[["weight_decay", "alignment", "decay"]].isna().all(axis=None)
 
 
 # --- what is given -------------------------------------------------------------------------------------------

@@ -338,7 +338,8 @@ def test_other_types_of_weights(dtype, kind, drift):
     optimizer = torch.optim.AdamW(
         [("p", p)], lr=1e-2, weight_decay=0.125, eps=1e-4, betas=(0.9, 0.95), **kind
     )
-    loop = Loop(optimizer, {p: "p"}, stored=True)
+    # A fused step rounds the moments when it has used them.
+    loop = Loop(optimizer, {p: "p"}, stored="fused" not in kind)
     with wd.ForceLogger(optimizer, drift=drift) as logger:
         for t in range(1, 8):
             p.grad = torch.randn(60, 40, generator=torch.Generator().manual_seed(t)).to(dtype)
@@ -658,7 +659,7 @@ def test_a_gradient_that_the_step_leaves_changed_is_missing_or_read_before(how, 
     told = [
         str(each.message) for each in caught if "freed or written to inside the step" in str(each.message)
     ]
-    if drift == "before":
+    if drift == "before" or how.startswith("hook"):  # what the step left is read before other hooks change it
         agree(table, loop.table(), matrices=1e-6)
         assert not told
     else:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import weightdyn as wd
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
     KNOWN,
@@ -14,12 +15,14 @@ from weightdyn.record.optimizers import (
     count_stopped,
     coupled_decay,
     decoupled_decay,
+    is_running,
     known,
     moments_of,
     rng_state,
     set_rng_state,
     skipped,
     source_of,
+    step_frame,
     unwrap,
     update_counts,
     updates_made,
@@ -153,6 +156,87 @@ def test_an_optimizer_that_counts_nothing_skips_nothing():
     p.grad = torch.ones(2)
     optimizer.step()
     assert skipped(optimizer, [p], update_counts(optimizer, [p])) is False
+
+
+class Around(torch.optim.AdamW):
+    """It shrinks the weights before or after the step of its class, which torch hooks as well."""
+
+    def __init__(self, parameters, when):
+        super().__init__(parameters, lr=1e-2, weight_decay=0.0)
+        self.when = when
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for when in ("before", "", "after"):
+            if not when:
+                loss = super().step(closure)
+            elif when == self.when:
+                for p in self.param_groups[0]["params"]:
+                    p.mul_(0.9)
+        return loss
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+def test_all_that_a_step_does_around_that_of_its_class_is_one_update(when, closure):
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # from here on the step of the class has hooks
+    model = nn.Linear(6, 6)
+
+    def gradients():
+        model.zero_grad()
+        loss = (model(torch.ones(2, 6)) ** 2).mean()
+        loss.backward()
+        return loss
+
+    optimizer = Around(model.parameters(), when)
+    with wd.ForceLogger(optimizer, model, drift=False) as log:
+        for t in (1, 2, 3):
+            before = float(model.weight.detach().double().pow(2).sum())
+            optimizer.step(gradients) if closure else (gradients(), optimizer.step())
+            row = log.latest().set_index("tensor").loc["weight"]
+            assert (log.step, len(log.run.forces())) == (t, 2 * t)
+            assert row["norm_sq"] == pytest.approx(before, rel=1e-12)
+            assert row["norm_sq_after"] == pytest.approx(
+                float(model.weight.detach().double().pow(2).sum()), rel=1e-12
+            )
+
+
+def test_a_step_that_raised_is_not_taken_for_one_that_goes_on():
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    def fail():
+        raise ZeroDivisionError
+
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    model = nn.Linear(3, 3)
+    optimizer = Fails(model.parameters(), lr=0.1)
+    with wd.ForceLogger(optimizer, model, drift=False) as log:
+        for t in (1, 2, 3, 4):
+            model.zero_grad()
+            (model(torch.ones(2, 3)) ** 2).mean().backward()
+            if t == 2:
+                with pytest.raises(ZeroDivisionError):
+                    optimizer.step(fail)
+            optimizer.step()
+            assert log.step == t
+
+
+def test_a_call_is_running_until_it_returns():
+    frames = []
+    p = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    assert step_frame() is None
+    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+        register(lambda *_: frames.append((step_frame(), is_running(step_frame()))))
+    optimizer.step()
+    (before, running), (after, still) = frames
+    assert before is after
+    assert running
+    assert still
+    assert not is_running(before)
+    assert not is_running(None)
 
 
 # --- wrappers ------------------------------------------------------------------------------------------------

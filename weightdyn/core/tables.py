@@ -550,6 +550,41 @@ def budget(table: Any, by: By | Sequence[str] | None = None, *, kind: Kind = "fo
     return table.assign(**shares, net=table[list(names)].sum(axis=1, skipna=False))
 
 
+def pool_weibull(table: Any, by: By | Sequence[str] | None) -> pd.DataFrame:
+    """Weibull trajectories of groups of tensors, from those of the tensors with their n weights each.
+
+        λ = √(Σ n·λ² / Σ n),    k = Σ n·k / Σ n
+
+    Mean squares pool exactly, and a tensor's is λ²·Γ(1+2/k): this λ is that of the pooled weights as far as
+    the tensors share one k. For the fit of the pooled weights themselves add their histograms.
+
+    Args:
+        table: a Weibull table or a `RunLog`: `step`, `lam`, `k`, and the number of weights `n` or, where
+            that is absent, `numel`; absent both, all tensors count alike.
+        by: "layer", "component", "role", "model" (everything), a list of such columns, or None, for each tensor by
+            itself.
+
+    Returns:
+        One row per step and group: `step`, the group's columns, `lam`, `k`, and `n`, the weights (or tensors) in
+        it. Tensors without a fit (NaN) are left out.
+
+    Raises:
+        TypeError, ValueError: not a Weibull table; two rows of one tensor at one step; an unknown `by`.
+
+    >>> t = pd.DataFrame({"step": 1, "role": "value", "n": [1, 3], "lam": [4.0, 2.0], "k": [1.0, 1.2]})
+    >>> pool_weibull(t, by="role")[["lam", "k"]].round(3).to_numpy().tolist()
+    [[2.646, 1.15]]
+    """
+    fits = check_weibull_table(table, unique=True)
+    keys = group_columns(fits, by)
+    fits = fits[fits["lam"].notna() & fits["k"].notna()]
+    count = next((fits[name].astype(float) for name in ("n", "numel") if name in fits), 1.0)
+    weighted = fits[["step", *keys]].assign(n=count, lam=count * fits["lam"] ** 2, k=count * fits["k"])
+    sums = weighted.groupby(["step", *keys], dropna=False, observed=True, sort=True).sum().reset_index()
+    lam, k = np.sqrt(sums["lam"] / sums["n"]), sums["k"] / sums["n"]
+    return in_order(sums.assign(lam=lam, k=k, n=sums["n"].astype("int64")), WEIBULL_TABLE)
+
+
 # --- from products to forces --------------------------------------------------------------------------------
 
 

@@ -17,8 +17,9 @@ from weightdyn.core.tables import (
     check_weibull_table,
     group_columns,
     in_order,
+    pool_weibull,
 )
-from weightdyn.explain.trajectory import added_by, closure, phases, pool_weibull, rows_at
+from weightdyn.explain.trajectory import added_by, closure, phases, rows_at
 
 if TYPE_CHECKING:
     from weightdyn.record.runlog import RunLog

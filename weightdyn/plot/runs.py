@@ -19,9 +19,10 @@ from weightdyn.core.tables import (
     check_drift,
     check_force_table,
     check_weibull_table,
+    pool_weibull,
     table_of,
 )
-from weightdyn.explain.trajectory import phases, pool_weibull
+from weightdyn.explain.trajectory import phases
 from weightdyn.plot.style import (
     DARK,
     FORCE_COLORS,

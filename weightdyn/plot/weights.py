@@ -11,8 +11,7 @@ import pandas as pd
 
 from weightdyn.core.checks import check_choice, refuse
 from weightdyn.core.naming import COMPONENTS
-from weightdyn.core.tables import check_columns, check_weibull_table, table_of
-from weightdyn.explain.trajectory import pool_weibull
+from weightdyn.core.tables import check_columns, check_weibull_table, pool_weibull, table_of
 from weightdyn.plot.style import DASHES, SYMBOLS, make_axes, small_size, stack_names
 from weightdyn.weibull.fit import K0, Method, as_histogram, cloglog, fit_weibull
 from weightdyn.weibull.laws import law_cdf, rank_laws

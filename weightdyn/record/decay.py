@@ -19,23 +19,31 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from weightdyn.core.checks import check_number
-from weightdyn.record.optimizers import Acting, check_optimizer, decoupled_decay, is_remote, law_of, lr_of
+from weightdyn.record.optimizers import (
+    Acting,
+    Law,
+    check_optimizer,
+    decoupled_decay,
+    is_remote,
+    law_of,
+    lr_of,
+)
 
 Given = float | Callable[[Mapping[str, Any], int], float]
 
 _SAME = 1e-3  # relative error of λ that is accepted
 _FEW = 64  # weights that tell whether a difference is proportional to them
-_WIDE = 1 << 20  # weights of a tensor up to which its twins are of float64
-_LARGE = 1 << 24  # ... and from which it is not asked where others of its group can be
+_TOGETHER = 1 << 20  # weights that are asked at once
+_LARGE = 1 << 24  # ... of a tensor that is not asked where two others of its group can be
 _BESIDE = 0.05  # part of the step by which a twin of float64 may miss it
 _DECAYS = re.compile(r"(^|_)(wd|weight_decay)($|_rate$|_at_y$)")
 _REMEDY = "give the decay that acts by weight_decay=, a number or a function of group and step"
@@ -92,15 +100,14 @@ class Decay:
 
     @torch.no_grad()
     def ask(self, parameters: Sequence[Tensor], step: int) -> None:
-        """Before a logged update, when the gradients are there and weights and state are those before it."""
+        """Before a logged update, when the gradients are there and weights and state are those before it.
+
+        In a closure that is called several times it is asked each time.
+        """
         entry, first = self._entry, self._first
-        self._first = None
         if self.told == "twins":
             moved = first is not None and any(not torch.equal(first[p], _beginning(p)) for p in first)
-            if moved:
-                self._twins.refuse("its step moves the weights before its closure makes the gradients")
-            else:
-                self._twins.ask(parameters)
+            self._twins.ask(parameters, moved)
         elif entry is not None and entry.noted:
             states = {p: self._optimizer.state.get(p) or {} for p in parameters}
             self._notes = {
@@ -112,20 +119,26 @@ class Decay:
     def acted(self, parameters: Sequence[Tensor], step: int) -> list[Acting]:
         """η and λ of each tensor in the update that was just made, the state being that after it."""
         groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        self._first = None
         if self.told == "twins":
             found = self._twins.answer(parameters, groups)
+        elif self._entry is not None and self._entry.law is not None:
+            found = [self._by_law(self._entry.law, p, groups[p]) for p in parameters]
         else:
-            found = [self._by_law(p, groups[p]) for p in parameters]
+            named = {id(group): self._named(group) for group in self._optimizer.param_groups}
+            found = [named[id(groups[p])] for p in parameters]
         if callable(self._given):
             each = {id(group): self.of_group(group, step) for group in self._optimizer.param_groups}
             return [Acting(one.lr, each[id(groups[p])]) for p, one in zip(parameters, found, strict=True)]
         return found if self._given is None else [Acting(one.lr, self._given) for one in found]
 
-    def _by_law(self, parameter: Tensor, group: Mapping[str, Any]) -> Acting:
-        entry = self._entry
-        if entry is None:
-            return Acting(lr_of(group), math.nan)
-        told = entry.law(self._optimizer, group, parameter, self._notes.get(parameter, {}))
+    def _named(self, group: Mapping[str, Any]) -> Acting:
+        return Acting(
+            lr_of(group), decoupled_decay(self._optimizer, group) if self._given is None else math.nan
+        )
+
+    def _by_law(self, law: Law, parameter: Tensor, group: Mapping[str, Any]) -> Acting:
+        told = law(self._optimizer, group, parameter, self._notes.get(parameter, {}))
         if isinstance(told, Acting):
             return told
         if self._given is None:
@@ -148,7 +161,8 @@ class _Twins:
     """Questions to twins, and how much of a group one of its tensors answers for.
 
     At the 1st, 2nd, 4th, … question every tensor is asked. Where those of a group agree, the smallest that tells
-    enough speaks for them until then; where they do not, each is asked each time.
+    enough speaks for them until then, and another one in turn is asked beside it; once they disagree, each is asked
+    each time.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -157,7 +171,8 @@ class _Twins:
         self._asked = False
         self._questions = 0
         self._widen = True  # until a twin of float64 made another step
-        self._speakers: dict[int, Tensor | None] = {}  # by group; None: each of its tensors for itself
+        self._speakers: dict[int, Tensor] = {}  # by group
+        self._apart: set[int] = set()  # groups whose tensors decay differently
         self._answers: dict[Tensor, float | None] = {}  # ηλ; None where no number is, NaN of w = 0
         self._expected: dict[int, _Expected] = {}
 
@@ -166,37 +181,55 @@ class _Twins:
         self.why = self.why or why
         self._asked, self._answers, self._expected = True, {}, {}
 
-    def ask(self, parameters: Sequence[Tensor]) -> None:
+    def ask(self, parameters: Sequence[Tensor], moved: bool) -> None:
+        """Ask what each group's decay will do in the step that begins, if it has not moved the weights yet."""
         self._asked, self._answers, self._expected = True, {}, {}
-        wanted, groups = set(parameters), self._optimizer.param_groups
-        members = {
-            i: sorted((p for p in group["params"] if p in wanted and p.grad is not None), key=Tensor.numel)
-            for i, group in enumerate(groups)
-            if _decays(self._optimizer, group)
-        }
-        members = {i: some for i, some in members.items() if some}
+        wanted = set(parameters)
+        members: dict[int, list[Tensor]] = {}
+        for i, group in enumerate(self._optimizer.param_groups):
+            some = sorted(
+                (p for p in group["params"] if p in wanted and p.grad is not None), key=Tensor.numel
+            )
+            if some and _decays(self._optimizer, group):
+                members[i] = some[:2] + [p for p in some[2:] if p.numel() <= _LARGE]
         if not members:
             return
         why = _why_no_twin(self._optimizer, [p for some in members.values() for p in some])
+        if moved:
+            why = "its step moves the weights before its closure makes the gradients"
         if why is not None:
             self.refuse(why)
             return
         self._questions += 1
         everyone = self._questions & (self._questions - 1) == 0
-        asked: dict[int, list[Tensor]] = {}
-        for i, some in members.items():
-            speaker = None if everyone else self._speakers.get(i)
-            small = [p for p in some if p.numel() <= _LARGE] or some[:1]
-            asked[i] = [p for p in some if p is speaker] or small
+        asked = {i: some if everyone else self._chosen(i, some) for i, some in members.items()}
         try:
-            for chosen in zip_longest(*asked.values()):
-                self._compare({i: p for i, p in zip(asked, chosen, strict=True) if p is not None})
+            self._compare(asked)
+            apart = {i: members[i] for i in asked if not self._agree(i, asked[i])}
+            self._compare({i: [p for p in some if p not in self._answers] for i, some in apart.items()})
         except _Untold as error:
             self.refuse(str(error))
-            return
-        for i, some in asked.items():
-            if len(some) > 1 or i not in self._speakers:
-                self._settle(i, some)
+
+    def _chosen(self, group: int, members: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Who of a group is asked where not everyone is."""
+        speaker = self._speakers.get(group)
+        if group in self._apart or not any(p is speaker for p in members):
+            return members
+        others = [p for p in members if p is not speaker and p.numel() <= _TOGETHER]
+        return [p for p in members if p is speaker] + (others and [others[self._questions % len(others)]])
+
+    def _agree(self, group: int, asked: Sequence[Tensor]) -> bool:
+        """Whether the tensors of a group that were asked decay alike; who speaks for them, if so."""
+        told = [p for p in asked if not _is_nan(self._answers[p])]  # w = 0 tells nothing
+        products = [product for p in told if (product := self._answers[p]) is not None]
+        alike = len(products) == len(told)
+        if alike and products:
+            alike = max(products) - min(products) <= _SAME / 5 * abs(products[-1])
+        if not alike:
+            self._apart.add(group)
+        elif told and not any(p is self._speakers.get(group) for p in told):
+            self._speakers[group] = next((p for p in told if p.numel() >= _FEW), told[-1])
+        return alike
 
     def answer(
         self, parameters: Sequence[Tensor], groups: Mapping[Tensor, Mapping[str, Any]]
@@ -215,39 +248,40 @@ class _Twins:
             decay = 0.0
             if i in decaying:
                 decay = math.nan if i in missed else self._decay_of(p, i, lr)
-            elif self._hidden(group):
+            elif not any(True for _ in _settings(self._optimizer, group)) and self._hidden(group):
                 decay = math.nan
             found.append(Acting(lr, decay))
         self._asked, self._answers, self._expected = False, {}, {}
         return found
 
     def _decay_of(self, parameter: Tensor, group: int, lr: float | Tensor) -> float:
-        if not self._asked:
-            self.why = self.why or "the gradients were not there when its step began"
-        speaker = self._speakers.get(group)
-        product = self._answers.get(parameter if speaker is None else speaker, math.nan)
-        if product is None:
-            self.why = self.why or (
+        one = parameter if group in self._apart else self._speakers.get(group, parameter)
+        product = self._answers.get(one, math.nan)
+        eta, why = float(lr), None
+        if one not in self._answers:
+            why = "the gradients were not there when its step began"
+            if self._asked and parameter.numel() > _LARGE:
+                why = "its tensors decay differently, and some are too large to be asked"
+        elif product is None:
+            why = (
                 "what its decay does to a tensor is not proportional to the weights (where it is added to the "
                 "gradient, weight_decay=0 counts it as a part of u)"
             )
-            return math.nan
-        if parameter.numel() > _LARGE and speaker is None and parameter not in self._answers:
-            self.why = self.why or "its tensors decay differently, and some are too large to be asked"
-        eta = float(lr)
-        if math.isnan(eta):
-            self.why = self.why or "its groups name no learning rate"
-        if eta == 0 and product != 0:
-            self.why = self.why or "it decays at a learning rate of 0"
-            return math.nan
-        return product / eta if eta else 0.0
+        elif math.isnan(product):  # w = 0
+            return 0.0
+        elif math.isnan(eta):
+            why = "its groups name no learning rate"
+        elif eta == 0 and product != 0:
+            why = "it decays at a learning rate of 0"
+        self.why = self.why or why
+        return math.nan if why is not None or product is None else product / eta if eta else 0.0
 
     def _hidden(self, group: Mapping[str, Any]) -> bool:
         """Whether some setting may be a decay that nobody here knows how to switch off."""
         names = [
             name
             for name, value in (*group.items(), *vars(self._optimizer).items())
-            if _MAY_DECAY.search(name) and not _NO_DECAY.search(name) and not _DECAYS.search(name)
+            if _MAY_DECAY.search(name) and not _NO_DECAY.search(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and value
         ]
         if names:
@@ -255,58 +289,59 @@ class _Twins:
         return bool(names)
 
     def _made(self, expected: _Expected) -> bool:
-        """Whether the optimizer made the step that its twin made."""
-        p, before, after = expected.parameter.detach(), expected.before, expected.after
-        now = p.double()
-        moved = torch.linalg.vector_norm(now - before)
-        limit = _BESIDE * moved + 4 * torch.finfo(p.dtype).eps * torch.linalg.vector_norm(before)
-        if torch.linalg.vector_norm(now - after) <= limit:
+        """Whether the optimizer made the step that its twin made, and no part of w more."""
+        p, before, after = expected
+        now = p.detach().double()
+        missed, size = now - after, torch.linalg.vector_norm
+        rounding = 4 * torch.finfo(p.dtype).eps * size(before)
+        if size(missed) <= rounding:
             return True
-        if moved > 0:  # or it was skipped, and no row will tell of it
-            self.why = self.why or "a twin of one of its tensors made another step than the optimizer"
+        along = (missed * before).sum().abs()
+        more = along > 0.01 * ((after - before) * before).sum().abs()
+        more = more and p.numel() >= _FEW and along > size(missed) * size(before) / 2
+        if size(missed) <= _BESIDE * size(now - before) + rounding and not more:
+            return True
+        self.why = self.why or "a twin of one of its tensors made another step than the optimizer"
         return False
 
-    def _settle(self, group: int, asked: Sequence[Tensor]) -> None:
-        """Who speaks for a group, after each has been asked."""
-        answers = [(p, answer) for p in asked if not _is_nan(answer := self._answers[p])]
-        if not answers:  # all weights are 0
-            self._speakers.pop(group, None)
-            return
-        products = [answer for _, answer in answers if answer is not None]
-        agree = len(products) == len(answers) and max(products) - min(products) <= _SAME / 5 * abs(
-            products[-1]
-        )
-        telling = [p for p, _ in answers if p.numel() >= _FEW] or [answers[-1][0]]
-        self._speakers[group] = telling[0] if agree else None
+    def _compare(self, asked: Mapping[int, Sequence[Tensor]]) -> None:
+        """Ask tensors of some groups, as many at once as are small together."""
+        batch: dict[Tensor, int] = {}
+        for p, i in sorted(
+            ((p, i) for i, some in asked.items() for p in some), key=lambda each: each[0].numel()
+        ):
+            if batch and sum(map(Tensor.numel, batch)) + p.numel() > _TOGETHER:
+                self._compare_at_once(batch)
+                batch = {}
+            batch[p] = i
+        if batch:
+            self._compare_at_once(batch)
 
-    def _compare(self, chosen: Mapping[int, Tensor]) -> None:
-        """Ask tensors of several groups at once."""
-        tensors = [*chosen.values()]
+    def _compare_at_once(self, batch: Mapping[Tensor, int]) -> None:
         found: dict[Tensor, float | None] = {}
-        if self._widen and all(p.numel() <= _WIDE for p in tensors):
+        after: dict[Tensor, Tensor] = {}
+        if self._widen and all(p.numel() <= _LARGE for p in batch):
             try:
-                plain, decayed = (_stepped(self._optimizer, tensors, s, torch.float64) for s in (0.0, 1.0))
-                for p in tensors:
-                    product, sure = _over(p, plain[p], decayed[p])
-                    if sure:
-                        found[p] = product
-                for i, p in chosen.items():
-                    self._expected.setdefault(i, _Expected(p, p.detach().double(), decayed[p]))
+                plain, after = (_stepped(self._optimizer, [*batch], s, torch.float64) for s in (0.0, 1.0))
+                told = {p: _over(p, plain[p], after[p]) for p in batch}
+                found = {p: product for p, (product, sure) in told.items() if sure}
             except _Untold:
                 raise
             except Exception:  # it may not work in float64
                 found = {}
-        for i, p in chosen.items():
-            if p in found:
-                continue
-            try:
-                found[p], after = self._stronger(p, self._optimizer.param_groups[i])
-            except _Untold:
-                raise
-            except Exception as error:
-                raise _Untold(f"its twins could not be stepped ({type(error).__name__}: {error})") from None
-            if p.numel() <= _WIDE:
-                self._expected[i] = _Expected(p, p.detach().double(), after)
+        for p, i in batch.items():
+            if p not in found:
+                try:
+                    found[p], after[p] = self._stronger(p, self._optimizer.param_groups[i])
+                except _Untold:
+                    raise
+                except Exception as error:
+                    raise _Untold(
+                        f"its twins could not be stepped ({type(error).__name__}: {error})"
+                    ) from None
+            kept = self._expected.get(i)
+            if kept is None or kept.parameter.numel() < _FEW:
+                self._expected[i] = _Expected(p, p.detach().double(), after[p])
         self._answers.update(found)
 
     def _stronger(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[float | None, Tensor]:
@@ -322,7 +357,14 @@ class _Twins:
             for strength in (0.0, 1.0, strong / 8, strong)
         )
         if torch.equal(plain, more):
-            return 0.0, once
+            twice = _stepped(self._optimizer, [parameter], 1.0, dtype, grown=2.0)[parameter]
+            w = (
+                parameter.detach().double()
+            )  # added again, it is there after the step unless something decays it
+            limit = 8 * torch.finfo(dtype).eps * torch.linalg.vector_norm(w)
+            if torch.linalg.vector_norm(twice - once - w) <= limit:
+                return 0.0, once
+            raise _Untold("its setting of a weight decay does not switch off what decays the weights")
         fits = _fits(parameter, plain, more)
         base = min(fits, key=lambda each: fits[each].rest)
         product = fits[base].product / strong
@@ -396,7 +438,7 @@ def _over(parameter: Tensor, plain: Tensor, decayed: Tensor) -> tuple[float | No
 
 
 _MAY_DECAY = re.compile(r"decay|shrink|(^|_)l2(_|$)")
-_NO_DECAY = re.compile(r"lr|rate|momentum|beta|moment|var|ema|avg|eps|step")
+_NO_DECAY = re.compile(r"lr|rate|moment|beta|var|ema|avg|rms|grad|eps|step")
 
 
 def _settings(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Iterator[Any]:
@@ -432,6 +474,12 @@ def _why_no_twin(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor])
         return "it frees what it holds when it is deleted, so that no twin can be made"
     if any(_holds_optimizer(value) for value in vars(optimizer).values()):
         return "it steps by another optimizer that it holds, so that no twin can be made"
+    own = tree_leaves(
+        [value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")]
+    )
+    members = {p for group in optimizer.param_groups for p in group["params"]}
+    if sum(each.numel() for each in own if isinstance(each, Tensor) and each not in members) > _LARGE:
+        return f"it keeps more than {_LARGE:,} numbers outside of its state, so that no twin is made"
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         return "its step needs a closure, so that no twin can be stepped"
@@ -451,7 +499,11 @@ def _holds_optimizer(value: Any) -> bool:
 
 
 def _stepped(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], strength: float, dtype: torch.dtype
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    strength: float,
+    dtype: torch.dtype,
+    grown: float = 1.0,
 ) -> dict[Tensor, Tensor]:
     """The weights of some tensors, in float64, after a step of a twin that has no others.
 
@@ -460,9 +512,12 @@ def _stepped(
         parameters: the tensors, which have gradients.
         strength: what its decay is multiplied by.
         dtype: of the twin's tensors.
+        grown: what its weights are multiplied by.
     """
     with _unnoticed(parameters):
         twin, copies = _twin(optimizer, parameters, strength, dtype)
+        for copy in copies.values() if grown != 1.0 else ():
+            copy.mul_(grown)
         step: Any = type(twin).step
         while getattr(step, "hooked", False):  # torch's wrapper, which calls hooks and notes profiles
             step = step.__wrapped__
@@ -486,6 +541,7 @@ def _unnoticed(parameters: Sequence[Tensor]) -> Iterator[None]:
             stack.enter_context(_Alone())
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        hooks = {name: held for name, held in hooks.items() if held}
         for name in hooks:
             setattr(module, name, OrderedDict())
         try:
@@ -546,6 +602,11 @@ def _twin(
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy, in another type if it is a plain one of numbers."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.ndim > 0
-    return tensor.detach().to(dtype, copy=True) if plain else tensor.detach().clone()
+    """A copy, in another type if it is a plain one of numbers; one made of others is made of their copies."""
+    tensor = tensor.detach()
+    if is_traceable_wrapper_subclass(tensor):
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: getattr(tensor, name).clone() for name in names}
+        return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+    plain = type(tensor) is Tensor and tensor.is_floating_point() and tensor.ndim > 0
+    return tensor.to(dtype, copy=True) if plain else tensor.clone()

@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from weightdyn.core.checks import check_choice, check_flag, check_path, check_pattern, check_whole
 from weightdyn.core.naming import Views, check_config, check_views, describe
-from weightdyn.core.tables import force_table
+from weightdyn.core.tables import By, force_table
 from weightdyn.files.durable import write_file
 from weightdyn.record.book import Book, Round
 from weightdyn.record.decay import Given
@@ -50,6 +51,7 @@ from weightdyn.record.optimizers import (
     warn_of_coupled_decay,
 )
 from weightdyn.record.runlog import STORED, RunLog, RunWriter
+from weightdyn.record.scalars import flat_scalars
 from weightdyn.record.shards import (
     Announcement,
     Held,
@@ -74,6 +76,20 @@ Source = Literal["auto", "moments", "displacement"]
 _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
 _LAST_SECONDS = 1.0  # in which other ranks may still answer when the process ends or has failed
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # what torch puts into the names of a block
+
+
+def _alone(method: Callable[..., Any]) -> Any:
+    """One thread at a time, and none of a forked process, which leaves the log to its parent."""
+
+    @functools.wraps(method)
+    def alone(self: ForceLogger, *args: Any, **kwargs: Any) -> Any:
+        if self._process != os.getpid():
+            return None
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return alone
 
 
 class ForceLogger:
@@ -86,8 +102,8 @@ class ForceLogger:
 
     For each selected tensor and logged update t it records ⟨w,u⟩, ‖u‖² and ‖w‖² with u = m̂/(√v̂+ε), from which
     `RunLog.forces()` computes alignment, injection and decay (see `forces_from_products`). The products are
-    measured after the step and carried back over it in closed form (`before_step`); parameters below 32 bits,
-    whose steps rounding may swallow, are measured before the step from the gradient instead.
+    measured after the step and carried back over it in closed form (`before_step`); where the weights or
+    their moments are below 32 bits, and rounding may swallow a step, they are measured before it from the gradient.
 
     Args:
         optimizer: any torch optimizer, or a list of those that train the model together (Muon and AdamW; one for
@@ -149,8 +165,8 @@ class ForceLogger:
     out where bins blur them.
 
     A hook of your own that
-    changes gradients before the step must be registered before the logger, for it reads them then where parameters
-    are below 32 bits or drift="before"; elsewhere what such a hook changes is NaN, and the log says so.
+    changes gradients before the step must be registered before the logger, for it may read them then; what is
+    changed later is NaN, and the log says so.
 
     On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
     flushed, every 60 s or 50,000 rows, and after each Weibull fit. A NaN or inf is recorded as it is and warned
@@ -221,9 +237,10 @@ class ForceLogger:
             for each in self._optimizers
         ]
         self._book = Book(self._warn_once)
-        self._fits: list[Fits] = []  # that wait for other ranks
+        self._fitting: list[Fits] = []  # that wait for other ranks
         self._notes: list[tuple[str, dict[str, Any], Round]] = []  # metrics whose step the device knows
         self._last = pd.DataFrame(columns=[*STORED["forces"]])
+        self._fits = pd.DataFrame(columns=[*STORED["weibull"]])  # the latest
         self._flushed_at = time.monotonic()
         self._warned: set[str] = set()
         self._unknown_decays: list[str] = []  # why
@@ -247,6 +264,7 @@ class ForceLogger:
             raise
         self._closed = False
         self._process = os.getpid()
+        self._lock = threading.RLock()  # who reads the run in another thread must not take half an update
         self._handles = [
             handle
             for index in range(len(self._watches))
@@ -265,12 +283,16 @@ class ForceLogger:
             return torch.compiler.disable(functools.partial(function, index))
 
         optimizer = watched.optimizer
-        return [
+        handles: list[Any] = [
             optimizer.register_step_pre_hook(hook(self._on_step_begin)),
             optimizer.register_step_post_hook(hook(self._on_step_end)),
             optimizer.register_load_state_dict_post_hook(self._on_load),
             optimizer.register_state_dict_pre_hook(self._on_save),
         ]
+        # Weights, state and η as the step left them: older hooks may change them.
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(handles[1].id, last=False)
+        return handles
 
     # ------------------------------------------------------------------ what users call
 
@@ -316,6 +338,32 @@ class ForceLogger:
         return force_table(self._last, self._book.labels)
 
     @uninterrupted
+    def scalars(self, by: By | Sequence[str] | None = "role") -> dict[str, float]:
+        """The last logged update as plain floats, such as a reporter takes: `wandb.log(log.scalars())`.
+
+            forces/<group>/alignment_share, injection_share, decay_share   |F|/Σ|F|
+            forces/<group>/relative_update, angle, norm                    η‖u‖/‖w‖, radians, ‖w‖ before the update
+            forces/<group>/drift_signed_share, memory_signed_share         drift/Σ|F|, memory/Σ|F|
+            weibull/<group>/lam, k                                         of the latest fit (`weibull_every`)
+
+        The two signed shares are there where the drift was measured. They are noisy in a single update, and keep
+        their sign so that a dashboard's smoothing averages the noise out; `smooth` does it with errors. λ and k are
+        pooled over the group as `pool_weibull` does, and stay until the next fit.
+
+        Args:
+            by: groups of tensors: "layer", "component", "role" (selection, transmission, value, other), "model", a
+                list of such columns, or None for each tensor. Those that the update left alone do not count.
+
+        Returns:
+            {name: float}, empty before the first logged update. Waits for a GPU.
+
+        Raises:
+            ValueError: an unknown `by`.
+        """
+        return flat_scalars(self.latest(), self._fits, self._book.labels, by)
+
+    @_alone
+    @uninterrupted
     def flush(self) -> None:
         """Bring the results over from the devices and the other ranks, and write what is not yet written."""
         self._bring_over(_patience())
@@ -347,10 +395,11 @@ class ForceLogger:
 
         Warns if there was no update to log.
         """
-        if not self._closed:
+        if not self._closed and self._process == os.getpid():
             self._close(_patience())
             self._warn_of_no_update()
 
+    @_alone
     @uninterrupted
     def _close(self, patience: float = _LAST_SECONDS) -> None:
         for handle in self._handles:
@@ -362,9 +411,9 @@ class ForceLogger:
                 each.withdraw()
         self._bring_over(patience)
         self._book.give_up()
-        for fits in self._fits:
+        for fits in self._fitting:
             fits.give_up()
-        self._fits = []
+        self._fitting = []
         self._writer.flush()
         self._writer.close()
         self._closed = True
@@ -395,6 +444,7 @@ class ForceLogger:
 
     # ------------------------------------------------------------------ the hooks
 
+    @_alone
     @uninterrupted
     @torch.no_grad()
     def _on_step_begin(self, index: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
@@ -404,8 +454,9 @@ class ForceLogger:
         if not self._begun:
             self._begin()
         watched = self._watches[index]
-        if not watched.stepping:  # a step() that calls that of its class is one
-            self._ask(index)
+        if watched.is_inside():  # a step() that calls that of its class is one
+            return None
+        self._ask(index)
         watched.begin()
         if watched.is_changed():
             self._bring_over(math.inf)
@@ -416,13 +467,14 @@ class ForceLogger:
             return None
         return watched.prepare(t - 1, audit, args, kwargs)
 
+    @_alone
     @uninterrupted
     @torch.no_grad()
     def _on_step_end(self, index: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         watched = self._watches[index]
-        if not watched.stepping:  # a step() that calls that of its class has called this already
+        if not watched.stepping or watched.is_inside():
             return
-        watched.stepping = False
+        watched.end()
         skipped = watched.was_skipped()
         if skipped is not True and watched.has_moved():
             if not self._open:
@@ -629,6 +681,12 @@ class ForceLogger:
             followed = watched.track(tracked)
             watched.set_clocks(self._round.step, followed)
         everything = [each for _, each in self._everything()]
+        if self._given and (unnamed := [each for each in everything if each.parameter not in self._names]):
+            self._warn_once(
+                "names",
+                f"{len(unnamed)} of the optimizer's parameters are not in params and are named by their place, "
+                f"{unnamed[0].name.name} for one: pass (name, parameter) pairs of all, of fp32 masters too",
+            )
         whole = [
             each.name.name for each in everything if each.name.component == "qkv" and not each.name.views
         ]
@@ -681,6 +739,7 @@ class ForceLogger:
         if self._keeps:
             self._writer.append(kind, rows)
 
+    @_alone
     def _bring_over(self, patience: float = 0.0) -> None:
         """Turn what was measured since the last time into rows: one copy from each device.
 
@@ -694,9 +753,10 @@ class ForceLogger:
             self._last = rows[rows["step"] == rows["step"].iloc[-1]]
             self._append("forces", rows)
             self._flag_non_finite(rows)
-        while self._fits and self._fits[0].pending.wait(until):
-            columns = self._fits.pop(0).columns()
+        while self._fitting and self._fitting[0].pending.wait(until):
+            columns = self._fitting.pop(0).columns()
             if columns is not None:
+                self._fits = pd.DataFrame(columns)
                 self._append("weibull", columns)
         notes, self._notes = self._notes, []
         for kind, columns, update in notes:
@@ -709,6 +769,7 @@ class ForceLogger:
         self._bring_over(patience)
         self._store()
 
+    @_alone
     def _store(self) -> None:
         """Write in mid-training: a full disk must not end it, and the rows are kept for the next time."""
         self._flushed_at = time.monotonic()
@@ -746,7 +807,7 @@ class ForceLogger:
             if len(each.held.shape) > 1:
                 fits.add([labels[row] for row in each.rows], each.name.views, each.parameter, each.held)
         fits.send()
-        self._fits.append(fits)
+        self._fitting.append(fits)
         self._bring_over()
 
     def _snapshot(self) -> None:
@@ -816,14 +877,17 @@ def _given_pairs(
         raise TypeError("params must be a model or (name, parameter) pairs, such as model.named_parameters()")
     given = {parameter for _, parameter in pairs}
     if not any(parameter in given for each in optimizers for _, (_, parameter) in _places(each)):
-        raise ValueError("params has none of the optimizer's parameters: is it another model's, or a copy?")
+        raise ValueError(
+            "params has none of the optimizer's parameters: is it another model's, or a copy? Of an optimizer that "
+            "steps copies (fp32 masters of bf16 weights) pass (name, copy) pairs"
+        )
     return pairs
 
 
 def _names(pairs: Sequence[tuple[str, Tensor]]) -> dict[Tensor, str]:
-    """Parameters with their names, less what a wrapper (DDP, torch.compile) puts before every one of them."""
-    names = [name for name, _ in pairs]
-    for wrapper in ("module.", "_orig_mod.", "module."):
+    """Parameters with their names, less what wrappers (torch.compile, DDP) put into them."""
+    names = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name, _ in pairs]
+    for wrapper in ("module.", "module."):
         if all(name.startswith(wrapper) for name in names):
             names = [name.removeprefix(wrapper) for name in names]
     return {parameter: name for name, (_, parameter) in zip(names, pairs, strict=True)}

@@ -145,6 +145,7 @@ class Plan:
         fresh: Fresh | None = None,
         lr: Sequence[float | Tensor] | None = None,
         ahead: bool = False,
+        rounded: bool = False,
         max_exp_avg_sqs: Sequence[Tensor] | None = None,
         drift: bool = True,
     ) -> Tensor:
@@ -165,8 +166,9 @@ class Plan:
             adams: the update's constants, one for each tensor. Tensors among them are used where they are.
             fresh: the gradients of the update; without them the products of g̃ are NaN.
             lr: η of each tensor, if the weights are those after the update: a coupled decay needs those before.
-            ahead: whether m and v are those before the update, and the gradients are what moves them; the
-                result is rounded to the moments' type (one for all tensors), as the update will be.
+            ahead: whether m and v are those before the update, and the gradients are what moves them.
+            rounded: whether the update then rounds them to their type (one for all tensors) before it uses them,
+                as torch's do that are not fused.
             max_exp_avg_sqs: with `ahead` and amsgrad, the running maximum before the update.
             drift: whether the products with g̃ are wanted, where `fresh` is given.
 
@@ -192,7 +194,7 @@ class Plan:
             w, m, v, *more = piece.flats
             grad = more[0] if more else w
             if ahead:
-                kind = exp_avgs[0].dtype
+                kind = exp_avgs[0].dtype if rounded else m.dtype
                 grad = _rounded(_acting(grad, w, piece.pick(factor), piece.pick(coupled)), kind)
                 m = _rounded(torch.lerp(grad, m, piece.pick(beta1), out=_like("m", m)), kind)
                 v = _rounded(torch.mul(v, piece.pick(beta2), out=_like("v", v)), kind)
@@ -438,7 +440,8 @@ def _chunks(tensors: tuple[Tensor, ...], size: int, block: int) -> Iterator[tupl
 def _end_to_end(tensors: Sequence[Tensor], name: object) -> Tensor:
     """Tensors of one type in one dimension, in memory that the next of this name will take."""
     size = sum(each.numel() for each in tensors)
-    out = _scratch(name, size, tensors[0].dtype, tensors[0].device)
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in tensors))
+    out = _scratch(name, size, dtype, tensors[0].device)
     return torch.cat([each.reshape(-1) for each in tensors], out=out)
 
 

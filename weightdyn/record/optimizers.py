@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -39,12 +40,6 @@ Law = Callable[[torch.optim.Optimizer, Mapping[str, Any], Tensor, Mapping[str, A
 tensor, and what was noted of its state before the step."""
 
 
-def _by_group(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor, before: Mapping[str, Any]
-) -> Acting:
-    return Acting(lr_of(group), decoupled_decay(optimizer, group))
-
-
 @dataclass(frozen=True)
 class Known:
     """What is known of the optimizers of one class, and of those that are made from it.
@@ -56,7 +51,7 @@ class Known:
         momentum: how u is made of the gradients, from a group, the number of its update and the state of one of its
             parameters after it; None where u is not linear in them, so that they cannot be told from one another.
         normalised: whether u is divided by √v̂ + ε, v̂ from `exp_avg_sq` and β₂.
-        law: η and λ of an update, where they are not simply the group's.
+        law: η and λ of an update; None where they are simply the group's.
         noted: keys of the state before the update that the law needs.
         told: whether the law holds for this optimizer, where that depends on its version or settings.
     """
@@ -65,7 +60,7 @@ class Known:
     adam: bool = False
     momentum: Callable[[Mapping[str, Any], float, Mapping[str, Any]], Momentum] | None = None
     normalised: bool = False
-    law: Law = _by_group
+    law: Law | None = None
     noted: tuple[str, ...] = ()
     told: Callable[[torch.optim.Optimizer], bool] = lambda optimizer: True
 
@@ -555,6 +550,28 @@ def update_counts(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
     return [step.clone() if is_remote(step) else float(step) for step in steps]
 
 
+def step_frame() -> FrameType | None:
+    """The innermost call of torch's wrapper around a step() on this thread: in a hook of a step, that step's.
+
+    A step() that calls that of its class is two such calls, one in the other; a step that raised has left its own.
+    None where there is none, as in a step that was compiled.
+    """
+    file = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
+    return next((frame for frame in _frames() if frame.f_code.co_filename == file), None)
+
+
+def is_running(frame: FrameType | None) -> bool:
+    """Whether a call is still being made on this thread."""
+    return frame is not None and any(each is frame for each in _frames())
+
+
+def _frames() -> Iterator[FrameType]:
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def skipped(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], before: Sequence[float | Tensor]
 ) -> bool | Tensor:
@@ -594,9 +611,9 @@ def own_names(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     ]
 
 
-def signature(optimizer: torch.optim.Optimizer) -> list[list[int]]:
-    """Which parameters are in which group: two that are equal are of the same groups."""
-    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+def signature(optimizer: torch.optim.Optimizer) -> list[list[tuple[int, ...]]]:
+    """Which parameters are in which group, and their shapes: two that are equal are of the same groups."""
+    return [[(id(p), *p.shape) for p in group["params"]] for group in optimizer.param_groups]
 
 
 def with_gradient(optimizer: torch.optim.Optimizer) -> set[Tensor]:

@@ -967,6 +967,8 @@ class RunLog:
         }
         tensors = info.get("tensors", {})
         weights = sum(entry.get("numel") or 0 for entry in tensors.values())
+        known = {"forces by": info.get("source"), "decay by": info.get("decay")}
+        summary |= {name: str(value) for name, value in known.items() if value}
         summary["no decay"] = str(info.get("no_decay", ""))
         summary["no drift"] = str(info.get("no_drift", ""))
         summary["tensors"] = f"{len(tensors):,} with {weights:,} weights" if tensors else ""

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from weightdyn.core.checks import shown
 from weightdyn.core.naming import View
+from weightdyn.record.sigterm import is_late
 
 Range = tuple[int, int]
 Copies = tuple[frozenset[int], ...]
@@ -460,9 +461,12 @@ class Pending:
         return True
 
     def wait(self, until: float) -> bool:
-        """Whether all is over at a time of `time.monotonic` at the latest; the group's own timeout ends it too."""
+        """Whether all is over at a time of `time.monotonic` at the latest.
+
+        The group's own timeout ends it too, and so does a SIGTERM, after which there is not much time.
+        """
         while not self.done():
-            if time.monotonic() >= until:
+            if time.monotonic() >= until or is_late():
                 return False
             time.sleep(_POLL)
         return True

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -32,7 +33,7 @@ from weightdyn.record.book import (
     on_one_device,
 )
 from weightdyn.record.decay import Decay, Given
-from weightdyn.record.moments import Fresh, Plan
+from weightdyn.record.moments import PRODUCTS, Fresh, Plan
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
     Acting,
@@ -44,12 +45,15 @@ from weightdyn.record.optimizers import (
     grad_factor,
     is_normalised,
     is_remote,
+    is_running,
     law_of,
     lr_of,
+    moments_of,
     momentum_age,
     momentum_of,
     signature,
     skipped,
+    step_frame,
     update_counts,
     why_no_drift,
     with_gradient,
@@ -150,7 +154,8 @@ class Watch:
         self.source = source
         self.why_no_drift = why_no_drift(optimizer) if drift else "ForceLogger(drift=False)"
         self.stepping = False
-        """Whether a step has begun and not ended: one that calls its class's counts once."""
+        """Whether a step has begun and not ended."""
+        self._frame: FrameType | None = None
         self.tracked: list[Tracked] = []
         self._drift: Drift = drift if self.why_no_drift is None else False
         self.decay = Decay(optimizer, weight_decay)
@@ -178,9 +183,17 @@ class Watch:
 
     # ------------------------------------------------------------------ around a step
 
+    def is_inside(self) -> bool:
+        """Whether a hook is called by a step() that the one which has begun calls, such as that of its class."""
+        return self.stepping and is_running(self._frame) and step_frame() is not self._frame
+
+    def end(self) -> None:
+        """The step that has begun ends."""
+        self.stepping, self._frame = False, None
+
     def begin(self) -> None:
         """A step begins."""
-        self.stepping, self._before = True, None
+        self.stepping, self._before, self._frame = True, None, step_frame()
         self._had_gradient = self._with_gradient()  # before and after: another hook may clear them
         # A step that is not torch's own may do nothing, which its counts tell.
         self._counts = self._counted() if law_of(self.optimizer) is None else None
@@ -194,8 +207,15 @@ class Watch:
             args, kwargs: what step() was called with.
         """
         before = _Before(made + 1, self._counted(), audit)
-        if self._out_of_step(before.counts):
-            self.set_clocks(made)
+        changed = self._out_of_step(before.counts)
+        if changed:
+            followed = {
+                self.tracked[i].parameter: clock
+                for clock in self._clocks
+                for i in clock.members
+                if i not in changed
+            }
+            self.set_clocks(made, followed)
         everything = range(len(self.tracked))
         if audit:
             before.waiting += self._measure_norms(NormBefore, everything)
@@ -260,16 +280,12 @@ class Watch:
         }
         self.decay.ask([self.tracked[i].parameter for i in gradients], before.step)
         if self.source == "moments":
-            before.ahead = [
-                i
-                for i in gradients
-                if self._drift == "before" or self.tracked[i].parameter.dtype.itemsize < 4
-            ]
+            before.ahead = [i for i in gradients if self._drift == "before" or self._is_rounded(i)]
             before.waiting += self._measure_moments(Products, before.ahead, before.counts, ahead=True)
             before.copies = {i: kept for i, kept in before.copies.items() if i not in before.ahead}
         if self._drift == "before" and self.source == "displacement":
             before.gradients = {i: (grad.clone(), None) for i, grad in gradients.items()}
-        elif self._drift:
+        elif self._drift or before.ahead:
             before.gradients = {i: (grad, _version(grad)) for i, grad in gradients.items()}
 
     def _lies_as_its_tensor(self, each: Tracked, grad: Tensor) -> bool:
@@ -280,6 +296,12 @@ class Watch:
                 f"the gradient of {each.name.name} is not cut as the tensor is: its drift and memory are NaN",
             )
         return alike
+
+    def _is_rounded(self, i: int) -> bool:
+        """Whether what stands in the tensor or its moments after a step is less than what acted in it."""
+        parameter = self.tracked[i].parameter
+        kept = [parameter, *moments_of(self.optimizer, parameter).values()]
+        return any(each.dtype.itemsize < 4 for each in kept)
 
     def _shrunk(self) -> list[int]:
         """Tensors of which this step's decay leaves so little that w cannot be told from w'."""
@@ -358,7 +380,8 @@ class Watch:
         else:
             waiting += self._measure_moments(ProductsAfter, inverted, counts, fresh)
             waiting += self._measure_moments(Products, copied, counts, fresh, copies=before.copies)
-        record.waiting += [*waiting, *self._measure_norms(NormAfter, [i for i in active if i in measured])]
+        waiting += self._measure_norms(NormAfter, [i for i in active if i in measured])
+        record.waiting += [*waiting, *self._overtaken(before)]
 
     # ------------------------------------------------------------------ measuring
 
@@ -380,6 +403,23 @@ class Watch:
     def _pieces(self, reading: _Reading, tensors: Mapping[int, Tensor]) -> list[Tensor]:
         """What the plan reads of a quantity of each tensor."""
         return [piece for i in reading.chosen for piece in self.tracked[i].held.pieces(local_of(tensors[i]))]
+
+    def _overtaken(self, before: _Before) -> list[Measured]:
+        """NaN for what was measured from a gradient that a later hook changed before the step."""
+        changed = [i for i in before.ahead if _version(before.gradients[i][0]) != before.gradients[i][1]]
+        if not changed:
+            return []
+        self._warn(
+            "overtaken",
+            f"the gradient of {self.tracked[changed[0]].name.name} was written to after it had been read: its "
+            "forces are NaN. Register the hook that does it before the logger",
+        )
+        unknown = []
+        for each in self._by_device(changed):
+            shape, device = (len(each.rows), len(PRODUCTS)), each.plan.device
+            values = torch.full(shape, np.nan, dtype=torch.float64, device=device)
+            unknown.append(Products(each.rows, values, each.shared))
+        return unknown
 
     def _fresh(self, before: _Before, active: Sequence[int]) -> dict[int, Tensor]:
         """The gradients that acted in the step, of those tensors where they are still known."""
@@ -476,6 +516,7 @@ class Watch:
                 )
                 more["fresh"] = self._acting(grads, groups, after=False)
                 more["ahead"], more["drift"] = True, bool(self._drift)
+                more["rounded"] = not groups[0].get("fused")
                 if any(state.max_exp_avg_sq is not None for state in states.values()):
                     more["max_exp_avg_sqs"] = self._pieces(each, {i: _top(states[i]) for i in states})
                 second = self._pieces(each, {i: states[i].exp_avg_sq for i in states})
@@ -524,14 +565,19 @@ class Watch:
         if made and anew:
             self._recall(made, anew)
 
-    def _out_of_step(self, counts: Sequence[float | Tensor]) -> bool:
-        """Whether somebody else has changed the state: a moment that was reset is young again."""
-        return is_normalised(self.optimizer) and any(  # all of those count
-            counts[i] != clock.step and counts[i] < COUNT_STOPS
+    def _out_of_step(self, counts: Sequence[float | Tensor]) -> set[int]:
+        """Tensors whose state somebody else has changed: a moment that was reset is young again."""
+        if not is_normalised(self.optimizer):  # all of those count
+            return set()
+        return {
+            i
             for clock in self._clocks
             for i in clock.members
-            if not isinstance(counts[i], Tensor) and not isinstance(clock.step, Tensor)
-        )
+            if not isinstance(counts[i], Tensor)
+            and not isinstance(clock.step, Tensor)
+            and counts[i] != clock.step
+            and counts[i] < COUNT_STOPS
+        }
 
     def _recall(self, made: int, clocks: Iterable[_Clock]) -> None:
         """Go on from the last update, if the log has it."""

@@ -33,8 +33,7 @@ from weightdyn.core.checks import (
     shown,
 )
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.core.tables import FORCES, PARTS, By, aggregate, budget, group_columns, kappa
-from weightdyn.explain.trajectory import pool_weibull
+from weightdyn.core.tables import FORCES, PARTS, By, aggregate, budget, group_columns, kappa, pool_weibull
 from weightdyn.files.durable import write_file
 from weightdyn.record.runlog import RunLog, RunLogError
 from weightdyn.wisca.apply import rescale_
