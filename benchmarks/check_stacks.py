@@ -4,8 +4,8 @@
     python benchmarks/check_stacks.py bf16 lion  some of them
 
 For each update of each case every tensor is gathered (`full_tensor`) before and after the step, and the forces of
-each row are computed from that by their definition. Printed are the largest relative errors of the log: of alignment
-and drift in units of |alignment| + injection. The fits (k, lam) are held against those of the gathered tensors.
+each row are computed from that by their definition. Printed are the largest relative errors of the log: those of
+alignment and drift in units of |alignment| + injection. Fits (k, lam) are held against those of gathered tensors.
 """
 
 import subprocess
@@ -148,7 +148,7 @@ def whole(tensor):
     return tensor.detach().double().clone()
 
 
-def expected(model, optimizers, before, gradients, step, views):
+def expected(model, optimizers, before, gradients, step, views, source):
     """The forces of each row, by their definition."""
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
@@ -162,7 +162,8 @@ def expected(model, optimizers, before, gradients, step, views):
                     beta1, beta2 = group["betas"]
                     second = whole(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
                     root = (second / (1 - beta2**step)).sqrt() + group["eps"]
-                    u, fresh = whole(state["exp_avg"]) / (1 - beta1**step) / root, gradients[p] / root
+                    u = u if source == "displacement" else whole(state["exp_avg"]) / (1 - beta1**step) / root
+                    fresh = gradients[p] / root
                 described = describe(names[p], tuple(p.shape), model.config, views=views)
                 for row in described.rows(tuple(p.shape)):
                     a, b, c = row.of(w), row.of(u), row.of(now)
@@ -188,7 +189,7 @@ def check(case):
             p += 0.02 * torch.randn_like(p)
     model = case["shard"](model)
     optimizers = case["optimizers"](model)
-    views = case["options"].get("views", True)
+    views, source = case["options"].get("views", True), case["options"].get("source")
     part, size = (0, 1) if case["shard"] is tensor_parallel else (dist.get_rank(), dist.get_world_size())
     errors, compared, missing = {}, 0, 0
     with wd.ForceLogger(optimizers, model, weibull_every=2, audit_every=2, **case["options"]) as log:
@@ -207,7 +208,7 @@ def check(case):
             if len(optimizers) > 1:
                 log._finish()  # it would at the next step
             got = log.latest().set_index("tensor")
-            for label, wanted in expected(model, optimizers, before, gradients, step, views):
+            for label, wanted in expected(model, optimizers, before, gradients, step, views, source):
                 row, compared = got.loc[label], compared + 1
                 scale = float(wanted["alignment"].abs() + wanted["injection"])
                 for name, value in wanted.items():

@@ -1,5 +1,6 @@
 """Parts of tensors that several processes hold, and what is added up of them."""
 
+import contextlib
 import importlib.util
 import itertools
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
@@ -22,6 +24,7 @@ from torch.distributed.tensor.placement_types import Partial, _StridedShard
 import weightdyn as wd
 from weightdyn.core.naming import View, describe
 from weightdyn.files.weightfiles import CheckpointError, list_tensors
+from weightdyn.record import shards
 from weightdyn.record.shards import Box, Held, closure, flat_boxes, grid_ranges
 
 SHAPES = st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple)
@@ -287,6 +290,198 @@ def test_a_snapshot_of_which_a_part_is_missing_or_wrong_is_refused(two):
         list_tensors([whole])
     part.write_bytes(content)
     assert list_tensors([whole])
+
+
+# --- one process of many ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """A process group of one, whose tensors are sharded all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def in_one(way, folder, **options):
+    module = stacks()
+    model, optimizer, called, part = module.way(way)
+    options = {**module.OPTIONS, **options}
+    with wd.ForceLogger(optimizer, model, config=module.CONFIG, out=folder, **options):
+        module.train(called, optimizer, part)
+    return wd.RunLog(folder)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # which torch's own ZeroRedundancyOptimizer calls
+@pytest.mark.parametrize("way", ["fsdp", "zero"])
+def test_one_process_that_shards_logs_what_one_does_that_does_not(group, alone, tmp_path, way):
+    check_equal(in_one(way, tmp_path), alone)
+
+
+@contextlib.contextmanager
+def warned(message):
+    """Some warning says this; others may come with it."""
+    with pytest.warns(RuntimeWarning) as told:
+        yield
+    assert any(re.search(message, str(each.message)) for each in told), [str(each.message) for each in told]
+
+
+class Work:
+    """A reduction that another rank never joins."""
+
+    def is_completed(self):
+        return False
+
+
+def logger_of_one(**options):
+    module = stacks()
+    model, optimizer, called, part = module.way("fsdp")
+    log = wd.ForceLogger(optimizer, model, config=module.CONFIG, **options)
+    return log, lambda: module.train(called, optimizer, part, steps=1)
+
+
+def test_a_timed_flush_waits_for_no_rank_and_an_exception_for_a_second(group, monkeypatch):
+    log, step = logger_of_one(weibull_every=1)
+    step()
+    with monkeypatch.context() as patched:
+        patched.setattr(dist, "all_reduce", lambda *_, **__: Work())
+        step()
+        since = time.monotonic()
+        log._bring_over()
+        assert time.monotonic() - since < 0.5
+    step()
+    log._bring_over()
+    since = time.monotonic()
+    with warned("update 2 and later ones did not come"), pytest.raises(ZeroDivisionError), log:
+        raise ZeroDivisionError
+    assert 0.9 < time.monotonic() - since < 3
+    assert log.run.forces()["step"].unique().tolist() == [1]  # in their order: the third is behind the second
+
+
+def test_what_a_broken_group_lost_is_left_out_and_said(group, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    log, step = logger_of_one(weibull_every=1)
+    monkeypatch.setattr(dist, "all_reduce", broken)
+    with warned("fits over the ranks of update 0 are lost: Connection closed by peer"):
+        step()
+    log.close()
+    assert len(log.run.forces()) == len(log.run.weibull()) == 0
+
+
+def reduced_as(change, monkeypatch):
+    reduce = dist.all_reduce
+
+    def changed(buffer, op, **options):
+        change(buffer, op)
+        return reduce(buffer, op, **options)
+
+    monkeypatch.setattr(dist, "all_reduce", changed)
+
+
+def test_parts_that_are_there_twice_are_nan_with_the_reason(group, monkeypatch):
+    log, step = logger_of_one()
+    reduced_as(lambda buffer, op: buffer.mul_(2) if op == dist.ReduceOp.SUM else None, monkeypatch)
+    step()
+    with warned(r"544 of the 272 weights of embed_in\.weight were counted"):
+        log.close()
+    assert log.run.forces()["norm_sq"].isna().all()
+
+
+def test_ranks_at_different_updates_are_nan_with_the_reason(group, monkeypatch):
+    log, step = logger_of_one()
+    reduced_as(lambda buffer, op: buffer[-2].add_(1) if op == dist.ReduceOp.MAX else None, monkeypatch)
+    step()
+    with warned("at update 1 the ranks were not at the same update"):
+        log.close()
+    assert log.run.forces()["norm_sq"].isna().all()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_fits_of_parts_that_are_there_twice_are_left_out(group, monkeypatch, large):
+    if large:
+        monkeypatch.setattr("weightdyn.record.fits.SORTED", 100)
+    log, step = logger_of_one(weibull_every=lambda t: t == 1, every=lambda t: False, start_step=7)
+    log.load_state_dict({"step": 0})
+    reduced_as(lambda buffer, op: buffer.mul_(2), monkeypatch)
+    with warned("do not hold each weight of .* once"):
+        step()
+        log.close()
+    assert (log.run.weibull()["n"] < 100).all() if large else not len(log.run.weibull())
+
+
+def test_large_tensors_are_fitted_from_counts_as_they_are_when_whole(group, monkeypatch, tmp_path):
+    monkeypatch.setattr("weightdyn.record.fits.SORTED", 0)
+    monkeypatch.setattr("weightdyn.record.fits.is_coarse", lambda sample: False)
+    module = stacks()
+    model, optimizer, called, part = module.way("fsdp")
+    with wd.ForceLogger(optimizer, model, config=module.CONFIG, weibull_every=1) as log:
+        module.train(called, optimizer, part, steps=1)
+    fits = log.run.weibull().set_index(["step", "tensor"])
+    weights = dict(model.named_parameters())["embed_out.weight"].full_tensor().detach()
+    want = wd.fit_weibull(wd.MagnitudeHistogram.from_tensor(weights))
+    got = fits.loc[(1, "embed_out.weight")]
+    assert got["k"] == pytest.approx(want.k, rel=1e-12)
+    assert got["lam"] == pytest.approx(want.lam, rel=1e-12)
+    assert got["n"] == want.n
+
+
+def test_where_bins_blur_the_weights_of_a_shared_tensor_there_is_no_fit(group, monkeypatch):
+    monkeypatch.setattr("weightdyn.record.fits.SORTED", 0)
+    log, step = logger_of_one(weibull_every=1)
+    with torch.no_grad():
+        for p in log._optimizers[0].param_groups[0]["params"]:
+            p.to_local().fill_(0.1).add_(1e-4 * torch.randn_like(p.to_local()))
+    with warned("blur them"):
+        step()
+    log.close()
+    fits = log.run.weibull()
+    assert not (fits["step"] == 0).any()
+
+
+def test_an_announcement_tells_who_is_silent_and_what_differs(group, monkeypatch):
+    monkeypatch.setattr(shards, "PATIENCE", 0.1)
+    store = dist.distributed_c10d._get_default_store()
+    mine = shards.Announcement({"every": 2, "out": "a"}, [0, 1, 2])
+    with pytest.raises(RuntimeError, match=r"none on the ranks \[1, 2\]\. Remedy: attach it"):
+        mine.check("attach it")
+    store.set("weightdyn/every-out/1", '{"every": 3, "out": "a"}')
+    store.set("weightdyn/every-out/2", '{"every": 2, "out": "a"}')
+    with pytest.raises(
+        RuntimeError, match="rank 1 has every=3 where this one has 2; rank 2 attached one more"
+    ):
+        mine.check("attach it")
+    for rank in (1, 2):
+        store.set(f"{mine._name}/{rank}", "")
+    mine.check("attach it")
+
+
+def test_the_step_that_a_checkpoint_makes_to_have_a_state_is_none(group, tmp_path):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    module = stacks()
+    model, optimizer, called, part = module.way("fsdp")
+    with wd.ForceLogger(optimizer, model, config=module.CONFIG) as log:
+        get_optimizer_state_dict(model, optimizer)
+        assert log.step == 0
+        module.train(called, optimizer, part, steps=2)
+    assert log.step == 2
+
+
+def test_a_gradient_that_is_cut_otherwise_leaves_drift_unknown(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    p = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = torch.optim.AdamW([p])
+    with wd.ForceLogger(optimizer) as log:
+        p.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Shard(1)])
+        with pytest.warns(RuntimeWarning, match="not cut as the tensor is"):
+            optimizer.step()
+        assert log.latest()["drift"].isna().all()
+        assert log.latest()["alignment"].notna().all()
 
 
 # --- shards that are handed over ---------------------------------------------------------------------------------
