@@ -46,6 +46,8 @@ def main(folder, how):
                 raise RuntimeError("rank 0 fails beside a rank that hangs")
             if how == "term":
                 time.sleep(60)  # until the signal
+            if how == "flush":
+                log.flush()  # until the signal, for the sums of this update never come
 
     optimizer.register_step_pre_hook(before)
     try:
