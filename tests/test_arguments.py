@@ -303,7 +303,6 @@ def calls(g):
                 "shapes": {"q_proj.weight": (8, 8)},
                 "dtype": torch.float32,
                 "every": 1,
-                "out": None,
                 "tensors": "proj",
                 "views": True,
                 "weibull_every": None,

@@ -168,7 +168,7 @@ class ShardLogger(ForceLogger):
         check_instance("shapes", shapes, Mapping, "{name: shape of the whole tensor}")
         self._shapes = {name: _checked_shape(name, shape) for name, shape in shapes.items()}
         self._group = group
-        if dtype not in (torch.float32, torch.float64):
+        if not any(dtype is known for known in (torch.float32, torch.float64)):
             raise refuse("dtype", "torch.float32 or torch.float64", dtype)
         self._dtype = dtype
         ranks = () if group is None else tuple(sorted(dist.get_process_group_ranks(group)))
