@@ -297,21 +297,6 @@ def calls(g):
                 "rules": None,
             },
         ),
-        "ShardLogger": (
-            _closed(wd.ShardLogger),
-            {
-                "shapes": {"q_proj.weight": (8, 8)},
-                "dtype": torch.float32,
-                "every": 1,
-                "tensors": "proj",
-                "views": True,
-                "weibull_every": None,
-                "snapshot_every": None,
-                "start_step": 0,
-                "config": None,
-                "rules": None,
-            },
-        ),
         "read_published_forces": (
             wd.read_published_forces,
             {"path": _published(g), "weight_decay": 0.01, "beta1": 0.9, "at": "before"},
@@ -411,6 +396,21 @@ def calls(g):
             },
         ),
         "ForceLogger.scalars": (_stepped(g).scalars, {"by": "role"}),
+        "ShardLogger": (
+            _closed(wd.ShardLogger),
+            {
+                "shapes": {"q_proj.weight": (8, 8)},
+                "dtype": torch.float32,
+                "every": 1,
+                "tensors": "proj",
+                "views": True,
+                "weibull_every": None,
+                "snapshot_every": None,
+                "start_step": 0,
+                "config": None,
+                "rules": None,
+            },
+        ),
     }
 
 
