@@ -297,6 +297,22 @@ def calls(g):
                 "rules": None,
             },
         ),
+        "ShardLogger": (
+            _closed(wd.ShardLogger),
+            {
+                "shapes": {"q_proj.weight": (8, 8)},
+                "dtype": torch.float32,
+                "every": 1,
+                "out": None,
+                "tensors": "proj",
+                "views": True,
+                "weibull_every": None,
+                "snapshot_every": None,
+                "start_step": 0,
+                "config": None,
+                "rules": None,
+            },
+        ),
         "read_published_forces": (
             wd.read_published_forces,
             {"path": _published(g), "weight_decay": 0.01, "beta1": 0.9, "at": "before"},
@@ -507,6 +523,7 @@ ACCEPTED = (TypeError, ValueError, FileNotFoundError, KeyError)
 OTHERS_WORD = {
     ("ForceLogger", "params", "None"): "then the names are made up, of which `tensors` selects none",
     ("ForceLogger", "tensors", "class"): "a function of the user's, which fails in its own way",
+    ("ShardLogger", "tensors", "class"): "a function of the user's, which fails in its own way",
     ("compare", "make_model", "class"): "a function of the user's",
     ("compare", "make_optimizer", "class"): "a function of the user's",
     ("compare", "batches", "class"): "a function of the user's",
@@ -553,6 +570,7 @@ NOT_CALLED_HERE = {
     "Tails": "made by tails",
     "TensorName": "made by describe",
     "View": "made by describe",
+    "Shard": "checked by ShardLogger.update",
     "Run": "made by compare",
 }
 """Public names that have no entry, and why."""

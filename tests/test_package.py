@@ -21,7 +21,7 @@ NAMES = TABLES | {
     # rooms of their own
     "plot", "recipe", "wisca",
     # record
-    "ForceLogger", "RunLog", "RunLogError",
+    "ForceLogger", "RunLog", "RunLogError", "Shard", "ShardLogger",
     # names and the algebra
     "COMPONENTS", "FORCES", "ROLES", "TensorName", "View", "angle", "before_step", "describe",
     "drift_from_products", "forces_from_products", "memory_null", "relative_update", "timescale",

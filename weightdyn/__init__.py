@@ -56,6 +56,8 @@ from weightdyn.explain.trajectory import integrate as integrate
 from weightdyn.explain.trajectory import phases as phases
 from weightdyn.explain.windows import smooth as smooth
 from weightdyn.files.weightfiles import CheckpointError as CheckpointError
+from weightdyn.record.given import Shard as Shard
+from weightdyn.record.given import ShardLogger as ShardLogger
 from weightdyn.record.logger import ForceLogger as ForceLogger
 from weightdyn.record.runlog import RunLog as RunLog
 from weightdyn.record.runlog import RunLogError as RunLogError

@@ -29,6 +29,7 @@ from os import PathLike
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._weights_only_unpickler import Unpickler  # what torch.load(weights_only=True) is
@@ -73,6 +74,7 @@ class Stored(NamedTuple):
     strides: tuple[int, ...]
     file: Path
     begin: int  # the byte of the file where its first weight lies
+    parts: tuple[Part, ...] = ()  # where it lies in several pieces
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of the tensor; all where nothing is said.
@@ -82,6 +84,11 @@ class Stored(NamedTuple):
         """
         dtype = getattr(torch, self.dtype)
         shape = ((self.shape[0] if stop is None else stop) - start, *self.shape[1:])
+        if self.parts:
+            whole = torch.empty(shape, dtype=dtype)
+            for part in self.parts:
+                part.copy_into(whole, start)
+            return whole
         span = _span(shape, self.strides)
         data = torch.empty(span * dtype.itemsize, dtype=torch.uint8)
         with refused(self.file), open_regular(self.file) as opened:
@@ -89,6 +96,31 @@ class Stored(NamedTuple):
             if span and opened.readinto(data.numpy().data) != len(data):  # type: ignore[attr-defined]
                 raise EOFError(f"it ends within {self.name}")
         return data.view(dtype).as_strided(shape, self.strides)
+
+
+class Part(NamedTuple):
+    """A piece of a tensor that several processes held: the box that begins at `offset`."""
+
+    tensor: str
+    shape: tuple[int, ...]  # of the whole tensor
+    offset: tuple[int, ...]
+    stored: Stored
+
+    def copy_into(self, rows: Tensor, start: int) -> None:
+        """Put what is here into rows of the whole tensor, of which `start` is the first."""
+        (first, *others), (size, *sizes) = self.offset, self.stored.shape
+        low, high = max(first, start), min(first + size, start + len(rows))
+        if low < high:
+            inside = (slice(a, a + b) for a, b in zip(others, sizes, strict=True))
+            rows[(slice(low - start, high - start), *inside)] = self.stored.read(low - first, high - first)
+
+
+class _Contents(NamedTuple):
+    """The float tensors of one file."""
+
+    whole: tuple[Stored, ...]
+    parts: tuple[Part, ...] = ()
+    beside: tuple[str, ...] = ()  # files of its folder that have other parts
 
 
 class Matrix(NamedTuple):
@@ -266,7 +298,7 @@ def _shards(text: str, index: str, where: str, names: set[str]) -> list[str]:
         raise CheckpointError(f"{where}/{index} is no index of shards, it names {wrong[0]!r}: fetch it again")
     shards = sorted(set(found.values()))
     for shard in shards:
-        if re.search(r"[\\/:\0]", shard) or shard in ("", ".", ".."):
+        if not _is_beside(shard):
             raise CheckpointError(
                 f"{where}/{index} points outside its folder, to {shard!r}: it is not followed"
             )
@@ -357,18 +389,57 @@ def list_tensors(files: Sequence[Path]) -> dict[str, Stored]:
 def _weights_of(files: Sequence[Path]) -> list[Stored]:
     """The same in the files' order."""
     found: dict[str, Stored] = {}
-    for file in files:
+    pieces: dict[str, list[Part]] = {}
+    waiting = [*files]
+    for file in waiting:
         with refused(file), open_regular(file) as opened:
             state = os.fstat(opened.fileno())
-        for stored in _contents(file, state.st_mtime_ns, state.st_size, state.st_ino):
+        contents = _contents(file, state.st_mtime_ns, state.st_size, state.st_ino)
+        for stored in contents.whole:
             if stored.name in found:
                 raise CheckpointError(
                     f"{file} holds {stored.name} a second time, after {found[stored.name].file}"
                 )
             found[stored.name] = stored
+        for part in contents.parts:
+            pieces.setdefault(part.tensor, []).append(part)
+        for name in contents.beside if file in files else ():
+            if not (file.parent / name).exists():
+                raise CheckpointError(
+                    f"{file.parent} lacks {name}, which has parts of the tensors of {file.name}: copy it there. If "
+                    "the training ended while it wrote them, this snapshot is not whole"
+                )
+            waiting.append(file.parent / name)
+    for name, parts in pieces.items():
+        if name in found:
+            raise CheckpointError(f"{files[0]} holds {name} whole and in parts")
+        with refused(files[0]):
+            found[name] = _joined(name, parts)
     if not found:
         raise CheckpointError(f"{files[0]} holds no tensor of a float type")
     return list(found.values())
+
+
+def _joined(name: str, parts: Sequence[Part]) -> Stored:
+    """A tensor of its parts, each weight of which must be there once."""
+    boxes = {(part.offset, part.stored.shape): part for part in parts}  # copies of a part are equal
+    first = parts[0]
+    kinds = {(part.shape, part.stored.dtype) for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"the parts of {name} are of tensors of different shapes or types")
+    edges = [
+        sorted({0, size, *(end for o, n in boxes for end in (o[axis], o[axis] + n[axis]))})
+        for axis, size in enumerate(first.shape)
+    ]
+    if math.prod(len(each) - 1 for each in edges) > 64 * len(boxes) + 4096:
+        raise ValueError(f"{name} is cut into too many pieces")
+    covered = np.zeros([len(each) - 1 for each in edges], dtype=np.int64)
+    for offset, shape in boxes:
+        cells = zip(edges, offset, shape, strict=True)
+        covered[tuple(slice(each.index(o), each.index(o + n)) for each, o, n in cells)] += 1
+    if (covered != 1).any():
+        raise ValueError(f"its parts of {name} do not hold each of the weights once")
+    return Stored(name, first.shape, first.stored.dtype, (), first.stored.file, 0, tuple(boxes.values()))
 
 
 def _natural(name: str) -> list[Any]:
@@ -381,8 +452,9 @@ def _natural(name: str) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def _contents(file: Path, changed: int, size: int, inode: int) -> tuple[Stored, ...]:
+def _contents(file: Path, changed: int, size: int, inode: int) -> _Contents:
     """The float tensors of one file, once for each of its versions."""
+    metadata: dict[str, Any] = {}
     with refused(file), open_regular(file) as opened:
         first = opened.read(16)
         opened.seek(0)
@@ -391,14 +463,39 @@ def _contents(file: Path, changed: int, size: int, inode: int) -> tuple[Stored, 
         if first.startswith(b"version https://"):
             raise ValueError("it is a pointer of git-lfs (git lfs pull fetches the file)")
         if file.suffix == ".safetensors":
-            listed = _of_safetensors(file, opened, size)
+            listed = _of_safetensors(file, opened, size, metadata)
         elif first.startswith(b"PK"):
             listed = _of_zip(file, opened, size)
         elif first[8:9] == b"{":
-            listed = _of_safetensors(file, opened, size)
+            listed = _of_safetensors(file, opened, size, metadata)
         else:
             listed = _of_legacy(file, opened, size)
-        return tuple(stored for stored in listed if _counts(stored))
+        found = {stored.name: stored for stored in listed if _counts(stored)}
+        if "boxes" not in metadata:
+            return _Contents(tuple(found.values()))
+        parts = tuple(_parts(found, _loaded(metadata["boxes"])))
+        beside = _loaded(metadata.get("beside", "[]"))
+        if not isinstance(beside, list) or not all(map(_is_beside, beside)):
+            raise ValueError("what it names beside itself are no files of its folder")
+        return _Contents(tuple(found.values()), parts, tuple(beside))
+
+
+def _is_beside(name: Any) -> bool:
+    return isinstance(name, str) and not re.search(r"[\\/:\0]", name) and name not in ("", ".", "..")
+
+
+def _parts(found: dict[str, Stored], boxes: Any) -> Iterator[Part]:
+    """Take those out of the tensors of a file that are parts of others."""
+    for key, (tensor, shape, offset) in boxes.items():
+        stored = found.pop(key)
+        numbers = (*shape, *offset)
+        inside = len(shape) == len(offset) == len(stored.shape) and all(
+            type(number) is int and 0 <= number < 1 << 40 for number in numbers
+        )
+        ends = zip(offset, stored.shape, shape, strict=False)
+        if not inside or not isinstance(tensor, str) or any(o + n > size for o, n, size in ends):
+            raise ValueError(f"{key} is no part of the tensor that it names")
+        yield Part(tensor, tuple(shape), tuple(offset), stored)
 
 
 def _counts(stored: Stored) -> bool:
@@ -408,8 +505,8 @@ def _counts(stored: Stored) -> bool:
     return whole and stored.dtype in MANTISSA and not _BUFFER.search(stored.name)
 
 
-def _of_safetensors(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]:
-    """Its header is 8 bytes of length and JSON; the tensors follow without a gap."""
+def _of_safetensors(file: Path, opened: BinaryIO, size: int, metadata: dict[str, Any]) -> Iterator[Stored]:
+    """Its header is 8 bytes of length and JSON; the tensors follow without a gap. Fills in its metadata."""
     length = int.from_bytes(opened.read(8), "little")
     if size < 8 or length > size - 8:
         raise ValueError(f"its header of {length:,} bytes does not fit into its {size:,}")
@@ -418,7 +515,7 @@ def _of_safetensors(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]
     header = _loaded(opened.read(length).decode("utf-8"), object_pairs_hook=_once)
     if not isinstance(header, dict):
         raise TypeError(f"its header is a {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata.update(header.pop("__metadata__", None) or {})
     places = []
     for name, entry in header.items():
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -19,7 +19,7 @@ from torch import nn
 
 from weightdyn.core.checks import check_path
 from weightdyn.core.tables import By
-from weightdyn.integrations.recording import Recording, Rescaling
+from weightdyn.integrations.recording import Recording, Rescaling, is_logged_here
 from weightdyn.record.logger import ForceLogger
 from weightdyn.wisca.schedule import RescaleSchedule
 
@@ -81,13 +81,13 @@ class ForceCallback(pl.Callback):
     def logger(self) -> ForceLogger | None:
         """The logger of the present training or of the last one; `logger.run` reads what it holds.
 
-        None before the training, and in other processes than the first, where the updates are the same.
+        None before the training, and in other processes than the first where these make the same updates.
         """
         return self._recording.logger
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the logger; resumed optimizers have their states by now."""
-        if trainer.is_global_zero:  # the ranks make the same updates
+        if is_logged_here(trainer.is_global_zero, pl_module):
             out = self._out or Path(trainer.default_root_dir) / "weightdyn"
             config = getattr(_inner(pl_module), "config", None)
             self._recording.begin(trainer.optimizers, pl_module, out, self._step, config)

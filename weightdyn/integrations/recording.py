@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from weightdyn.core.tables import IDENTITY, By, group_columns
 from weightdyn.record.logger import ForceLogger
 from weightdyn.record.optimizers import unwrap, updates_made
+from weightdyn.record.shards import is_dtensor
 from weightdyn.wisca.schedule import RescaleSchedule
+
+
+def is_logged_here(first: bool, model: nn.Module) -> bool:
+    """Whether a process has a logger: the first, and each of those that share the model's tensors."""
+    return first or any(map(is_dtensor, model.parameters()))
 
 
 class Recording:

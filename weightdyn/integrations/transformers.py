@@ -25,7 +25,7 @@ from torch import nn
 
 from weightdyn.core.checks import check_path
 from weightdyn.core.tables import By
-from weightdyn.integrations.recording import Recording, Rescaling
+from weightdyn.integrations.recording import Recording, Rescaling, is_logged_here
 from weightdyn.record.logger import ForceLogger
 from weightdyn.wisca.schedule import RescaleSchedule
 
@@ -77,7 +77,7 @@ class ForceCallback(TrainerCallback):
     def logger(self) -> ForceLogger | None:
         """The logger of the present training or of the last one; `logger.run` reads what it holds.
 
-        None before the training, and in other processes than the first, where the updates are the same.
+        None before the training, and in other processes than the first where these make the same updates.
         """
         return self._recording.logger
 
@@ -92,7 +92,7 @@ class ForceCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach the logger; a resumed optimizer has its state by now."""
-        if state.is_world_process_zero:  # the ranks make the same updates
+        if is_logged_here(state.is_world_process_zero, model):
             out = self._out or Path(args.output_dir or ".") / "weightdyn"
             self._recording.begin([optimizer], model, out, state.global_step)
 

@@ -1,14 +1,15 @@
 """What was measured of the updates, on its way from the devices into the log.
 
 Nothing waits for a device inside a step: an update leaves a `Record` of measurements there, and they come over
-together when the log is flushed.
+together when the log is flushed. Nor is another rank waited for, where several hold parts of the tensors: an update
+comes into the log when the sums over the ranks are there, and the updates behind it wait for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -17,8 +18,13 @@ from torch import Tensor
 
 from weightdyn.core.forces import Remembered, before_step, fresh_before_step
 from weightdyn.record.moments import PRODUCTS
+from weightdyn.record.shards import Ranks, Share
 
 _LOST = 0.01  # at a smaller |1−ηλ| w' tells nothing of w
+
+_U_MAX = PRODUCTS.index("u_max")
+_NORM_AFTER, _NORM_BEFORE = len(PRODUCTS), len(PRODUCTS) + 1  # columns of what ranks add up, behind PRODUCTS
+_HOST = _NORM_BEFORE + 1  # ... and from here on what each knows of the tensors that it has moved
 
 
 class _Columns:
@@ -38,13 +44,21 @@ class _Columns:
 
 @dataclass
 class Measured:
-    """Something measured for some rows, still on its device; its kind says what becomes of it."""
+    """Something measured for some rows, still on its device; its kind says what becomes of it.
+
+    Of tensors that several ranks hold (`Shared`) it is what this rank's part adds, and a row may be there often.
+    """
 
     rows: list[int]
     values: Tensor
+    shared: Tensor | None = None  # the rows on the device, where they are such tensors'
 
     def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
         """Put the values, come over from the device, where they belong for update i."""
+        raise NotImplementedError
+
+    def give(self, share: Share) -> None:
+        """Add what is measured of shared tensors to what this rank gives to the others."""
         raise NotImplementedError
 
 
@@ -54,6 +68,11 @@ class Products(Measured):
     def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
         """Put them there."""
         columns.products[i, self.rows] = values.reshape(-1, len(PRODUCTS))
+
+    def give(self, share: Share) -> None:
+        """Give the sums, and the largest u."""
+        share.add(0, cast(Tensor, self.shared), self.values)
+        share.peak(cast(Tensor, self.shared), self.values[:, _U_MAX])
 
 
 class ProductsAfter(Products):
@@ -96,6 +115,10 @@ class NormAfter(Measured):
         """Put it there."""
         columns.norm_sq_after[i, self.rows] = values
 
+    def give(self, share: Share) -> None:
+        """Give them."""
+        share.add(_NORM_AFTER, cast(Tensor, self.shared), self.values)
+
 
 class NormBefore(Measured):
     """‖w‖² before the step, of an audit."""
@@ -103,6 +126,10 @@ class NormBefore(Measured):
     def enter(self, columns: _Columns, i: int, values: np.ndarray) -> None:
         """Put it there."""
         columns.norm_sq_audit[i, self.rows] = values
+
+    def give(self, share: Share) -> None:
+        """Give them."""
+        share.add(_NORM_BEFORE, cast(Tensor, self.shared), self.values)
 
 
 @dataclass
@@ -155,13 +182,35 @@ class Record:
     weight_decay: np.ndarray
     moved: np.ndarray  # false for a tensor that this update left alone
     remembered: np.ndarray  # (fields of Remembered, rows), NaN where unknown or on a device
+    here: np.ndarray  # of shared tensors that moved: weights that this rank has measured
+    after: np.ndarray  # of shared tensors: whether they are measured with the weights after the step
+    audited: bool = False
     waiting: list[Measured] = field(default_factory=list)
+    share: Share | None = None  # once it is sent
 
     @classmethod
     def of(cls, update: Round, rows: int) -> Record:
         """An empty one."""
         numbers = np.full((2 + len(Remembered._fields), rows), np.nan)
-        return cls(update, numbers[0], numbers[1], np.zeros(rows, dtype=bool), numbers[2:])
+        still = np.zeros(rows, dtype=bool)
+        return cls(update, numbers[0], numbers[1], still, numbers[2:], np.zeros(rows), still.copy())
+
+    def _known(self) -> list[np.ndarray]:
+        """What a rank that has nothing of a tensor is told by the others."""
+        return [self.after, self.lr, self.weight_decay, *self.remembered]
+
+    def send(self, ranks: Ranks) -> None:
+        """Begin to add up what the ranks have measured; all of them come here once for each logged update."""
+        known = self._known()
+        self.share = Share(ranks, len(self.moved), _HOST + len(known), self.round.step)
+        self.share.count(self.here)
+        for column, values in enumerate(known, _HOST):  # times weights, they are sums over weights as well
+            self.share.put(column, np.where(self.here > 0, self.here * values, 0.0))
+        for measured in self.waiting:
+            if measured.shared is not None:
+                measured.give(self.share)
+        self.waiting = [measured for measured in self.waiting if measured.shared is None]
+        self.share.send()
 
 
 class Book:
@@ -176,6 +225,10 @@ class Book:
         self.labels: dict[str, dict[str, Any]] = {}
         """The rows of every update, by their labels: what run.json says of each."""
         self.pending: list[Record] = []
+        self.ranks: Ranks | None = None
+        """Those that share tensors, if there are any."""
+        self.copies = np.zeros(0)
+        """How often the tensor of each row is there among the ranks that add up; 0 where this one has all of it."""
 
     @property
     def rows(self) -> int:
@@ -188,11 +241,58 @@ class Book:
             self.pending.append(Record.of(update, len(self.labels)))
         return self.pending[-1]
 
-    def take(self) -> pd.DataFrame:
-        """The stored columns of what waits, as `RunLog` reads them: one copy from each device."""
-        records, self.pending = self.pending, []
-        fetched = _to_host([measured.values for record in records for measured in record.waiting])
+    def send(self) -> None:
+        """All optimizers have made their steps of the last update: let the ranks add it up, if it is logged."""
+        if self.ranks is not None and self.pending and self.pending[-1].share is None:
+            self.pending[-1].send(self.ranks)
+
+    def await_ranks(self, until: float) -> None:
+        """Wait until the sums over the ranks are there, or cannot come, or it is `until` by `time.monotonic`."""
+        for record in self.pending:
+            if record.share is not None:
+                record.share.pending.wait(until)
+
+    def give_up(self) -> None:
+        """Leave out what has not come from the other ranks."""
+        done = self._done()
+        if late := [record for record in self.pending[done:] if record.share is not None]:
+            first = late[0].round.step
+            self._warn(
+                "late", f"the sums over the ranks of update {first} and later ones did not come: left out"
+            )
+            cast(Share, late[0].share).pending.abandon()
+        del self.pending[done:]
+
+    def _done(self) -> int:
+        """How many of the waiting updates, from the first on, wait for no other rank."""
+        if self.ranks is None:
+            return len(self.pending)
+        waits = (record.share is None or not record.share.pending.done() for record in self.pending)
+        return next((i for i, each in enumerate(waits) if each), len(self.pending))
+
+    def take(self) -> pd.DataFrame | None:
+        """The stored columns of what waits, as `RunLog` reads them, if any: one copy from each device.
+
+        Of tensors that ranks share only the updates that have been added up, in their order; none is waited for.
+        """
+        done = self._done()
+        records, self.pending = self.pending[:done], self.pending[done:]
+        kept = []
+        for record in records:
+            lost = record.share and record.share.pending.lost
+            if lost:
+                self._warn("ranks", f"the sums over the ranks of update {record.round.step} are lost: {lost}")
+            else:
+                kept.append(record)
+        return self._rows_of(kept) if kept else None
+
+    def _rows_of(self, records: Sequence[Record]) -> pd.DataFrame:
         found = _Columns(records)
+        numel = np.array([entry["numel"] for entry in self.labels.values()], dtype=float)
+        for i, record in enumerate(records):
+            if record.share is not None:
+                self._enter_shared(record, record.share, numel, found, i)
+        fetched = _to_host([measured.values for record in records for measured in record.waiting])
         for i, record in enumerate(records):
             for measured in record.waiting:
                 measured.enter(found, i, next(fetched))
@@ -201,7 +301,6 @@ class Book:
         dot_wu, u_sq, w_sq, m_sq, v_sum = (
             products.pop(name) for name in ("dot_wu", "u_sq", "w_sq", "m_sq", "v_sum")
         )
-        numel = np.array([entry["numel"] for entry in self.labels.values()], dtype=float)
         remembered = Remembered(*np.moveaxis(found.remembered, 1, 0))
         with np.errstate(all="ignore"):  # what is not finite is recorded as it is
             # In units of u: as if all of it were made of this gradient.
@@ -245,6 +344,36 @@ class Book:
             }
         )
         return table[found.moved.ravel()]
+
+    def _enter_shared(
+        self, record: Record, share: Share, numel: np.ndarray, columns: _Columns, i: int
+    ) -> None:
+        """Put the sums over the ranks where they belong for update i."""
+        shared = self.copies > 0
+        total = share.total(numel, self.copies)
+        wrong = np.flatnonzero(shared & ~total.right & (total.counted > 0))
+        if len(wrong):
+            label, count, whole = list(self.labels)[wrong[0]], total.counted[wrong[0]], numel[wrong[0]]
+            why = f"{count:,.0f} of the {whole:,.0f} weights of {label} were counted"
+            why = why if total.agreed else "the ranks were not at the same update"
+            self._warn(
+                "shares", f"at update {record.round.step} {why}: what they added up is recorded as NaN"
+            )
+        columns.moved[i, shared] = (total.counted > 0)[shared]
+        with np.errstate(invalid="ignore"):  # an empty view has no weights
+            after, lr, weight_decay, *remembered = (total.sums[:, _HOST:] / numel[:, None]).T
+        columns.after[i, shared] = after[shared] > 0.5
+        told = (columns.lr[i], lr), (columns.weight_decay[i], weight_decay)
+        for here, there in (*told, *zip(columns.remembered[i], remembered, strict=True)):
+            unknown = shared & np.isnan(here)
+            here[unknown] = there[unknown]
+        products = total.sums[:, : len(PRODUCTS)]
+        products[:, _U_MAX] = np.where(np.isnan(products[:, PRODUCTS.index("u_sq")]), np.nan, total.peaks)
+        columns.products[i, shared] = products[shared]
+        measured_after = np.where(columns.after[i], np.nan, total.sums[:, _NORM_AFTER])
+        columns.norm_sq_after[i, shared] = measured_after[shared]
+        if record.audited:
+            columns.norm_sq_audit[i, shared] = total.sums[shared, _NORM_BEFORE]
 
 
 def on_one_device(values: Iterable[Any]) -> Tensor:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import math
 import operator
 import os
+import sys
 import threading
 import time
 import warnings
@@ -34,6 +36,7 @@ from weightdyn.core.tables import By, force_table
 from weightdyn.files.durable import write_file
 from weightdyn.record.book import Book, Round
 from weightdyn.record.decay import Given
+from weightdyn.record.fits import Fits
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
     check_moments,
@@ -49,9 +52,21 @@ from weightdyn.record.optimizers import (
 )
 from weightdyn.record.runlog import STORED, RunLog, RunWriter
 from weightdyn.record.scalars import flat_scalars
+from weightdyn.record.shards import (
+    Announcement,
+    Held,
+    Ranks,
+    held_of,
+    involved,
+    local_of,
+    owned,
+    partitioned,
+    rank_here,
+    ranks_of,
+    refuse_fsdp1,
+)
 from weightdyn.record.sigterm import uninterrupted, unwatch, watch
 from weightdyn.record.watch import Drift, Tracked, Watch
-from weightdyn.weibull.fit import fit_weibull
 
 Every = int | Callable[[int], bool]
 Params = nn.Module | Iterable[tuple[str, Tensor]]
@@ -60,6 +75,7 @@ Source = Literal["auto", "moments", "displacement"]
 
 _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
+_LAST_SECONDS = 1.0  # in which other ranks may still answer when the process ends or has failed
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # what torch puts into the names of a block
 
 
@@ -107,7 +123,8 @@ class ForceLogger:
             has Adam's and the displacement elsewhere; the run's `info["source"]` says which.
         weibull_every: fit a Weibull law to the magnitudes every n-th update (or by function), and at the start.
         snapshot_every: store w, m and v of the selected tensors every n-th update as
-            `snapshots/step-….safetensors`. Needs `out`.
+            `snapshots/step-….safetensors`. Needs `out`. Of tensors that ranks share each rank writes its part
+            beside it (`part-….safetensors`), and weightdyn reads them as one.
         audit_every: log every n-th update with ‖w‖² measured before the step as well; the table's `residual`
             is the change of ‖w‖² that the forces do not explain: rounding.
         drift: measure what alignment is made of, from the gradients as well: the columns `drift`, `memory` and
@@ -131,12 +148,23 @@ class ForceLogger:
         rules: {regular expression: component} for names that weightdyn does not know, tried first.
 
     Raises:
-        TypeError: the optimizer is not Adam-like (and the source is "moments"), or a parameter is sharded,
-            sparse or complex.
+        TypeError: the optimizer is not Adam-like (and the source is "moments"), or a parameter is sparse, complex,
+            a partial sum, or of FSDP1.
         ValueError: an argument is not one of those accepted, or nothing is selected.
+        RuntimeError: at the first update, other ranks lack a logger, or have another.
         FileExistsError: at the first update from 0 on, `out` holds updates of another training.
 
-    Under data parallelism attach it on rank 0 only: the ranks make the same updates. A hook of your own that
+    Of sharded tensors (`fully_shard`, with and without tensor parallelism, replicas, CPU offload; any DTensors;
+    ZeroRedundancyOptimizer) every rank measures its part, and two asynchronous reductions for each logged update
+    make the sums whole. So attach it on all ranks, with the same arguments: the lowest writes, and the table
+    is that of one process. Where one has none, or another, the first update ends in an error. Under plain data
+    parallelism the ranks make the same updates: attach it on all ranks or on rank 0 alone, which writes. FSDP1 is
+    refused; what Megatron and DeepSpeed cut is handed over to `ShardLogger`. A rank that is lost holds up the
+    others for as long as their process group waits, and for a second where they fail or end; what has not come by
+    then is left out. Weibull fits of shared views with more than 262,144 weights are of counts in bins, and left
+    out where bins blur them.
+
+    A hook of your own that
     changes gradients before the step must be registered before the logger, for it may read them then; what is
     changed later is NaN, and the log says so.
 
@@ -150,6 +178,9 @@ class ForceLogger:
 
     Source: arXiv 2606.19367 for the forces; the closed form is `before_step`'s.
     """
+
+    _sees_start = True
+    """Whether the weights are at hand before the first update."""
 
     def __init__(
         self,
@@ -172,6 +203,7 @@ class ForceLogger:
         rules: Mapping[str, str] | None = None,
     ):
         self._optimizers = unwrap(optimizer)
+        self._wholes = partitioned(optimizer)
         check_choice("source", source, ("auto", "moments", "displacement"))
         for each in self._optimizers:
             if source == "moments":
@@ -205,6 +237,7 @@ class ForceLogger:
             for each in self._optimizers
         ]
         self._book = Book(self._warn_once)
+        self._fitting: list[Fits] = []  # that wait for other ranks
         self._notes: list[tuple[str, dict[str, Any], Round]] = []  # metrics whose step the device knows
         self._last = pd.DataFrame(columns=[*STORED["forces"]])
         self._fits = pd.DataFrame(columns=[*STORED["weibull"]])  # the latest
@@ -217,9 +250,15 @@ class ForceLogger:
         self._start(made)
         if start_step is None and any(map(count_stopped, self._optimizers)):
             self._warn_of_stopped_count()
-        self._writer = RunWriter(out, made, _info(self._watches), overwrite=overwrite)
+        self._out = None if out is None else Path(out).absolute()
+        self._involved = self._all_ranks()
+        self._keeps = out is None or self._involved[0] == rank_here()
+        self._writer = RunWriter(
+            out if self._keeps else None, made, _info(self._watches), overwrite=overwrite
+        )
         try:
             self._track()
+            self._announced = self._announce(source, drift)
         except BaseException:
             self._writer.close()
             raise
@@ -230,6 +269,9 @@ class ForceLogger:
             handle
             for index in range(len(self._watches))
             for handle in self._attach(index, self._watches[index])
+        ]
+        self._handles += [
+            zero.register_load_state_dict_post_hook(self._on_load) for zero in self._wholes.values()
         ]
         # A script that ends without close(), by an error for one, still keeps its rows.
         self._at_exit = functools.partial(_close, weakref.ref(self))
@@ -261,7 +303,12 @@ class ForceLogger:
 
     @property
     def run(self) -> RunLog:
-        """The log up to now. To ask it for a table flushes what that table would lack."""
+        """The log up to now. To ask it for a table flushes what that table would lack.
+
+        Of a run that another rank writes, it is what that one has written by now.
+        """
+        if not self._keeps:
+            return RunLog(cast(Path, self._out))
         reference = weakref.ref(self)
 
         def refresh() -> None:
@@ -282,12 +329,12 @@ class ForceLogger:
         if step is None and self._round.skipped() is not None:
             self._notes.append(("metrics", values, self._round))
         else:
-            self._writer.append("metrics", {"step": self._round.step if step is None else step, **values})
+            self._append("metrics", {"step": self._round.step if step is None else step, **values})
 
     @uninterrupted
     def latest(self) -> pd.DataFrame:
-        """Force table of the last logged update (empty before the first). Waits for a GPU."""
-        self._bring_over()
+        """Force table of the last logged update (empty before the first). Waits for a GPU, and for other ranks."""
+        self._bring_over(_patience())
         return force_table(self._last, self._book.labels)
 
     @uninterrupted
@@ -318,8 +365,8 @@ class ForceLogger:
     @_alone
     @uninterrupted
     def flush(self) -> None:
-        """Bring the results over from the devices and write what is not yet written."""
-        self._bring_over()
+        """Bring the results over from the devices and the other ranks, and write what is not yet written."""
+        self._bring_over(_patience())
         self._flushed_at = time.monotonic()
         self._writer.flush()
 
@@ -349,17 +396,25 @@ class ForceLogger:
         Warns if there was no update to log.
         """
         if not self._closed and self._process == os.getpid():
-            self._close()
+            self._close(_patience())
             self._warn_of_no_update()
 
     @_alone
     @uninterrupted
-    def _close(self) -> None:
+    def _close(self, patience: float = _LAST_SECONDS) -> None:
         for handle in self._handles:
             handle.remove()
         atexit.unregister(self._at_exit)
-        self._finish()
-        self.flush()
+        if self._book.ranks is None or patience == math.inf:  # others may never come to the end of the update
+            self._finish()
+            for each in self._announced:
+                each.withdraw()
+        self._bring_over(patience)
+        self._book.give_up()
+        for fits in self._fitting:
+            fits.give_up()
+        self._fitting = []
+        self._writer.flush()
         self._writer.close()
         self._closed = True
         unwatch(id(self))
@@ -393,6 +448,8 @@ class ForceLogger:
     @uninterrupted
     @torch.no_grad()
     def _on_step_begin(self, index: int, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> Any:
+        if _fills_state(optimizer):
+            return None
         self._called = True
         if not self._begun:
             self._begin()
@@ -402,7 +459,7 @@ class ForceLogger:
         self._ask(index)
         watched.begin()
         if watched.is_changed():
-            self._bring_over()
+            self._bring_over(math.inf)
             self._track()
         t = self._round.step + (not self._open)
         audit = _due(self._audit_every, t)
@@ -466,6 +523,7 @@ class ForceLogger:
         if not self._unfinished:
             return
         self._unfinished = False
+        self._book.send()
         if _due(self._snapshot_every, self._round.step):
             self._snapshot()
         if _due(self._weibull_every, self._round.step):
@@ -475,7 +533,7 @@ class ForceLogger:
     def _on_save(self, optimizer: torch.optim.Optimizer) -> None:
         """Whoever takes the optimizer's state makes a checkpoint, which must not know of more than the log."""
         if self._process == os.getpid():
-            self._store_all()
+            self._store_all(_patience())
 
     @uninterrupted
     def _on_load(self, optimizer: torch.optim.Optimizer) -> None:
@@ -489,7 +547,7 @@ class ForceLogger:
         self._set_clocks()
 
     def _go_to(self, step: int) -> None:
-        self._bring_over()
+        self._bring_over(_patience())
         self._store()
         self._start(step)
         self._writer.restart(step)
@@ -507,7 +565,10 @@ class ForceLogger:
             watched.set_clocks(self._round.step)
 
     def _recall(self, step: int) -> pd.DataFrame:
-        rows = self._writer.run().forces()
+        try:
+            rows = (self._writer.run() if self._keeps else self.run).forces()
+        except FileNotFoundError:  # the rank that writes has not begun
+            rows = self._writer.run().forces()
         return rows[rows["step"] == step].set_index("tensor")
 
     def _warn_of_stopped_count(self) -> None:
@@ -534,10 +595,59 @@ class ForceLogger:
 
     def _begin(self) -> None:
         """Before the first update: refuse a directory that is in use, fit the weights as they are."""
+        self._meet()
         self._writer.begin()
         self._begun = True
-        if self._weibull_every is not None and self._round.step == 0:
+        if self._weibull_every is not None and self._round.step == 0 and self._sees_start:
             self._fit()
+
+    # ------------------------------------------------------------------ other ranks
+
+    def _all_ranks(self) -> tuple[int, ...]:
+        """Those that train the tensors, ascending: the first of them writes."""
+        parameters = (p for each in self._optimizers for _, (_, p) in self._places(each))
+        return involved(parameters, self._wholes.values())
+
+    def _sharing(self, shared: Sequence[Tracked]) -> Ranks | None:
+        """Those that add up what each has of some tensors, if there are any."""
+        pairs = [(each.parameter, each.held) for each in shared]
+        return ranks_of(pairs, self._wholes.values(), self._book.ranks)
+
+    def _announce(self, source: Source, drift: Drift) -> list[Announcement]:
+        """Let the other ranks know of this logger: it waits for none of them."""
+        ranks = self._book.ranks
+        if len(self._involved) < 2 or (ranks is None and self._out is None):
+            return []
+        named = ("every", "weibull_every", "snapshot_every", "audit_every")
+        schedules = {name: getattr(self, f"_{name}") for name in named}
+        facts = {
+            **{name: "a function" if callable(value) else value for name, value in schedules.items()},
+            "out": str(self._out),
+            "views": self._views,
+            "source": source,
+            "drift": drift,
+            "step": self._round.step,
+            "tensors": {label: entry["shape"] for label, entry in self._book.labels.items()},
+        }
+        announced = [Announcement(facts, self._involved)]
+        return (
+            announced
+            if ranks is None
+            else [*announced, Announcement({"ranks": ranks.members}, ranks.members)]
+        )
+
+    def _meet(self) -> None:
+        """Before the first update, up to which all ranks have come: have those that must a logger alike?"""
+        writer = self._involved[0]
+        remedy = (
+            f"attach it on all ranks with the same arguments, before the first update; rank {writer} writes"
+        )
+        if self._book.ranks is None:  # they all make the same updates
+            if self._keeps:
+                return
+            remedy += ". It may be attached on that rank alone"
+        for each in self._announced:
+            each.check(remedy)
 
     # ------------------------------------------------------------------ which tensors
 
@@ -555,7 +665,7 @@ class ForceLogger:
         missed = []
         for index, watched in enumerate(self._watches):
             tracked = []
-            for place, (group, parameter) in _places(watched.optimizer):
+            for place, (group, parameter) in self._places(watched.optimizer):
                 if owners.setdefault(parameter, index) != index:
                     raise ValueError(
                         f"optimizer: {self._names.get(parameter, place)} is in two of the optimizers; a tensor's "
@@ -563,9 +673,9 @@ class ForceLogger:
                     )
                 own = f"optimizer{index}.{place}" if len(self._watches) > 1 else place
                 name = self._names.get(parameter, own)
-                if parameter.numel() and self._select(name, parameter):
+                if math.prod(self._shape(name, parameter)) and self._select(name, parameter):
                     _check_parameter(name, parameter)
-                    tracked.append(self._add(group, name, parameter))
+                    tracked.append(self._add(index, group, name, parameter))
                 else:
                     missed.append(self._names.get(parameter, "one without a name"))
             followed = watched.track(tracked)
@@ -590,37 +700,73 @@ class ForceLogger:
                 f"{', '.join(missed[:3])} …"
             )
         self._describe(tensors=self._book.labels)
+        shared = [each for each in everything if each.shared]
+        self._book.copies = np.zeros(len(self._book.labels))
+        self._book.ranks = self._sharing(shared)
+        for each in shared:
+            self._book.copies[each.rows] = cast(Ranks, self._book.ranks).copies_in(each.held.copies)
 
-    def _add(self, group: int, name: str, parameter: Tensor) -> Tracked:
-        labels, shape = self._book.labels, tuple(parameter.shape)
+    def _places(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, tuple[int, Tensor]]]:
+        """Those of an optimizer, and of those of other ranks with which it makes an update."""
+        return _places(self._wholes.get(id(optimizer), optimizer))
+
+    def _add(self, index: int, group: int, name: str, parameter: Tensor) -> Tracked:
+        labels, shape = self._book.labels, self._shape(name, parameter)
         label = describe(name, shape, self._config, views=self._views, rules=self._rules)
         first, rows = len(labels), label.rows(shape)
         for row in rows:
             if row.label in labels:
                 raise ValueError(f"params: two parameters are named {name!r}; names must differ")
             labels[row.label] = {**row.identity(), "shape": list(shape), "parameter": name}
-        return Tracked(parameter, group, label, range(first, len(labels)), rows[0].label)
+        held, foreign = self._held(index, name, parameter)
+        return Tracked(parameter, group, label, range(first, len(labels)), rows[0].label, held, foreign)
+
+    def _shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(parameter.shape)
+
+    def _held(self, index: int, name: str, parameter: Tensor) -> tuple[Held, bool]:
+        """What this process has of a parameter, and whether another rank's optimizer makes its updates."""
+        zero = self._wholes.get(id(self._optimizers[index]))
+        if zero is None:
+            return held_of(name, parameter), False
+        held = owned(parameter, zero)
+        return held, not held.boxes
 
     # ------------------------------------------------------------------ from the devices into the log
 
+    def _append(self, kind: str, rows: Mapping[str, Any]) -> None:
+        if self._keeps:
+            self._writer.append(kind, rows)
+
     @_alone
-    def _bring_over(self) -> None:
-        """Turn what was measured since the last time into rows: one copy from each device."""
-        if self._book.pending:
-            rows = self._book.take()
-            if len(rows):
-                self._last = rows[rows["step"] == rows["step"].iloc[-1]]
-                self._writer.append("forces", rows)
-                self._flag_non_finite(rows)
+    def _bring_over(self, patience: float = 0.0) -> None:
+        """Turn what was measured since the last time into rows: one copy from each device.
+
+        Args:
+            patience: seconds in which what other ranks add may come; what has not stays for the next time.
+        """
+        until = time.monotonic() + patience
+        self._book.await_ranks(until)
+        rows = self._book.take()
+        if rows is not None and len(rows):
+            self._last = rows[rows["step"] == rows["step"].iloc[-1]]
+            self._append("forces", rows)
+            self._flag_non_finite(rows)
+        while self._fitting and self._fitting[0].pending.wait(until):
+            columns = self._fitting.pop(0).columns()
+            if columns is not None:
+                self._fits = pd.DataFrame(columns)
+                self._append("weibull", columns)
         notes, self._notes = self._notes, []
         for kind, columns, update in notes:
-            self._writer.append(kind, {**columns, "step": update.settled()})
+            self._append(kind, {**columns, "step": update.settled()})
         self._open &= not self._round.was_skipped()
         self._round = Round(self._round.settled(), certain=self._open)
 
     @uninterrupted
-    def _store_all(self) -> None:
-        self._bring_over()
+    def _store_all(self, patience: float = _LAST_SECONDS) -> None:
+        self._bring_over(patience)
         self._store()
 
     @_alone
@@ -656,34 +802,32 @@ class ForceLogger:
     def _fit(self) -> None:
         """Weibull fits of the matrices as they are now."""
         self._bring_over()  # which may correct the number of the update
-        fits = []
+        fits, labels = Fits(self._round.step, self._book.ranks, self._warn_once), list(self._book.labels)
         for _, each in self._everything():
-            weights = each.parameter.detach()
-            if weights.ndim < 2:
-                continue
-            for row, part in zip(each.rows, each.name.views or (None,), strict=True):
-                fit = fit_weibull(weights if part is None else part.of(weights))
-                fits.append((list(self._book.labels)[row], fit.lam, fit.k, fit.r_squared, fit.ks, fit.n))
-        if fits:
-            columns = zip(
-                ("tensor", "lam", "k", "r_squared", "ks", "n"), zip(*fits, strict=True), strict=True
-            )
-            values = {name: list(each) for name, each in columns}
-            self._fits = pd.DataFrame({"step": self._round.step, **values})
-            self._writer.append("weibull", self._fits)
+            if len(each.held.shape) > 1:
+                fits.add([labels[row] for row in each.rows], each.name.views, each.parameter, each.held)
+        fits.send()
+        self._fitting.append(fits)
+        self._bring_over()
 
     def _snapshot(self) -> None:
-        """Full w, m and v of the selected tensors, beside the log."""
+        """Full w, m and v of the selected tensors, beside the log; of shared ones each rank writes its part."""
         self._bring_over()  # which may correct the number of the update
-        step = self._round.step
+        step, here, writer = self._round.step, rank_here(), self._involved[0]
         tensors: dict[str, Tensor] = {}
         facts: dict[str, Any] = {}
-        for watched, each in self._everything():
+        boxes: dict[str, Any] = {}
+        everything = self._everything()
+        others = sorted({rank for _, each in everything for rank in each.held.kept_by} - {writer})
+        names = {rank: f"part-{step:06d}-{rank:05d}.safetensors" for rank in others}
+        names[writer] = f"step-{step:06d}.safetensors"
+        if here not in names:  # another has the same
+            return
+        for watched, each in everything:
+            if not each.shared and here != writer:
+                continue
             optimizer, name, parameter = watched.optimizer, each.name.name, each.parameter
             group = optimizer.param_groups[each.group]
-            tensors[name] = parameter.detach().contiguous()
-            for key, moment in moments_of(optimizer, parameter).items():
-                tensors[f"{name}.{key}"] = moment.contiguous()
             facts[name] = {
                 "step": float(optimizer.state.get(parameter, {}).get("step", step)),
                 "lr": float(group["lr"]),
@@ -691,12 +835,20 @@ class ForceLogger:
                 "betas": [float(beta) for beta in group.get("betas", ())],
                 "eps": float(group.get("eps", 0.0)),
             }
-        folder = cast(Path, self._writer.path) / "snapshots"
-        path = folder / f"step-{step:06d}.safetensors"
+            moments = moments_of(optimizer, parameter).items()
+            for kept, tensor in ((name, parameter), *((f"{name}.{key}", value) for key, value in moments)):
+                for i, piece in enumerate(each.held.pieces(local_of(tensor))):
+                    place = f"{kept}@{i}" if each.shared else kept
+                    tensors[place] = piece.contiguous()
+                    if each.shared:
+                        boxes[place] = kept, each.held.shape, each.held.boxes[i].offset
         metadata = {"step": str(step), "tensors": json.dumps(facts)}
+        if self._book.ranks is not None:
+            metadata |= {"boxes": json.dumps(boxes), "beside": json.dumps([names[rank] for rank in others])}
+        folder = cast(Path, self._out) / "snapshots"
         try:
             folder.mkdir(exist_ok=True)
-            write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+            write_file(folder / names[here], lambda temporary: save_file(tensors, temporary, metadata))
         except (OSError, SafetensorError) as error:
             self._warn_once("snapshot", f"the snapshot of update {step} could not be written: {error}")
 
@@ -706,11 +858,11 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         raise TypeError(
             f"parameter {name} is on MPS, which has no float64 to sum in; log on a CPU or CUDA device"
         )
-    sharded = type(parameter.data).__name__ == "DTensor"
-    if sharded or parameter.layout != torch.strided or not parameter.is_floating_point():
-        kind = "a DTensor (sharded)" if sharded else f"{parameter.layout} of {parameter.dtype}"
+    refuse_fsdp1(name, parameter)
+    if parameter.layout != torch.strided or not parameter.is_floating_point():
         raise TypeError(
-            f"parameter {name} is {kind}; whole, dense, real tensors can be logged. Leave it out with tensors="
+            f"parameter {name} is {parameter.layout} of {parameter.dtype}; dense, real tensors can be logged. "
+            "Leave it out with tensors="
         )
 
 
@@ -831,6 +983,21 @@ def _due(every: Every | None, step: int) -> bool:
     if every is None:
         return False
     return bool(every(step)) if callable(every) else step % every == 0
+
+
+def _fills_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch.distributed.checkpoint makes this step, which moves nothing, to have a state to load into."""
+    frame = None if optimizer.state else sys._getframe(1)
+    for _ in range(30):
+        if frame is None or frame.f_code.co_name == "_init_optim_state":
+            break
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_init_optim_state"
+
+
+def _patience() -> float:
+    """Seconds that other ranks are waited for; as long as their group waits, unless something has failed here."""
+    return math.inf if sys.exc_info()[0] is None else _LAST_SECONDS
 
 
 def _close(reference: Callable[[], ForceLogger | None]) -> None:

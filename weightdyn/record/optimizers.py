@@ -20,6 +20,7 @@ from torch import Tensor
 
 from weightdyn.core.forces import Momentum
 from weightdyn.record.moments import Adam
+from weightdyn.record.shards import local_of
 
 
 class Acting(NamedTuple):
@@ -497,7 +498,8 @@ class AdamState(NamedTuple):
 def adam_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> AdamState:
     """The moments of a parameter; zeros that take no memory before its first update."""
     state = optimizer.state.get(parameter) or {}
-    zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+    local = local_of(parameter)
+    zeros = torch.zeros((), dtype=local.dtype, device=local.device).expand(local.shape)
     first, second = (state.get(key, zeros) for key in ("exp_avg", "exp_avg_sq"))
     return AdamState(first, second, state.get("max_exp_avg_sq", zeros) if group.get("amsgrad") else None)
 

@@ -177,7 +177,7 @@ class _Folder:
 
     _PART = re.compile(r"part-([0-9]{4,5})-([0-9]{6,9})\.parquet")
     _TEMPORARY = re.compile(r"\.(run\.json|part-[0-9]{4,5}-[0-9]{6,9}\.parquet)\.tmp")
-    _SNAPSHOT = re.compile(r"step-[0-9]{6,}\.safetensors")
+    _SNAPSHOT = re.compile(r"(step-[0-9]{6,}|part-[0-9]{6,}-[0-9]{5,})\.safetensors")
 
     def __init__(self, path: Path) -> None:
         self.path = path

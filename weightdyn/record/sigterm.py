@@ -71,6 +71,11 @@ def _give_back() -> None:
         signal.signal(signal.SIGTERM, current.previous)
 
 
+def is_late() -> bool:
+    """Whether the signal came and waits for what must not be interrupted: then that should not wait for others."""
+    return _late
+
+
 def _leave_to_parent() -> None:
     """A forked child has what its parent had before there was a logger."""
     global _late

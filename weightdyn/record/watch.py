@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,7 @@ from weightdyn.record.moments import PRODUCTS, Fresh, Plan
 from weightdyn.record.optimizers import (
     COUNT_STOPS,
     Acting,
+    AdamState,
     adam_constants,
     adam_state,
     coupled_decay,
@@ -57,6 +58,7 @@ from weightdyn.record.optimizers import (
     why_no_drift,
     with_gradient,
 )
+from weightdyn.record.shards import Held, local_of, same_placement
 
 Drift = Literal[True, False, "before"]
 
@@ -73,6 +75,8 @@ class Tracked:
         name: what it is called.
         rows: numbers of its rows.
         label: that of the first of them.
+        held: which part of it this process has.
+        foreign: whether another rank's optimizer makes its updates.
     """
 
     parameter: Tensor
@@ -80,6 +84,23 @@ class Tracked:
     name: TensorName
     rows: range
     label: str
+    held: Held
+    foreign: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether other ranks hold parts of it."""
+        return bool(self.held.copies)
+
+
+class _Reading(NamedTuple):
+    """Tensors that are read together."""
+
+    chosen: list[int]  # the tensors
+    pieces: list[int]  # the tensor of each piece: a part of one that this process holds
+    rows: list[int]  # of the log, in the plan's order
+    shared: Tensor | None  # those on the device, of tensors of which other ranks hold the rest
+    plan: Plan
 
 
 @dataclass
@@ -99,7 +120,8 @@ class _Before:
 
     step: int  # the update's number
     counts: list[float | Tensor]  # updates that each tensor has had
-    gradients: dict[int, tuple[Tensor, int]] = field(
+    audit: bool  # whether ‖w‖² before it is measured
+    gradients: dict[int, tuple[Tensor, Any]] = field(
         default_factory=dict
     )  # and how often they were written to
     copies: dict[int, Tensor] = field(default_factory=dict)  # weights, where the method needs them
@@ -139,7 +161,7 @@ class Watch:
         self.decay = Decay(optimizer, weight_decay)
         self._recalled, self._warn = recall, warn
         self._signature: Any = None
-        self._plans: dict[tuple[torch.device | int, ...], Plan] = {}
+        self._readings: dict[tuple[torch.device | int, ...], _Reading] = {}
         self._before: _Before | None = None
         self._had_gradient: set[Tensor] = set()
         self._mark: tuple[Tensor, Any, int] | None = None  # a gradient of the last step
@@ -150,7 +172,7 @@ class Watch:
         followed = {self.tracked[i].parameter: clock for clock in self._clocks for i in clock.members}
         self._signature = signature(self.optimizer)
         self.tracked = list(tracked)
-        self._plans.clear()
+        self._readings.clear()
         self._clocks = []
         self._before = None
         return followed
@@ -172,7 +194,7 @@ class Watch:
     def begin(self) -> None:
         """A step begins."""
         self.stepping, self._before, self._frame = True, None, step_frame()
-        self._had_gradient = with_gradient(self.optimizer)  # before and after: another hook may clear them
+        self._had_gradient = self._with_gradient()  # before and after: another hook may clear them
         # A step that is not torch's own may do nothing, which its counts tell.
         self._counts = self._counted() if law_of(self.optimizer) is None else None
 
@@ -184,7 +206,7 @@ class Watch:
             audit: whether ‖w‖² before the step is measured.
             args, kwargs: what step() was called with.
         """
-        before = _Before(made + 1, self._counted())
+        before = _Before(made + 1, self._counted(), audit)
         changed = self._out_of_step(before.counts)
         if changed:
             followed = {
@@ -198,7 +220,7 @@ class Watch:
         if audit:
             before.waiting += self._measure_norms(NormBefore, everything)
         wanted = everything if self.source == "displacement" else self._shrunk()
-        before.copies = {i: self.tracked[i].parameter.detach().clone() for i in wanted}
+        before.copies = {i: local_of(self.tracked[i].parameter).clone() for i in wanted}
         self._before = before
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
@@ -212,6 +234,10 @@ class Watch:
             return loss
 
         return ((args[0], read, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": read})
+
+    def _with_gradient(self) -> set[Tensor]:
+        foreign = (each.parameter for each in self.tracked if each.foreign)
+        return with_gradient(self.optimizer) | {each for each in foreign if each.grad is not None}
 
     def _counted(self) -> list[float | Tensor]:
         return update_counts(self.optimizer, [each.parameter for each in self.tracked])
@@ -230,7 +256,7 @@ class Watch:
 
     def has_moved(self) -> bool:
         """Whether the step that has ended had a gradient to go by."""
-        self._had_gradient |= with_gradient(self.optimizer)
+        self._had_gradient |= self._with_gradient()
         smallest = min(self._had_gradient, key=Tensor.numel, default=None)
         self._mark = None
         if smallest is not None and smallest.grad is not None:
@@ -248,7 +274,9 @@ class Watch:
     def _read_gradients(self, before: _Before) -> None:
         """Note the gradients that the step is given, and measure what is measured from them before it."""
         gradients = {
-            i: grad for i, each in enumerate(self.tracked) if (grad := each.parameter.grad) is not None
+            i: grad
+            for i, each in enumerate(self.tracked)
+            if (grad := each.parameter.grad) is not None and self._lies_as_its_tensor(each, grad)
         }
         self.decay.ask([self.tracked[i].parameter for i in gradients], before.step)
         if self.source == "moments":
@@ -256,9 +284,18 @@ class Watch:
             before.waiting += self._measure_moments(Products, before.ahead, before.counts, ahead=True)
             before.copies = {i: kept for i, kept in before.copies.items() if i not in before.ahead}
         if self._drift == "before" and self.source == "displacement":
-            before.gradients = {i: (grad.clone(), -1) for i, grad in gradients.items()}
+            before.gradients = {i: (grad.clone(), None) for i, grad in gradients.items()}
         elif self._drift or before.ahead:
-            before.gradients = {i: (grad, grad._version) for i, grad in gradients.items()}
+            before.gradients = {i: (grad, _version(grad)) for i, grad in gradients.items()}
+
+    def _lies_as_its_tensor(self, each: Tracked, grad: Tensor) -> bool:
+        alike = same_placement(each.parameter, grad)
+        if not alike:
+            self._warn(
+                "placed",
+                f"the gradient of {each.name.name} is not cut as the tensor is: its drift and memory are NaN",
+            )
+        return alike
 
     def _is_rounded(self, i: int) -> bool:
         """Whether what stands in the tensor or its moments after a step is less than what acted in it."""
@@ -291,6 +328,8 @@ class Watch:
         counts = self._counted()
         for i, (each, count, earlier) in enumerate(zip(self.tracked, counts, before.counts, strict=True)):
             had_gradient = each.parameter in self._had_gradient
+            if each.foreign:  # its owner says
+                continue
             if self.source == "displacement":
                 if not had_gradient:
                     continue
@@ -303,6 +342,7 @@ class Watch:
             elif count <= cast(float, earlier) and not (had_gradient and count >= COUNT_STOPS):
                 continue
             record.moved[each.rows] = True
+            record.here[each.rows] = each.held.counts(each.name.views)
             active.append(i)
         if isinstance(skipped, Tensor):
             rows = self._rows(range(len(self.tracked)))
@@ -332,6 +372,8 @@ class Watch:
         measured = {*before.copies, *before.ahead}  # with the weights before the step
         copied = [i for i in active if i in before.copies]
         inverted = [i for i in active if i not in measured]
+        record.audited |= before.audit
+        record.after[self._rows(i for i in inverted if self.tracked[i].shared)] = True
         fresh = self._fresh(before, active)
         if self.source == "displacement":
             waiting += self._measure_displacement(copied, counts, before.copies, acting, fresh)
@@ -348,13 +390,23 @@ class Watch:
 
     def _measure_norms(self, what: type[Measured], indices: Iterable[int]) -> list[Measured]:
         return [
-            what(rows, plan.norms([self.tracked[i].parameter.detach() for i in chosen]))
-            for chosen, rows, plan in self._by_device(indices)
+            what(each.rows, each.plan.norms(self._pieces(each, self._weights(each))), each.shared)
+            for each in self._by_device(indices)
         ]
+
+    def _weights(self, reading: _Reading) -> dict[int, Tensor]:
+        return {i: self.tracked[i].parameter.detach() for i in reading.chosen}
+
+    def _group(self, i: int) -> dict[str, Any]:
+        return self.optimizer.param_groups[self.tracked[i].group]
+
+    def _pieces(self, reading: _Reading, tensors: Mapping[int, Tensor]) -> list[Tensor]:
+        """What the plan reads of a quantity of each tensor."""
+        return [piece for i in reading.chosen for piece in self.tracked[i].held.pieces(local_of(tensors[i]))]
 
     def _overtaken(self, before: _Before) -> list[Measured]:
         """NaN for what was measured from a gradient that a later hook changed before the step."""
-        changed = [i for i in before.ahead if before.gradients[i][0]._version != before.gradients[i][1]]
+        changed = [i for i in before.ahead if _version(before.gradients[i][0]) != before.gradients[i][1]]
         if not changed:
             return []
         self._warn(
@@ -362,12 +414,12 @@ class Watch:
             f"the gradient of {self.tracked[changed[0]].name.name} was written to after it had been read: its "
             "forces are NaN. Register the hook that does it before the logger",
         )
-        return [
-            Products(
-                rows, torch.full((len(rows), len(PRODUCTS)), np.nan, dtype=torch.float64, device=plan.device)
-            )
-            for _, rows, plan in self._by_device(changed)
-        ]
+        unknown = []
+        for each in self._by_device(changed):
+            shape, device = (len(each.rows), len(PRODUCTS)), each.plan.device
+            values = torch.full(shape, np.nan, dtype=torch.float64, device=device)
+            unknown.append(Products(each.rows, values, each.shared))
+        return unknown
 
     def _fresh(self, before: _Before, active: Sequence[int]) -> dict[int, Tensor]:
         """The gradients that acted in the step, of those tensors where they are still known."""
@@ -378,9 +430,12 @@ class Watch:
         for i in active:
             grad = self.tracked[i].parameter.grad
             kept, version = before.gradients.get(i, (None, None))
-            if kept is not None and (version == -1 or (grad is kept and kept._version == version)):
+            unread = grad is not None and not same_placement(
+                self.tracked[i].parameter, grad
+            )  # which was told
+            if kept is not None and (version is None or (grad is kept and _version(kept) == version)):
                 found[i] = kept if kept.layout == torch.strided else kept.to_dense()
-            elif i not in before.ahead and self.tracked[i].parameter in self._had_gradient:
+            elif i not in before.ahead and self.tracked[i].parameter in self._had_gradient and not unread:
                 gone = self.tracked[i].name.name if gone is None else gone
         if gone is not None:
             self._warn(
@@ -399,26 +454,24 @@ class Watch:
         fresh: Mapping[int, Tensor],
     ) -> list[Measured]:
         waiting: list[Measured] = []
-        for chosen, rows, plan in self._by_device(*_split(indices, fresh)):
-            groups = [self.optimizer.param_groups[self.tracked[i].group] for i in chosen]
+        for each in self._by_device(*_split(indices, fresh)):
+            groups = [self._group(i) for i in each.pieces]
             more: dict[str, Any] = {}
-            if chosen[0] in fresh:
+            if each.chosen[0] in fresh:
                 # What was copied before the step is as it was then: still scaled.
                 after = self._drift != "before"
-                more["fresh"] = self._acting([fresh[i] for i in chosen], groups, after)
+                more["fresh"] = self._acting(self._pieces(each, fresh), groups, after)
                 if is_normalised(self.optimizer):
-                    more["adams"] = [
-                        adam_constants(group, counts[i]) for i, group in zip(chosen, groups, strict=True)
-                    ]
-                    more["exp_avg_sqs"] = [self._second_moment(i) for i in chosen]
-            products = plan.displacement(
-                [copies[i] for i in chosen],
-                [self.tracked[i].parameter.detach() for i in chosen],
-                [acting[i].lr for i in chosen],
-                [acting[i].weight_decay for i in chosen],
+                    more["adams"] = [adam_constants(self._group(i), counts[i]) for i in each.pieces]
+                    more["exp_avg_sqs"] = self._pieces(each, {i: self._second_moment(i) for i in each.chosen})
+            products = each.plan.displacement(
+                self._pieces(each, copies),
+                self._pieces(each, self._weights(each)),
+                [acting[i].lr for i in each.pieces],
+                [acting[i].weight_decay for i in each.pieces],
                 **more,
             )
-            waiting.append(Products(rows, products))
+            waiting.append(Products(each.rows, products, each.shared))
         return waiting
 
     def _second_moment(self, i: int) -> Tensor:
@@ -451,35 +504,33 @@ class Watch:
         """Products from Adam's state as it is after the step or, from the gradient, `ahead` of it."""
         optimizer = self.optimizer
         waiting: list[Measured] = []
-        for chosen, rows, plan in self._by_device(*_split(indices, fresh or {})):
-            parameters = [self.tracked[i].parameter for i in chosen]
-            groups = [optimizer.param_groups[self.tracked[i].group] for i in chosen]
-            states = [adam_state(optimizer, *each) for each in zip(groups, parameters, strict=True)]
-            second = [state.exp_avg_sq for state in states]
-            tops = [state.max_exp_avg_sq for state in states]
+        for each in self._by_device(*_split(indices, fresh or {})):
+            groups = [self._group(i) for i in each.pieces]
+            states = {
+                i: adam_state(optimizer, self._group(i), self.tracked[i].parameter) for i in each.chosen
+            }
             more: dict[str, Any] = {}
             if ahead:
-                grads = [cast(Tensor, parameter.grad).detach() for parameter in parameters]
+                grads = self._pieces(
+                    each, {i: cast(Tensor, self.tracked[i].parameter.grad) for i in each.chosen}
+                )
                 more["fresh"] = self._acting(grads, groups, after=False)
                 more["ahead"], more["drift"] = True, bool(self._drift)
                 more["rounded"] = not groups[0].get("fused")
-                if any(top is not None for top in tops):
-                    more["max_exp_avg_sqs"] = _first_given(
-                        tops, [p.new_zeros(()).expand(p.shape) for p in parameters]
-                    )
+                if any(state.max_exp_avg_sq is not None for state in states.values()):
+                    more["max_exp_avg_sqs"] = self._pieces(each, {i: _top(states[i]) for i in states})
+                second = self._pieces(each, {i: states[i].exp_avg_sq for i in states})
             else:
-                second = _first_given(tops, second)
-                if fresh and chosen[0] in fresh:
-                    more["fresh"] = self._acting([fresh[i] for i in chosen], groups, after=True)
+                second = self._pieces(each, {i: self._second_moment(i) for i in each.chosen})
+                if fresh and each.chosen[0] in fresh:
+                    grads = self._pieces(each, fresh)
+                    more["fresh"] = self._acting(grads, groups, after=True)
                     more["lr"] = None if copies is not None else [group["lr"] for group in groups]
-            adams = [
-                adam_constants(group, counts[i] + ahead) for i, group in zip(chosen, groups, strict=True)
-            ]
-            weights = [
-                p.detach() if copies is None else copies[i] for i, p in zip(chosen, parameters, strict=True)
-            ]
-            first = [state.exp_avg for state in states]
-            waiting.append(what(rows, plan.moments(weights, first, second, adams, **more)))
+            adams = [adam_constants(self._group(i), counts[i] + ahead) for i in each.pieces]
+            weights = self._pieces(each, self._weights(each) if copies is None else copies)
+            first = self._pieces(each, {i: states[i].exp_avg for i in states})
+            products = each.plan.moments(weights, first, second, adams, **more)
+            waiting.append(what(each.rows, products, each.shared))
         return waiting
 
     # ------------------------------------------------------------------ what momentum remembers
@@ -493,11 +544,13 @@ class Watch:
         """
         if not self._drift:
             return
-        optimizer, followed = self.optimizer, followed or {}
+        followed = followed or {}
         alike: dict[tuple[int, int | None, float], list[int]] = {}
         for i, each in enumerate(self.tracked):
+            if each.foreign:  # its owner follows it
+                continue
             clock = followed.get(each.parameter)
-            age = 0.0 if clock is not None else momentum_age(optimizer, each.parameter, made or np.inf)
+            age = 0.0 if clock is not None else momentum_age(self.optimizer, each.parameter, made or np.inf)
             alike.setdefault((each.group, clock and id(clock), age), []).append(i)
         self._clocks = []
         anew = []
@@ -560,28 +613,43 @@ class Watch:
             decay = self.decay.of_group(group, step)
             clock.remembered = clock.memory.update(momentum, lr_of(group), decay, made)
 
-    def _by_device(self, *parts: Iterable[int]) -> list[tuple[list[int], list[int], Plan]]:
-        """The tensors of each part, device and type, their rows, and the plan that reads them."""
-        groups: dict[tuple[int, torch.device, torch.dtype], list[int]] = {}
+    def _by_device(self, *parts: Iterable[int]) -> list[_Reading]:
+        """The tensors of each part, device and type, and how they are read; without those that are elsewhere."""
+        groups: dict[tuple[int, torch.device, torch.dtype, bool], list[int]] = {}
         for part, indices in enumerate(parts):
             for i in indices:
-                parameter = self.tracked[i].parameter
-                groups.setdefault((part, parameter.device, parameter.dtype), []).append(i)
+                each = self.tracked[i]
+                if each.held.boxes:
+                    kind = part, each.parameter.device, each.parameter.dtype, each.shared
+                    groups.setdefault(kind, []).append(i)
         found = []
-        for (_, device, _), chosen in groups.items():
+        for (_, device, _, shared), chosen in groups.items():
             key = (device, *chosen)
-            if key not in self._plans:
-                if len(self._plans) >= 16:  # which tensors move may change from step to step
-                    self._plans.clear()
-                tracked = [self.tracked[i] for i in chosen]
-                shapes = [tuple(each.parameter.shape) for each in tracked]
-                self._plans[key] = Plan(shapes, [each.name.views for each in tracked], device)
-            found.append((chosen, [row for i in chosen for row in self.tracked[i].rows], self._plans[key]))
+            if key not in self._readings:
+                if len(self._readings) >= 16:  # which tensors move may change from step to step
+                    self._readings.clear()
+                self._readings[key] = self._reading(chosen, device, shared)
+            found.append(self._readings[key])
         return found
 
+    def _reading(self, chosen: list[int], device: torch.device, shared: bool) -> _Reading:
+        pieces = [(i, box) for i in chosen for box in self.tracked[i].held.boxes]
+        rows = [row for i, _ in pieces for row in self.tracked[i].rows]
+        views = [box.clip(self.tracked[i].name.views) for i, box in pieces]
+        index = torch.tensor(rows).to(device, non_blocking=True) if shared else None
+        plan = Plan([box.shape for _, box in pieces], views, device)
+        return _Reading(chosen, [i for i, _ in pieces], rows, index, plan)
 
-def _first_given(values: Sequence[Tensor | None], otherwise: Sequence[Tensor]) -> list[Tensor]:
-    return [other if value is None else value for value, other in zip(values, otherwise, strict=True)]
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """How often a tensor was written to, also where it is the shell of a local one."""
+    return tensor._version, local_of(tensor)._version
+
+
+def _top(state: AdamState) -> Tensor:
+    """The running maximum of v; nothing where there is none."""
+    top = state.max_exp_avg_sq
+    return state.exp_avg_sq.new_zeros(()).expand(state.exp_avg_sq.shape) if top is None else top
 
 
 def _split(indices: Iterable[int], fresh: Mapping[int, Tensor]) -> list[list[int]]:
