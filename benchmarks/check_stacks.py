@@ -85,13 +85,19 @@ def replicated(model):
 def tensor_parallel(model):
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+    size = dist.get_world_size()
+    if size < 8:
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
+        outer = mesh["dp"]
+    else:  # the four ranks that hold the tensors once have no group yet
+        mesh = init_device_mesh("cpu", (size // 4, 2, 2), mesh_dim_names=("copies", "dp", "tp"))
+        outer = mesh["copies", "dp"]
     plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
     plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
     plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
     for block in blocks(model):
         parallelize_module(block, mesh["tp"], plan)
-    return sharded(model, mesh["dp"])
+    return sharded(model, outer)
 
 
 def adamw(model, **options):
@@ -130,6 +136,7 @@ CASES = {
     "heads of grouped queries": {"model": llama, "options": {"views": "head"}},
     "replicas": {"shard": replicated, "processes": 4},
     "tensor parallel and sharded": {"model": llama, "shard": tensor_parallel, "processes": 4},
+    "replicas of both": {"model": llama, "shard": tensor_parallel, "processes": 8},
     "amsgrad": {"optimizers": lambda model: adamw(model, amsgrad=True)},
     "for loop": {"optimizers": lambda model: adamw(model, foreach=False)},
     "fused": {"optimizers": lambda model: adamw(model, fused=True)},
@@ -242,7 +249,7 @@ def inside(names):
 
 
 def main(names):
-    for processes in (2, 3, 4):
+    for processes in (2, 3, 4, 8):
         chosen = [name for name in names if CASES[name].get("processes", 2) == processes]
         if chosen:
             print(f"-- {processes} processes", flush=True)

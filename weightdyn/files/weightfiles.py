@@ -434,9 +434,10 @@ def _joined(name: str, parts: Sequence[Part]) -> Stored:
     if math.prod(len(each) - 1 for each in edges) > 64 * len(boxes) + 4096:
         raise ValueError(f"{name} is cut into too many pieces")
     covered = np.zeros([len(each) - 1 for each in edges], dtype=np.int64)
+    cell = [{edge: i for i, edge in enumerate(each)} for each in edges]
     for offset, shape in boxes:
-        cells = zip(edges, offset, shape, strict=True)
-        covered[tuple(slice(each.index(o), each.index(o + n)) for each, o, n in cells)] += 1
+        ends = zip(cell, offset, shape, strict=True)
+        covered[tuple(slice(each[o], each[o + n]) for each, o, n in ends)] += 1
     if (covered != 1).any():
         raise ValueError(f"its parts of {name} do not hold each of the weights once")
     return Stored(name, first.shape, first.stored.dtype, (), first.stored.file, 0, tuple(boxes.values()))
