@@ -190,7 +190,7 @@ class RescaleCallback(TrainerCallback):
 
 
 def _turn(callback: TrainerCallback) -> int:
-    """First what says whether a checkpoint is due, and what is short and for eyes; then the forces, then reporters."""
+    """First what tells when a checkpoint is due, and what is short, for eyes; then the forces, then reporters."""
     if isinstance(callback, (DefaultFlowCallback, ProgressCallback, PrinterCallback)):
         return 0
     return 1 if isinstance(callback, ForceCallback) else 2
