@@ -881,8 +881,8 @@ def _given_pairs(
     pairs = list(pairs) if isinstance(pairs, Iterable) else [pairs]
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         raise TypeError(
-            "params must be a model or (name, parameter) pairs, such as model.named_parameters(); of several models "
-            "chain theirs"
+            "params must be a model or (name, parameter) pairs, such as model.named_parameters(); of several "
+            "models chain theirs"
         )
     given = {parameter for _, parameter in pairs}
     if not any(parameter in given for each in optimizers for _, (_, parameter) in _places(each)):
