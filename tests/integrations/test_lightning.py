@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from frameworks import (
@@ -18,6 +19,7 @@ from frameworks import (
     tiny_llama,
     torchrun,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import weightdyn as wd
@@ -297,8 +299,21 @@ def test_a_missing_framework_is_told_with_what_to_install(module, missing, monke
         importlib.import_module(f"weightdyn.integrations.{module}")
 
 
+class Sharded(Module):
+    def configure_model(self):
+        for part in (*self.model.model.layers, self.model):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def configure_gradient_clipping(self, optimizer, **options):
+        """The truth is the other training's, of the same data."""
+
+
 def distributed(folder):
     """What each of two processes calls."""
+    sharded = ForceCallback(Path(folder) / "sharded")
+    strategy = pl.strategies.ModelParallelStrategy(2, 1, process_group_backend="gloo")
+    fit(make_trainer(folder, [sharded], strategy=strategy, devices=2), Sharded())
+    assert sharded.logger is not None  # each has its part
     module, force, kept = Module(), ForceCallback(), Kept()
     trainer = make_trainer(folder, [force], strategy="ddp", devices=2, logger=kept)
     fit(trainer, module)
@@ -310,9 +325,11 @@ def distributed(folder):
         assert len(module.truth.forces) == 6 * len(NAMES)
         assert_forces_are_true(table, module.truth)
         assert len([row for _, row in kept.rows if "forces/other/norm" in row]) == 3
+        whole = wd.RunLog(Path(folder) / "sharded").forces()
+        pd.testing.assert_frame_equal(whole, table, rtol=1e-5, check_categorical=False)
         (Path(folder) / "done").touch()
 
 
 @pytest.mark.slow
-def test_two_processes_log_one_run(tmp_path):
+def test_two_processes_log_one_run_and_so_do_those_that_shard(tmp_path):
     torchrun("test_lightning", tmp_path)

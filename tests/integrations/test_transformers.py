@@ -121,9 +121,13 @@ def test_reporters_get_the_forces_with_the_loss(tmp_path, monkeypatch):
     assert not any("/" in name for row in others for name in row)
 
 
-def test_an_update_that_was_reported_is_not_reported_again(tmp_path):
-    trainer = make_trainer(tmp_path, [ForceCallback(every=4)])
+def test_an_update_that_was_reported_is_not_reported_again(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, [ForceCallback(tmp_path / "run", every=4)])
     trainer.train()
+    assert wd.RunLog(tmp_path / "run").forces()["step"].unique().tolist() == [4]
+    printed = capsys.readouterr().out
+    assert "'loss'" in printed
+    assert "forces/" not in printed  # lines for eyes stay as short as they were
     told = [row["step"] for row in trainer.state.log_history if "forces/other/norm" in row]
     assert told == [4]
 

@@ -278,6 +278,7 @@ def test_wrappers_are_unwrapped_to_the_optimizers_that_make_the_steps():
     a, b = some()
     assert unwrap(a) == [a]
     assert unwrap((a, [b])) == [a, b]
+    assert unwrap({"weight": a, "bias": b}.values()) == [a, b]
     assert unwrap(Container([a, b])) == [a, b]
     assert unwrap(Wrapper(a)) == [a]
     assert unwrap(Wrapper(a, "optim")) == [a]
@@ -340,6 +341,23 @@ def test_what_holds_no_optimizer_is_refused_by_type():
         TypeError, match=r"Container around a AdamW and SGD: pass the inner one, optimizer.optimizers"
     ):
         check_optimizer(Container([a, b]))
+
+
+def test_what_trains_otherwise_is_refused_with_what_to_do():
+    a, _ = some()
+    asked = {
+        "attach behind the line that makes it": None,
+        "the optimizer comes first, then the model": nn.Linear(2, 2),
+        r"pass its values\(\)": {"a": a},
+        r"pass its \.optimizer$": torch.optim.lr_scheduler.LambdaLR(a, lambda t: 1.0),
+    }
+    lightning = pytest.importorskip("lightning")
+    asked["ForceCallback"] = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    for advice, wrong in asked.items():
+        with pytest.raises(TypeError, match=f"got {type(wrong).__name__}: .*{advice}"):
+            unwrap(wrong)
 
 
 def test_random_numbers_go_on_where_their_state_was_taken():

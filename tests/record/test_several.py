@@ -93,6 +93,24 @@ def test_an_optimizer_in_the_backward_pass_counts_as_one_update():
     assert other.run.info["optimizer"]["name"] == "AdamW ×4"
 
 
+def test_parameters_that_are_exchanged_behind_the_logger_keep_their_names():
+    """As Accelerate's `prepare` does under FSDP2, and whoever shards a model and then tells its optimizer."""
+    tables = []
+    for exchange in (False, True):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        with wd.ForceLogger(optimizer, model, weibull_every=2) as log:
+            if exchange:
+                for module in model:
+                    for name, parameter in [*module.named_parameters()]:
+                        setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
+                optimizer.param_groups[0]["params"] = [*model.parameters()]
+            train(model, [optimizer], batches(3))
+        tables.append(log.run)
+    pd.testing.assert_frame_equal(tables[1].forces(), tables[0].forces())
+    pd.testing.assert_frame_equal(tables[1].weibull(), tables[0].weibull())
+
+
 def test_what_is_due_once_in_an_update_sees_all_of_it():
     model = mlp()
     optimizers = split(model)

@@ -318,6 +318,18 @@ def test_one_process_that_shards_logs_what_one_does_that_does_not(group, alone, 
     check_equal(in_one(way, tmp_path), alone)
 
 
+def test_a_sharded_model_that_was_evaluated_before_has_the_names_of_the_plain_one(group, alone, tmp_path):
+    """Its outermost module then has whole parameters, which are not those of the optimizer."""
+    module = stacks()
+    model, optimizer, called, part = module.way("fsdp")
+    tokens = next(iter(module.batches(0, 1)))[1]
+    with torch.no_grad():
+        called(tokens[:, :-1])
+    with wd.ForceLogger(optimizer, model, config=module.CONFIG, out=tmp_path, **module.OPTIONS):
+        module.train(called, optimizer, part)
+    check_equal(wd.RunLog(tmp_path), alone)
+
+
 @contextlib.contextmanager
 def warned(message):
     """Some warning says this; others may come with it."""

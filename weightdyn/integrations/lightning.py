@@ -63,8 +63,8 @@ class ForceCallback(pl.Callback):
 
     def __init__(
         self,
-        *,
         out: str | Path | None = None,
+        *,
         by: By | Sequence[str] | None = "role",
         **options: Any,
     ):
@@ -87,7 +87,7 @@ class ForceCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the logger; resumed optimizers have their states by now."""
-        if is_logged_here(trainer.is_global_zero, pl_module):
+        if is_logged_here(trainer.is_global_zero, trainer.optimizers):
             out = self._out or Path(trainer.default_root_dir) / "weightdyn"
             config = getattr(_inner(pl_module), "config", None)
             self._recording.begin(trainer.optimizers, pl_module, out, self._step, config)

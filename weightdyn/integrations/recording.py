@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from weightdyn.core.tables import IDENTITY, By, group_columns
 from weightdyn.record.logger import ForceLogger
 from weightdyn.record.optimizers import unwrap, updates_made
-from weightdyn.record.shards import is_dtensor
+from weightdyn.record.shards import is_dtensor, partitioned
 from weightdyn.wisca.schedule import RescaleSchedule
 
 
-def is_logged_here(first: bool, model: nn.Module) -> bool:
-    """Whether a process has a logger: the first, and each of those that share the model's tensors."""
-    return first or any(map(is_dtensor, model.parameters()))
+def is_logged_here(first: bool, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether a process has a logger: the first, and each of those that share tensors or their states."""
+    groups = [group for each in unwrap(optimizers) for group in each.param_groups]
+    shared = any(is_dtensor(parameter) for group in groups for parameter in group["params"])
+    return first or shared or bool(partitioned(optimizers))
 
 
 class Recording:

@@ -31,7 +31,7 @@ from weightdyn.wisca.schedule import RescaleSchedule
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-    from transformers.trainer_callback import DefaultFlowCallback, ProgressCallback
+    from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
 except ImportError as error:
     raise ImportError(
         f"weightdyn.integrations.transformers needs transformers and accelerate ({error}): "
@@ -63,8 +63,8 @@ class ForceCallback(TrainerCallback):
 
     def __init__(
         self,
-        *,
         out: str | Path | None = None,
+        *,
         by: By | Sequence[str] | None = "role",
         **options: Any,
     ):
@@ -92,7 +92,7 @@ class ForceCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach the logger; a resumed optimizer has its state by now."""
-        if is_logged_here(state.is_world_process_zero, model):
+        if is_logged_here(state.is_world_process_zero, [optimizer]):
             out = self._out or Path(args.output_dir or ".") / "weightdyn"
             self._recording.begin([optimizer], model, out, state.global_step)
 
@@ -190,8 +190,8 @@ class RescaleCallback(TrainerCallback):
 
 
 def _turn(callback: TrainerCallback) -> int:
-    """First what says whether a checkpoint is due, and the bar, which is short; then the forces, then reporters."""
-    if isinstance(callback, (DefaultFlowCallback, ProgressCallback)):
+    """First what tells when a checkpoint is due, and what is short, for eyes; then the forces, then reporters."""
+    if isinstance(callback, (DefaultFlowCallback, ProgressCallback, PrinterCallback)):
         return 0
     return 1 if isinstance(callback, ForceCallback) else 2
 

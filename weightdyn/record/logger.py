@@ -59,6 +59,7 @@ from weightdyn.record.shards import (
     held_of,
     involved,
     local_of,
+    named_parameters,
     owned,
     partitioned,
     rank_here,
@@ -221,6 +222,7 @@ class ForceLogger:
         self._snapshot_every = _schedule("snapshot_every", snapshot_every)
         self._audit_every = _schedule("audit_every", audit_every)
         self._given = _names(_given_pairs(self._optimizers, params))
+        self._model = params if isinstance(params, nn.Module) else None
         self._wanted, self._select = tensors, _selector(tensors)
         self._views: Views = check_views(views)
         self._config = check_config(config) if config is not None else _config(params)
@@ -583,8 +585,8 @@ class ForceLogger:
             return
         if self._called:
             why = (
-                "its parameters had no gradient at any step(): are they another model's, or were the gradients "
-                "cleared before?"
+                "its parameters had no gradient at any step(): are they another model's (fully_shard makes "
+                "new ones: it comes before the optimizer), or were the gradients cleared before?"
             )
         else:
             why = (
@@ -656,6 +658,10 @@ class ForceLogger:
 
     def _track(self) -> None:
         """List the selected tensors and number their rows."""
+        if self._model is not None:  # which may have other parameters by now: fully_shard makes new ones
+            kept = {parameter for each in self._optimizers for _, (_, parameter) in self._places(each)}
+            kept = {parameter: name for parameter, name in self._given.items() if parameter in kept}
+            self._given = {**kept, **_names(named_parameters(self._model))}
         self._names = {
             **_names([pair for each in self._optimizers for pair in own_names(each)]),
             **self._given,
@@ -871,10 +877,13 @@ def _given_pairs(
 ) -> list[tuple[str, Tensor]]:
     if params is None:
         return []
-    pairs: Any = params.named_parameters() if isinstance(params, nn.Module) else params
+    pairs: Any = named_parameters(params) if isinstance(params, nn.Module) else params
     pairs = list(pairs) if isinstance(pairs, Iterable) else [pairs]
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
-        raise TypeError("params must be a model or (name, parameter) pairs, such as model.named_parameters()")
+        raise TypeError(
+            "params must be a model or (name, parameter) pairs, such as model.named_parameters(); of several "
+            "models chain theirs"
+        )
     given = {parameter for _, parameter in pairs}
     if not any(parameter in given for each in optimizers for _, (_, parameter) in _places(each)):
         raise ValueError(

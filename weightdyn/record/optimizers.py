@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -271,7 +271,27 @@ def check_optimizer(optimizer: Any, accepted: str = "a torch.optim.Optimizer") -
             f"optimizer is a {type(optimizer).__name__} around a {kind}: pass the inner one, "
             f"optimizer.{name}, whose steps it makes"
         )
-    raise TypeError(f"optimizer must be {accepted}, got {type(optimizer).__name__}")
+    raise TypeError(f"optimizer must be {accepted}, got {type(optimizer).__name__}{_hint(optimizer)}")
+
+
+def _hint(wrong: Any) -> str:
+    """What to do with something else that trains."""
+    if wrong is None:
+        return ": attach behind the line that makes it (a Trainer makes its own: use its ForceCallback)"
+    package = type(wrong).__module__.partition(".")[0]
+    if hasattr(wrong, "prepare_model") and package == "accelerate":
+        return ": pass the optimizer that its prepare() returned"
+    if hasattr(wrong, "callbacks") or hasattr(wrong, "callback_handler"):
+        return (
+            ": give it callbacks=[ForceCallback(…)], from weightdyn.integrations.transformers or .lightning"
+        )
+    if isinstance(wrong, torch.nn.Module):
+        return ": the optimizer comes first, then the model"
+    if isinstance(getattr(wrong, "optimizer", None), torch.optim.Optimizer):
+        return ": pass its .optimizer"
+    if isinstance(wrong, Mapping):
+        return ": pass its values()"
+    return ""
 
 
 _INSIDE = ("optimizers", "optimizer", "optim")
@@ -316,7 +336,7 @@ def unwrap(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def _flat(optimizers: Any) -> Iterator[Any]:
-    if isinstance(optimizers, list | tuple):
+    if isinstance(optimizers, list | tuple | ValuesView):
         for each in optimizers:
             yield from _flat(each)
     else:

@@ -353,8 +353,9 @@ def _lock(folder: Path) -> filelock.BaseFileLock | None:
     except BlockingIOError:
         raise RunLogError(
             f"{folder} is being written by another logger, which holds {folder / '.lock'}: close that one, or "
-            "choose another out (under data parallelism, log on rank 0 only). If nothing writes there (file "
-            "systems without locks), delete .lock"
+            "choose another out (several optimizers: give one logger the list of them; processes that share no "
+            "tensor, as stages of a pipeline: an out for each). If nothing writes there (file systems without "
+            "locks), delete .lock"
         ) from None
 
 

@@ -19,14 +19,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightdyn.core.checks import shown
 from weightdyn.core.naming import View
@@ -300,6 +300,22 @@ def refuse_fsdp1(name: str, tensor: Tensor) -> None:
         )
 
 
+def named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """A model's parameters as an optimizer has them.
+
+    After a forward pass modules of `fully_shard` have whole ones in their place: the outermost until the next
+    backward pass, so for long behind an evaluation.
+    """
+    shards: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for each in itertools.chain.from_iterable(getattr(group, "fsdp_params", ()) for group in groups):
+            if hasattr(each, "_unsharded_param"):
+                shards[each._unsharded_param] = each.sharded_param
+    return [(name, shards.get(parameter, parameter)) for name, parameter in model.named_parameters()]
+
+
 # --- who adds up ---------------------------------------------------------------------------------------------
 
 
@@ -409,7 +425,7 @@ def partitioned(optimizer: Any) -> dict[int, Any]:
     waiting, seen, found = [optimizer], set(), {}
     while waiting:
         each = waiting.pop()
-        if isinstance(each, list | tuple):
+        if isinstance(each, list | tuple | ValuesView):
             waiting += each
         elif any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(each).mro()):
             found[id(each.optim)] = each
