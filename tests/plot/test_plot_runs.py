@@ -678,9 +678,19 @@ def test_the_overview_passes_over_a_role_that_has_no_fits():
     assert roles[0] in {text.get_text() for text in plot.overview(run)[0].texts}
     with pytest.raises(ValueError, match=rf"role must be '{roles[0]}'.*got 'transmission'"):
         plot.overview(run, role="transmission")
-    none = SimpleNamespace(forces=force_table, weibull=lambda: weibull_table().assign(lam=np.nan))
+    none = SimpleNamespace(forces=force_table, weibull=lambda: weibull_table().assign(role="other"))
     with pytest.raises(ValueError, match="no role has both forces and Weibull fits"):
-        plot.overview(none)
+        plot.overview(
+            SimpleNamespace(**vars(none) | {"forces": lambda: force_table().query("role != 'other'")})
+        )
+
+
+def test_the_overview_of_a_run_without_fits_has_the_norm_above_the_forces():
+    run = SimpleNamespace(forces=force_table, weibull=lambda: weibull_table().assign(lam=np.nan))
+    norm, _ = plot.overview(run)
+    rows = force_table().query("role == 'transmission'").groupby("step")["norm_sq"].sum()
+    np.testing.assert_allclose(norm.lines[0].get_ydata(), np.sqrt(rows))
+    assert norm.get_ylabel() == "norm ‖w‖"
 
 
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "mix"])

@@ -276,36 +276,44 @@ def overview(run: RunLog, *, role: str | None = None, ax: Sequence[Axes] | None 
     λ is pooled over the role's tensors inside the blocks; the forces are summed over all of its tensors: drift,
     diffusion and decay where the run knows the drift, else alignment, injection and decay. Where λ overshoots, a
     line through both panels marks its peak: before it drift and diffusion outweigh decay, behind it decay outweighs
-    them.
+    them. Of a run without fits the upper panel has the norm ‖w‖ before each update.
 
     Args:
-        run: a `RunLog` with forces and Weibull fits (`weibull_every=…`).
-        role: "selection", "transmission", "value" or "other"; None takes transmission or, where the run has no fits
-            of it, the next in the order selection, value, other.
+        run: a `RunLog` with forces and, better, Weibull fits (`weibull_every=…`).
+        role: "selection", "transmission", "value" or "other"; None takes transmission or, where the run has none
+            (or fits, but none of it), the next in the order selection, value, other.
         ax: two Axes to draw on; None makes a figure.
 
     Returns:
-        An array of two Axes, λ's and the forces'.
+        An array of two Axes, λ's or the norm's, and the forces'.
 
     Raises:
         TypeError, ValueError: not a run; nothing of this role in it.
     """
-    weibull = check_weibull_table(run, argument="run", empty=False)
+    weibull = check_weibull_table(run, argument="run")
     forces = check_force_table(run, argument="run", empty=False)
     weibull = weibull[weibull["lam"].notna() & weibull["k"].notna()]
-    roles = [name for name in _OVERVIEW if name in set(weibull["role"]) & set(forces["role"])]
+    there = set(forces["role"])
+    roles = [name for name in _OVERVIEW if name in there and (weibull.empty or name in set(weibull["role"]))]
     if not roles:
         raise ValueError("run: no role has both forces and Weibull fits (weibull_every=…)")
     role = check_choice("role", roles[0] if role is None else role, roles)
     weibull, forces = weibull[weibull["role"] == role], forces[forces["role"] == role]
-    inside = weibull["layer"].notna()
     axes = make_axes(ax, 2)
-    weibull_trajectory(weibull[inside] if inside.any() else weibull, value="lam", by="role", ax=axes[0])
     known = "drift" in forces and aggregate(forces, "model")["drift"].notna().any()
-    force_budget(forces, kind="drift" if known else "forces", ax=axes[1])
-    peak = phases(pool_weibull(weibull[inside] if inside.any() else weibull, "role")).iloc[0]
-    if peak["overshoot"]:
-        mark_phases(axes[1], peak["peak_step"], peak["peak_step"], named=False)
+    if weibull.empty:
+        norms = aggregate(forces, "model")
+        draw_line(axes[0], norms["step"], np.sqrt(norms["norm_sq"]), color=DARK, label="‖w‖")
+        label_axes(axes[:1], ["norm ‖w‖"])
+        force_budget(forces, kind="drift" if known else "forces", ax=axes[1])
+    else:
+        inside = weibull["layer"].notna()
+        weibull = weibull[inside] if inside.any() else weibull
+        weibull_trajectory(weibull, value="lam", by="role", ax=axes[0])
+        force_budget(forces, kind="drift" if known else "forces", ax=axes[1])
+        peak = phases(pool_weibull(weibull, "role")).iloc[0]
+        if peak["overshoot"]:
+            mark_phases(axes[1], peak["peak_step"], peak["peak_step"], named=False)
     if (legend := axes[0].get_legend()) is not None:  # it would name the role, which the strip does
         legend.remove()
     axes[0].set_xlabel("")
