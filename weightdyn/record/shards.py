@@ -446,7 +446,7 @@ class Pending:
             try:
                 self._group = ranks.group()
                 self._works.append(dist.all_reduce(buffer, op, group=self._group, async_op=True))
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:  # broken, or taken down
                 self.lost = _first_line(error)
 
     def done(self) -> bool:
@@ -626,7 +626,7 @@ class Announcement:
 
     def withdraw(self) -> None:
         """The logger is closed: what it told is no other's."""
-        with contextlib.suppress(RuntimeError):  # the store may be gone by then
+        with contextlib.suppress(RuntimeError, ValueError):  # the store or the group may be gone by then
             _store().set(f"{self._told}/{self._rank}", "")
 
     def _difference(self, theirs: Mapping[str, Any]) -> str:
