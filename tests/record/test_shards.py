@@ -470,6 +470,16 @@ def test_the_step_that_a_checkpoint_makes_to_have_a_state_is_none(group, tmp_pat
     assert log.step == 2
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_rank_of_a_zero_redundancy_optimizer_that_steps_no_tensor_attaches_as_the_others_do(group):
+    model, zero, *_ = stacks().way("zero")
+    assert len(zero._param_to_rank)  # it is found out once
+    for each in zero.optim.param_groups:
+        each["params"] = []  # as where there are more ranks than tensors
+    with pytest.warns(RuntimeWarning, match="no update"), wd.ForceLogger(zero, model, views=False) as log:
+        assert f"{len([*model.parameters()])} tensors" in repr(log)
+
+
 def two_optimizers(model, later=()):
     parameters = [p for name, p in model.named_parameters() if name not in later]
     return [torch.optim.SGD(parameters[:5], lr=1e-2), torch.optim.AdamW(parameters[5:], lr=1e-2)]

@@ -223,7 +223,7 @@ class ForceLogger:
         self._weibull_every = _schedule("weibull_every", weibull_every)
         self._snapshot_every = _schedule("snapshot_every", snapshot_every)
         self._audit_every = _schedule("audit_every", audit_every)
-        self._given = _names(_given_pairs(self._optimizers, params))
+        self._given = _names(_given_pairs(self._parameters(), params))
         self._wanted, self._select = tensors, _selector(tensors)
         self._views: Views = check_views(views)
         self._config = check_config(config) if config is not None else _config(params)
@@ -614,8 +614,7 @@ class ForceLogger:
 
     def _all_ranks(self) -> tuple[int, ...]:
         """Those that train the tensors, ascending: the first of them writes."""
-        parameters = (p for each in self._optimizers for _, (_, p) in self._places(each))
-        return involved(parameters, self._wholes.values())
+        return involved(self._parameters(), self._wholes.values())
 
     def _sharing(self, shared: Sequence[Tracked]) -> Ranks | None:
         """Those that add up what each has of some tensors, if there are any."""
@@ -718,6 +717,9 @@ class ForceLogger:
     def _places(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, tuple[int, Tensor]]]:
         """Those of an optimizer, and of those of other ranks with which it makes an update."""
         return _places(self._wholes.get(id(optimizer), optimizer))
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for each in self._optimizers for _, (_, p) in self._places(each))
 
     def _add(self, index: int, group: int, name: str, parameter: Tensor) -> Tracked:
         labels, shape = self._book.labels, self._shape(name, parameter)
@@ -875,9 +877,7 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         )
 
 
-def _given_pairs(
-    optimizers: Iterable[torch.optim.Optimizer], params: Params | None
-) -> list[tuple[str, Tensor]]:
+def _given_pairs(stepped: Iterable[Tensor], params: Params | None) -> list[tuple[str, Tensor]]:
     if params is None:
         return []
     pairs: Any = params.named_parameters() if isinstance(params, nn.Module) else params
@@ -885,7 +885,7 @@ def _given_pairs(
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         raise TypeError("params must be a model or (name, parameter) pairs, such as model.named_parameters()")
     given = {parameter for _, parameter in pairs}
-    if not any(parameter in given for each in optimizers for _, (_, parameter) in _places(each)):
+    if not any(parameter in given for parameter in stepped):
         raise ValueError(
             "params has none of the optimizer's parameters: is it another model's, or a copy? Of an optimizer that "
             "steps copies (fp32 masters of bf16 weights) pass (name, copy) pairs"

@@ -239,7 +239,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 def local_of(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, without a copy and outside of autograd."""
     if not is_dtensor(tensor):
-        return tensor.detach()
+        return tensor.detach() if tensor.requires_grad else tensor
     with torch.no_grad():
         local = tensor.to_local()  # type: ignore[attr-defined]
     return local.wait() if hasattr(local, "wait") else local
