@@ -1,6 +1,7 @@
 """Parts of tensors that several processes hold, and what is added up of them."""
 
 import contextlib
+import copy
 import importlib.util
 import itertools
 import math
@@ -20,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import weightdyn as wd
 from weightdyn.core.naming import View, describe
 from weightdyn.files.weightfiles import CheckpointError, list_tensors
-from weightdyn.record import shards
+from weightdyn.record import logger, shards
 from weightdyn.record.shards import Box, Held, closure, flat_boxes, grid_ranges
 
 SHAPES = st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple)
@@ -330,6 +332,36 @@ def test_a_sharded_model_that_was_evaluated_before_has_the_names_of_the_plain_on
     check_equal(wd.RunLog(tmp_path), alone)
 
 
+def test_a_logged_update_is_two_reductions_and_nothing_else_is_sent(group):
+    """All that a process sends goes through an operator of c10d: a sum and a maximum for each logged update."""
+    module = stacks()
+    sent = []
+
+    class Sent(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "c10d" in func.namespace:
+                sent.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def updates(every):
+        model, optimizer, *_ = module.way("fsdp")
+        log = every and wd.ForceLogger(optimizer, model, config=module.CONFIG, every=every)
+        for t in range(6):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.1 + t)
+            with Sent():
+                optimizer.step()
+        if log:
+            log.close()
+            assert log.run.forces()["step"].nunique() == 6 // every
+        return len(sent)
+
+    assert updates(None) == 0
+    assert updates(3) == 2 * 2
+    assert updates(1) - 2 * 2 == 2 * 6
+    assert {name.partition("::")[2].partition(".")[0] for name in sent} == {"allreduce_"}
+
+
 @contextlib.contextmanager
 def warned(message):
     """Some warning says this; others may come with it."""
@@ -479,6 +511,115 @@ def test_the_step_that_a_checkpoint_makes_to_have_a_state_is_none(group, tmp_pat
         assert log.step == 0
         module.train(called, optimizer, part, steps=2)
     assert log.step == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_rank_of_a_zero_redundancy_optimizer_that_steps_no_tensor_attaches_as_the_others_do(group):
+    model, zero, *_ = stacks().way("zero")
+    assert len(zero._param_to_rank)  # it is found out once
+    for each in zero.optim.param_groups:
+        each["params"] = []  # as where there are more ranks than tensors
+    with pytest.warns(RuntimeWarning, match="no update"), wd.ForceLogger(zero, model, views=False) as log:
+        assert f"{len([*model.parameters()])} tensors" in repr(log)
+
+
+def two_optimizers(model, later=()):
+    parameters = [p for name, p in model.named_parameters() if name not in later]
+    return [torch.optim.SGD(parameters[:5], lr=1e-2), torch.optim.AdamW(parameters[5:], lr=1e-2)]
+
+
+def taking_turns(model, optimizers, first=0, steps=3, between=lambda step: None, rests=()):
+    """Updates of all optimizers, one behind the other; in those named the second rests."""
+    module = stacks()
+    for step, tokens in module.batches(first, steps):
+        logits = model(tokens[:, :-1])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizers[0].step()
+        between(step)
+        if step not in rests:
+            optimizers[1].step()
+        for each in optimizers:
+            each.zero_grad()
+
+
+def check_as_if_whole(train, later=()):
+    """Two optimizers of shared tensors leave the rows that they leave of tensors that are whole."""
+    module, found = stacks(), []
+    for way in ("plain", "fsdp"):
+        model = module.made() if way == "plain" else module.way(way)[0]
+        optimizers = two_optimizers(model, later=later)
+        with wd.ForceLogger(optimizers, model, config=module.CONFIG) as log:
+            train(model, optimizers, log)
+        found.append(log.run.forces().sort_values(["step", "tensor"], key=lambda each: each.astype(str)))
+    plain, shared = found
+    for name in ("step", "tensor"):
+        assert shared[name].astype(str).tolist() == plain[name].astype(str).tolist()
+    np.testing.assert_allclose(shared["alignment"], plain["alignment"], rtol=1e-9)
+
+
+def test_a_flush_between_the_optimizers_of_an_update_loses_none_of_it(group):
+    check_as_if_whole(lambda model, both, log: taking_turns(model, both, between=lambda _: log._bring_over()))
+
+
+def test_a_group_that_joins_a_later_optimizer_keeps_what_the_first_has_made(group):
+    later = ("embed_out.weight", "final_layer_norm.bias")
+
+    def train(model, optimizers, log):
+        taking_turns(model, optimizers, steps=2)
+        parameters = dict(model.named_parameters())
+        optimizers[1].add_param_group({"params": [parameters[name] for name in later]})
+        taking_turns(model, optimizers, first=2, steps=2)
+
+    check_as_if_whole(train, later)
+
+
+def test_a_state_that_is_loaded_while_an_optimizer_rests_leaves_later_updates_in_the_log(group):
+    def train(model, optimizers, log):
+        taking_turns(model, optimizers, steps=2)
+        states = [copy.deepcopy(each.state_dict()) for each in optimizers]
+        taking_turns(model, optimizers, first=2, steps=1, rests=[2])
+        for each, state in zip(optimizers, states, strict=True):
+            each.load_state_dict(state)
+        log.load_state_dict({"step": 2})
+        taking_turns(model, optimizers, first=2, steps=2)
+
+    check_as_if_whole(train)
+
+
+def test_a_checkpoint_made_while_an_optimizer_rests_knows_of_no_more_than_the_log(group, tmp_path):
+    model = stacks().way("fsdp")[0]
+    optimizers = two_optimizers(model)
+    with wd.ForceLogger(optimizers, model, out=tmp_path / "run", views=False) as log:
+        taking_turns(model, optimizers, rests=[2])
+        optimizers[0].state_dict()
+        assert wd.RunLog(tmp_path / "run").forces()["step"].max() == log.step == 3
+
+
+def test_ranks_wait_to_know_of_a_skipped_step_so_that_all_log_the_same_updates(group, monkeypatch):
+    log, step = logger_of_one(every=2)
+    skips = iter([0.0, 1.0, 0.0, 0.0])
+    monkeypatch.setattr(log._watches[0], "was_skipped", lambda: torch.tensor(next(skips)))
+    for _ in range(4):
+        step()
+    assert log.step == 3
+    log.close()
+    assert log.run.forces()["step"].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_process_group_that_is_gone_by_then_does_not_keep_the_log_from_closing(monkeypatch, tmp_path, way):
+    monkeypatch.setattr(logger, "involved", lambda *_: (0, 1))  # so that it tells others of itself
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = stacks()
+        model, optimizer, called, part = module.way(way)
+        log = wd.ForceLogger(optimizer, model, config=module.CONFIG, out=tmp_path)
+        monkeypatch.setattr(log, "_meet", lambda: None)
+        module.train(called, optimizer, part, steps=2)
+    finally:
+        dist.destroy_process_group()
+    log.close()
+    assert wd.RunLog(tmp_path).forces()["step"].max() == 2
 
 
 def test_a_gradient_that_is_cut_otherwise_leaves_drift_unknown(group):

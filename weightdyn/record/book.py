@@ -167,6 +167,14 @@ class Round:
         """Whether all of its optimizers skipped it; waits for the device."""
         return bool(self.found) and not self.certain and all(bool(each.item()) for each in self.found)
 
+    def settle(self, open_: bool) -> None:
+        """Take its true number, now that the device is waited for; it stays the round of what was recorded in it.
+
+        Args:
+            open_: whether optimizers may still join it.
+        """
+        self.step, self.skips, self.certain, self.found = self.settled(), None, open_, []
+
     def settled(self) -> int:
         """Its true number, or that of the one before it, if it was skipped itself; waits for the device."""
         skipped = self.skipped()
@@ -236,15 +244,19 @@ class Book:
         return len(self.pending) * len(self.labels)
 
     def record(self, update: Round) -> Record:
-        """The record of an update, opened by the first optimizer that asks for it."""
-        if not self.pending or self.pending[-1].round is not update:
+        """The record of an update, opened by the first optimizer that asks for it; another once that is sent."""
+        last = self.pending[-1] if self.pending else None
+        if last is None or last.round is not update or last.share is not None:
             self.pending.append(Record.of(update, len(self.labels)))
         return self.pending[-1]
 
-    def send(self) -> None:
-        """All optimizers have made their steps of the last update: let the ranks add it up, if it is logged."""
-        if self.ranks is not None and self.pending and self.pending[-1].share is None:
-            self.pending[-1].send(self.ranks)
+    def send(self) -> bool:
+        """Let the ranks add up what was made of the last update, if it is logged. Returns whether anything was."""
+        ranks = self.ranks
+        unsent = [record for record in self.pending if record.share is None] if ranks is not None else []
+        for record in unsent:
+            record.send(cast(Ranks, ranks))
+        return bool(unsent)
 
     def await_ranks(self, until: float) -> None:
         """Wait until the sums over the ranks are there, or cannot come, or it is `until` by `time.monotonic`."""

@@ -53,6 +53,7 @@ from weightdyn.record.optimizers import (
 from weightdyn.record.runlog import STORED, RunLog, RunWriter
 from weightdyn.record.scalars import flat_scalars
 from weightdyn.record.shards import (
+    PATIENCE,
     Announcement,
     Held,
     Ranks,
@@ -77,6 +78,7 @@ Source = Literal["auto", "moments", "displacement"]
 _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
 _LAST_SECONDS = 1.0  # in which other ranks may still answer when the process ends or has failed
+_ASKED = 64  # updates of which ranks that share tensors tell one another whether a function would log them
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # what torch puts into the names of a block
 
 
@@ -112,7 +114,7 @@ class ForceLogger:
             of each of them; it ends when one is asked for its next.
         params: a model, or (name, parameter) pairs; they give the tensors their names. By default the names
             that the optimizer was made with, else names made from group, position and shape.
-        every: log every n-th update, or those for which `every(t)` is true. Default: all.
+        every: log every n-th update, or those for which `every(t)` is true, on every rank alike. Default: all.
         out: run directory, made if it does not exist. None keeps the log in memory.
         tensors: which to log: a regular expression searched in the name, or a function of name and parameter.
             Default: all.
@@ -170,7 +172,8 @@ class ForceLogger:
     changed later is NaN, and the log says so.
 
     On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
-    flushed, every 60 s or 50,000 rows, and after each Weibull fit. A NaN or inf is recorded as it is and warned
+    flushed, every 60 s or 50,000 rows, and after each Weibull fit. One thing is waited for: where ranks share
+    tensors, whether a fused step under a GradScaler was made. A NaN or inf is recorded as it is and warned
     of once. A full disk is warned of, and the rows kept, until they can be written.
 
     The log is flushed as well when `optimizer.state_dict()` is taken, for that is what a checkpoint does: so no
@@ -221,7 +224,7 @@ class ForceLogger:
         self._weibull_every = _schedule("weibull_every", weibull_every)
         self._snapshot_every = _schedule("snapshot_every", snapshot_every)
         self._audit_every = _schedule("audit_every", audit_every)
-        self._given = _names(_given_pairs(self._optimizers, params))
+        self._given = _names(_given_pairs(self._parameters(), params))
         self._model = params if isinstance(params, nn.Module) else None
         self._wanted, self._select = tensors, _selector(tensors)
         self._views: Views = check_views(views)
@@ -461,6 +464,7 @@ class ForceLogger:
         self._ask(index)
         watched.begin()
         if watched.is_changed():
+            self._book.send()  # what the other optimizers have made of this update, in the rows that it has
             self._bring_over(math.inf)
             self._track()
         t = self._round.step + (not self._open)
@@ -478,6 +482,8 @@ class ForceLogger:
             return
         watched.end()
         skipped = watched.was_skipped()
+        if isinstance(skipped, Tensor) and self._book.ranks is not None:
+            skipped = bool(skipped.item())  # for the ranks log the same updates, by the same numbers
         if skipped is not True and watched.has_moved():
             if not self._open:
                 self._round = Round(self._round.step + 1, self._round.skipped())
@@ -535,7 +541,9 @@ class ForceLogger:
     def _on_save(self, optimizer: torch.optim.Optimizer) -> None:
         """Whoever takes the optimizer's state makes a checkpoint, which must not know of more than the log."""
         if self._process == os.getpid():
-            self._store_all(_patience())
+            # Where an optimizer rests the update is not known to be over; others may not come here to send it.
+            sent = self._book.send()
+            self._store_all(min(_patience(), PATIENCE) if sent else _patience())
 
     @uninterrupted
     def _on_load(self, optimizer: torch.optim.Optimizer) -> None:
@@ -549,6 +557,7 @@ class ForceLogger:
         self._set_clocks()
 
     def _go_to(self, step: int) -> None:
+        self._book.send()
         self._bring_over(_patience())
         self._store()
         self._start(step)
@@ -607,8 +616,7 @@ class ForceLogger:
 
     def _all_ranks(self) -> tuple[int, ...]:
         """Those that train the tensors, ascending: the first of them writes."""
-        parameters = (p for each in self._optimizers for _, (_, p) in self._places(each))
-        return involved(parameters, self._wholes.values())
+        return involved(self._parameters(), self._wholes.values())
 
     def _sharing(self, shared: Sequence[Tracked]) -> Ranks | None:
         """Those that add up what each has of some tensors, if there are any."""
@@ -623,7 +631,7 @@ class ForceLogger:
         named = ("every", "weibull_every", "snapshot_every", "audit_every")
         schedules = {name: getattr(self, f"_{name}") for name in named}
         facts = {
-            **{name: "a function" if callable(value) else value for name, value in schedules.items()},
+            **{name: _told(value, self._round.step) for name, value in schedules.items()},
             "out": str(self._out),
             "views": self._views,
             "source": source,
@@ -716,6 +724,9 @@ class ForceLogger:
         """Those of an optimizer, and of those of other ranks with which it makes an update."""
         return _places(self._wholes.get(id(optimizer), optimizer))
 
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for each in self._optimizers for _, (_, p) in self._places(each))
+
     def _add(self, index: int, group: int, name: str, parameter: Tensor) -> Tracked:
         labels, shape = self._book.labels, self._shape(name, parameter)
         label = describe(name, shape, self._config, views=self._views, rules=self._rules)
@@ -768,7 +779,7 @@ class ForceLogger:
         for kind, columns, update in notes:
             self._append(kind, {**columns, "step": update.settled()})
         self._open &= not self._round.was_skipped()
-        self._round = Round(self._round.settled(), certain=self._open)
+        self._round.settle(self._open)
 
     @uninterrupted
     def _store_all(self, patience: float = _LAST_SECONDS) -> None:
@@ -872,9 +883,7 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         )
 
 
-def _given_pairs(
-    optimizers: Iterable[torch.optim.Optimizer], params: Params | None
-) -> list[tuple[str, Tensor]]:
+def _given_pairs(stepped: Iterable[Tensor], params: Params | None) -> list[tuple[str, Tensor]]:
     if params is None:
         return []
     pairs: Any = named_parameters(params) if isinstance(params, nn.Module) else params
@@ -885,7 +894,7 @@ def _given_pairs(
             "models chain theirs"
         )
     given = {parameter for _, parameter in pairs}
-    if not any(parameter in given for each in optimizers for _, (_, parameter) in _places(each)):
+    if not any(parameter in given for parameter in stepped):
         raise ValueError(
             "params has none of the optimizer's parameters: is it another model's, or a copy? Of an optimizer that "
             "steps copies (fp32 masters of bf16 weights) pass (name, copy) pairs"
@@ -992,6 +1001,11 @@ def _due(every: Every | None, step: int) -> bool:
     if every is None:
         return False
     return bool(every(step)) if callable(every) else step % every == 0
+
+
+def _told(every: Every | None, made: int) -> Any:
+    """What another rank must have alike; of a function, what it says of the updates that come first."""
+    return [t for t in range(made + 1, made + 1 + _ASKED) if every(t)] if callable(every) else every
 
 
 def _fills_state(optimizer: torch.optim.Optimizer) -> bool:

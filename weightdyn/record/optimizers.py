@@ -518,10 +518,14 @@ class AdamState(NamedTuple):
 def adam_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> AdamState:
     """The moments of a parameter; zeros that take no memory before its first update."""
     state = optimizer.state.get(parameter) or {}
-    local = local_of(parameter)
-    zeros = torch.zeros((), dtype=local.dtype, device=local.device).expand(local.shape)
-    first, second = (state.get(key, zeros) for key in ("exp_avg", "exp_avg_sq"))
-    return AdamState(first, second, state.get("max_exp_avg_sq", zeros) if group.get("amsgrad") else None)
+    names = AdamState._fields if group.get("amsgrad") else AdamState._fields[:2]
+    if any(name not in state for name in names):
+        local = local_of(parameter)
+        zeros = torch.zeros((), dtype=local.dtype, device=local.device).expand(local.shape)
+        state = {**dict.fromkeys(names, zeros), **state}
+    return AdamState(
+        state["exp_avg"], state["exp_avg_sq"], state["max_exp_avg_sq"] if len(names) > 2 else None
+    )
 
 
 def adam_constants(group: Mapping[str, Any], count: float | Tensor) -> Adam:

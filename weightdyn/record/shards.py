@@ -239,7 +239,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 def local_of(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, without a copy and outside of autograd."""
     if not is_dtensor(tensor):
-        return tensor.detach()
+        return tensor.detach() if tensor.requires_grad else tensor
     with torch.no_grad():
         local = tensor.to_local()  # type: ignore[attr-defined]
     return local.wait() if hasattr(local, "wait") else local
@@ -462,7 +462,7 @@ class Pending:
             try:
                 self._group = ranks.group()
                 self._works.append(dist.all_reduce(buffer, op, group=self._group, async_op=True))
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:  # broken, or taken down
                 self.lost = _first_line(error)
 
     def done(self) -> bool:
@@ -642,7 +642,7 @@ class Announcement:
 
     def withdraw(self) -> None:
         """The logger is closed: what it told is no other's."""
-        with contextlib.suppress(RuntimeError):  # the store may be gone by then
+        with contextlib.suppress(RuntimeError, ValueError):  # the store or the group may be gone by then
             _store().set(f"{self._told}/{self._rank}", "")
 
     def _difference(self, theirs: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ in the update's `Record`. Which updates are measured, and what becomes of them, 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
@@ -58,7 +59,7 @@ from weightdyn.record.optimizers import (
     why_no_drift,
     with_gradient,
 )
-from weightdyn.record.shards import Held, local_of, same_placement
+from weightdyn.record.shards import Held, is_dtensor, local_of, same_placement
 
 Drift = Literal[True, False, "before"]
 
@@ -91,6 +92,11 @@ class Tracked:
     def shared(self) -> bool:
         """Whether other ranks hold parts of it."""
         return bool(self.held.copies)
+
+    @functools.cached_property
+    def counts(self) -> list[int]:
+        """How many weights of each row this process has."""
+        return self.held.counts(self.name.views)
 
 
 class _Reading(NamedTuple):
@@ -164,7 +170,7 @@ class Watch:
         self._readings: dict[tuple[torch.device | int, ...], _Reading] = {}
         self._before: _Before | None = None
         self._had_gradient: set[Tensor] = set()
-        self._mark: tuple[Tensor, Any, int] | None = None  # a gradient of the last step
+        self._mark: tuple[Tensor, Any, Any] | None = None  # a gradient of the last step
         self._clocks: list[_Clock] = []
 
     def track(self, tracked: Sequence[Tracked]) -> dict[Tensor, _Clock]:
@@ -260,7 +266,7 @@ class Watch:
         smallest = min(self._had_gradient, key=Tensor.numel, default=None)
         self._mark = None
         if smallest is not None and smallest.grad is not None:
-            self._mark = smallest, weakref.ref(smallest.grad), smallest.grad._version
+            self._mark = smallest, weakref.ref(smallest.grad), _version(smallest.grad)
         return bool(self._had_gradient)
 
     def has_new_gradients(self) -> bool:
@@ -268,7 +274,7 @@ class Watch:
         if self._mark is None:
             return True
         parameter, grad, version = self._mark
-        return parameter.grad is None or parameter.grad is not grad() or parameter.grad._version != version
+        return parameter.grad is None or parameter.grad is not grad() or _version(parameter.grad) != version
 
     @torch.no_grad()
     def _read_gradients(self, before: _Before) -> None:
@@ -342,7 +348,8 @@ class Watch:
             elif count <= cast(float, earlier) and not (had_gradient and count >= COUNT_STOPS):
                 continue
             record.moved[each.rows] = True
-            record.here[each.rows] = each.held.counts(each.name.views)
+            if each.shared:
+                record.here[each.rows] = each.counts
             active.append(i)
         if isinstance(skipped, Tensor):
             rows = self._rows(range(len(self.tracked)))
@@ -463,7 +470,8 @@ class Watch:
                 more["fresh"] = self._acting(self._pieces(each, fresh), groups, after)
                 if is_normalised(self.optimizer):
                     more["adams"] = [adam_constants(self._group(i), counts[i]) for i in each.pieces]
-                    more["exp_avg_sqs"] = self._pieces(each, {i: self._second_moment(i) for i in each.chosen})
+                    states = {i: self._adam_state(i) for i in each.chosen}
+                    more["exp_avg_sqs"] = self._pieces(each, {i: _divisor(states[i]) for i in states})
             products = each.plan.displacement(
                 self._pieces(each, copies),
                 self._pieces(each, self._weights(each)),
@@ -474,14 +482,8 @@ class Watch:
             waiting.append(Products(each.rows, products, each.shared))
         return waiting
 
-    def _second_moment(self, i: int) -> Tensor:
-        """What the update divided by."""
-        state = adam_state(
-            self.optimizer,
-            self.optimizer.param_groups[self.tracked[i].group],
-            self.tracked[i].parameter,
-        )
-        return state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq
+    def _adam_state(self, i: int) -> AdamState:
+        return adam_state(self.optimizer, self._group(i), self.tracked[i].parameter)
 
     def _acting(self, grads: Sequence[Tensor], groups: Sequence[Mapping[str, Any]], after: bool) -> Fresh:
         optimizer = self.optimizer
@@ -502,13 +504,10 @@ class Watch:
         ahead: bool = False,
     ) -> list[Measured]:
         """Products from Adam's state as it is after the step or, from the gradient, `ahead` of it."""
-        optimizer = self.optimizer
         waiting: list[Measured] = []
         for each in self._by_device(*_split(indices, fresh or {})):
             groups = [self._group(i) for i in each.pieces]
-            states = {
-                i: adam_state(optimizer, self._group(i), self.tracked[i].parameter) for i in each.chosen
-            }
+            states = {i: self._adam_state(i) for i in each.chosen}
             more: dict[str, Any] = {}
             if ahead:
                 grads = self._pieces(
@@ -521,7 +520,7 @@ class Watch:
                     more["max_exp_avg_sqs"] = self._pieces(each, {i: _top(states[i]) for i in states})
                 second = self._pieces(each, {i: states[i].exp_avg_sq for i in states})
             else:
-                second = self._pieces(each, {i: self._second_moment(i) for i in each.chosen})
+                second = self._pieces(each, {i: _divisor(states[i]) for i in states})
                 if fresh and each.chosen[0] in fresh:
                     grads = self._pieces(each, fresh)
                     more["fresh"] = self._acting(grads, groups, after=True)
@@ -643,7 +642,12 @@ class Watch:
 
 def _version(tensor: Tensor) -> tuple[int, int]:
     """How often a tensor was written to, also where it is the shell of a local one."""
-    return tensor._version, local_of(tensor)._version
+    return tensor._version, local_of(tensor)._version if is_dtensor(tensor) else 0
+
+
+def _divisor(state: AdamState) -> Tensor:
+    """What the update divided by the root of."""
+    return state.exp_avg_sq if state.max_exp_avg_sq is None else state.max_exp_avg_sq
 
 
 def _top(state: AdamState) -> Tensor:

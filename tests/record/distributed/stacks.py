@@ -351,6 +351,9 @@ def attached_wrongly(folder):
     different = r"rank . has every=[23] where this one has [23]"
     refused(RuntimeError, different, one_step("fsdp", every=2 + rank))
 
+    schedule = r"rank . has every=.* where this one has"
+    refused(RuntimeError, schedule, one_step("fsdp", every=lambda step: step % 2 == rank))
+
     work = one_step("ddp", on=[1], out=folder / "on_rank_1")
     refused(RuntimeError, r"rank 0 writes\. It may be attached on that rank alone", work, here=rank == 1)
     one_step("ddp", on=[0], out=folder / "on_rank_0")()
