@@ -111,7 +111,8 @@ class ForceLogger:
     Args:
         optimizer: any torch optimizer, or a list of those that train the model together (Muon and AdamW; one for
             each parameter, stepped in the backward pass): one table, one step count. An update of the run is a step
-            of each of them; it ends when one is asked for its next.
+            of each of them; it ends when one is asked for its next, or one that comes earlier in their order is
+            asked with new gradients there (the others were skipped). Wrappers of optimizers are unwrapped.
         params: a model, or (name, parameter) pairs; they give the tensors their names. By default the names
             that the optimizer was made with, else names made from group, position and shape.
         every: log every n-th update, or those for which `every(t)` is true, on every rank alike. Default: all.
@@ -167,9 +168,8 @@ class ForceLogger:
     then is left out. Weibull fits of shared views with more than 262,144 weights are of counts in bins, and left
     out where bins blur them.
 
-    A hook of your own that
-    changes gradients before the step must be registered before the logger, for it may read them then; what is
-    changed later is NaN, and the log says so.
+    A hook of your own that changes gradients before the step must be registered before the logger, for it may read
+    them then; what is changed later is NaN, and the log says so.
 
     On a GPU nothing waits for the device inside a step: results stay there and come over when the log is
     flushed, every 60 s or 50,000 rows, and after each Weibull fit. One thing is waited for: where ranks share
