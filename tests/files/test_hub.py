@@ -583,6 +583,7 @@ def test_two_measurements_do_not_share_a_folder_of_downloads(hub, tmp_path):
 
 
 def test_bars_are_shown_where_they_are_asked_for_alone(hub, tmp_path, capfd):
+    huggingface_hub.utils.enable_progress_bars()  # a Trainer without bars switches them off for the process
     fill(hub, [0, 1])
     silent = set()
     hub.watch = lambda: silent.add(huggingface_hub.utils.are_progress_bars_disabled())
