@@ -197,18 +197,17 @@ class Hub:
         def attempt() -> Path:
             nonlocal fresh
             commit = self.places[step].commit
-            with self._bars():
-                path = Path(
-                    self._hub.hf_hub_download(
-                        self.repo,
-                        name,
-                        revision=commit,
-                        endpoint=self._endpoint,
-                        force_download=fresh,
-                        **place,
-                        **self._bounded(remote.size),
-                    )
+            path = Path(
+                self._hub.hf_hub_download(
+                    self.repo,
+                    name,
+                    revision=commit,
+                    endpoint=self._endpoint,
+                    force_download=fresh,
+                    **place,
+                    **self._bounded(remote.size),
                 )
+            )
             fresh = True
             if path.stat().st_size != remote.size:
                 fault = f"it has {path.stat().st_size} bytes of {remote.size}"
@@ -221,7 +220,8 @@ class Hub:
                 each.unlink(missing_ok=True)
             raise OSError(fault)
 
-        return self._again(attempt, f"{self.where(step)}/{name}", TIME_LIMIT + remote.size / SLOWEST)
+        with self._bars():  # here, and not in a thread that may be left behind with them switched off
+            return self._again(attempt, f"{self.where(step)}/{name}", TIME_LIMIT + remote.size / SLOWEST)
 
     def _bounded(self, size: int) -> dict[str, Any]:
         """What makes the client stop when a server sends more than it announced: a bar that counts.
