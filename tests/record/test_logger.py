@@ -1,6 +1,7 @@
 """ForceLogger on real torch optimizers, against a float64 loop that clones the weights before each step."""
 
 import gc
+import json
 import math
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -695,6 +697,50 @@ def test_snapshots_hold_weights_and_moments(tmp_path):
     assert set(stored) == {"0.weight", "0.weight.exp_avg", "0.weight.exp_avg_sq"}
     for name, value in (("0.weight", w), ("0.weight.exp_avg", m), ("0.weight.exp_avg_sq", v)):
         assert torch.equal(stored[name], value)
+
+
+def facts_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["tensors"])
+
+
+def test_a_snapshot_says_which_decay_acted_and_nothing_where_it_cannot(tmp_path):
+    class ByShare(torch.optim.Optimizer):  # decays by λη/η₀
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.01, "initial_lr": 0.01, "weight_decay": 1e-3})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(1 - group["lr"] / group["initial_lr"] * group["weight_decay"])
+                    p.sub_(group["lr"] * p.grad)
+
+    model = mlp()
+    with wd.ForceLogger(
+        optimizer := ByShare(model.parameters()), model, every=2, out=tmp_path, snapshot_every=1
+    ):
+        train(model, optimizer, 2)
+    first, second = (facts_of(path) for path in sorted((tmp_path / "snapshots").iterdir()))
+    assert {fact["weight_decay"] for fact in first.values()} == {None}  # nobody was asked
+    assert {fact["lr"] for fact in first.values()} == {0.01}
+    for fact in second.values():
+        assert fact["weight_decay"] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_snapshot_of_an_optimizer_that_names_no_rate_ends_no_training(tmp_path):
+    from transformers.optimization import Adafactor
+
+    model = mlp()
+    optimizer = Adafactor(model.parameters(), lr=None, weight_decay=0.1)
+    with wd.ForceLogger(optimizer, model, every=2, out=tmp_path, snapshot_every=1) as logger:
+        train(model, optimizer, 2)
+    first, second = (facts_of(path) for path in sorted((tmp_path / "snapshots").iterdir()))
+    assert {(fact["lr"], fact["weight_decay"]) for fact in first.values()} == {(None, None)}
+    rows = logger.run.forces().set_index("tensor")
+    for name, fact in second.items():
+        assert fact["lr"] == rows.loc[name, "lr"]
+        assert fact["weight_decay"] == rows.loc[name, "weight_decay"]
 
 
 def test_metrics_stand_beside_the_forces():

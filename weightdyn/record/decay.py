@@ -87,6 +87,11 @@ class Decay:
         why = self._why or self._twins.why
         return why and f"{type(self._optimizer).__name__}: {why}; {_REMEDY}"
 
+    @property
+    def is_by_group(self) -> bool:
+        """Whether `of_group` is what acts: nothing else of the optimizer has to be looked at."""
+        return self._given is not None or (self._entry is not None and self._entry.law is None)
+
     def of_group(self, group: Mapping[str, Any], step: int) -> float:
         """λ that is given or named for a group in an update; what acts of it, `acted` tells."""
         if callable(self._given):

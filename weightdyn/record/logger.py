@@ -41,7 +41,6 @@ from weightdyn.record.optimizers import (
     COUNT_STOPS,
     check_moments,
     count_stopped,
-    decoupled_decay,
     moments_of,
     optimizer_info,
     own_names,
@@ -844,13 +843,13 @@ class ForceLogger:
             if not each.shared and here != writer:
                 continue
             optimizer, name, parameter = watched.optimizer, each.name.name, each.parameter
-            group = optimizer.param_groups[each.group]
+            group, (lr, decay) = optimizer.param_groups[each.group], watched.acted(each, step)
             facts[name] = {
                 "step": float(optimizer.state.get(parameter, {}).get("step", step)),
-                "lr": float(group["lr"]),
-                "weight_decay": decoupled_decay(optimizer, group),
-                "betas": [float(beta) for beta in group.get("betas", ())],
-                "eps": float(group.get("eps", 0.0)),
+                "lr": _fact(lr),
+                "weight_decay": _fact(decay),
+                "betas": _fact(group.get("betas", ())),
+                "eps": _fact(group.get("eps", 0.0)),
             }
             moments = moments_of(optimizer, parameter).items()
             for kept, tensor in ((name, parameter), *((f"{name}.{key}", value) for key, value in moments)):
@@ -868,6 +867,13 @@ class ForceLogger:
             write_file(folder / names[here], lambda temporary: save_file(tensors, temporary, metadata))
         except (OSError, SafetensorError) as error:
             self._warn_once("snapshot", f"the snapshot of update {step} could not be written: {error}")
+
+
+def _fact(value: Any) -> Any:
+    """A number, or several, as JSON has them: None for one that is not known."""
+    if isinstance(value, tuple | list):
+        return [_fact(each) for each in value]
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:

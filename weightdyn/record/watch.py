@@ -171,6 +171,7 @@ class Watch:
         self._before: _Before | None = None
         self._had_gradient: set[Tensor] = set()
         self._mark: tuple[Tensor, Any, Any] | None = None  # a gradient of the last step
+        self._acted: tuple[int, dict[Tensor, Acting]] = 0, {}  # the last logged update, and η and λ in it
         self._clocks: list[_Clock] = []
 
     def track(self, tracked: Sequence[Tracked]) -> dict[Tensor, _Clock]:
@@ -365,6 +366,7 @@ class Watch:
 
         parameters = [self.tracked[i].parameter for i in active]
         acting = dict(zip(active, self.decay.acted(parameters, before.step), strict=True))
+        self._acted = before.step, {self.tracked[i].parameter: each for i, each in acting.items()}
         rates: dict[int, tuple[Tensor, list[int]]] = {}  # η that are on a device, and their rows
         for i, (lr, decay) in acting.items():
             rows = self.tracked[i].rows
@@ -389,6 +391,14 @@ class Watch:
             waiting += self._measure_moments(Products, copied, counts, fresh, copies=before.copies)
         waiting += self._measure_norms(NormAfter, [i for i in active if i in measured])
         record.waiting += [*waiting, *self._overtaken(before)]
+
+    def acted(self, tracked: Tracked, step: int) -> Acting:
+        """η and λ of a tensor in the update just made; NaN for what no group tells, if it is not logged."""
+        logged, acting = self._acted
+        if logged == step and tracked.parameter in acting:
+            return acting[tracked.parameter]
+        group = self.optimizer.param_groups[tracked.group]
+        return Acting(lr_of(group), self.decay.of_group(group, step) if self.decay.is_by_group else np.nan)
 
     # ------------------------------------------------------------------ measuring
 
