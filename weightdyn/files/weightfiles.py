@@ -4,37 +4,33 @@ Whatever the format, a tensor of a file is a place: a type, a shape, strides, an
 file is opened once to list it, its header checked against its size, and then rows are read from where they lie:
 nothing is mapped into memory, no handle stays open, and a worker of another process reads as the first does.
 
-Files come from strangers. No code of a file ever runs: pickles go through torch's unpickler of `weights_only=True`,
-which never sees their data. An index names files of its own folder alone. What a header claims must lie within its
-file, so no file makes more memory than it is long. The checksums of a zip (`torch.save`) are verified when it is
-listed; safetensors has none, so a wrong bit in its payload cannot be seen. Every fault is a `CheckpointError`.
+Files come from strangers. No code of a file ever runs: of a pickle nothing is called (`files.pickles`). An index
+names files of its own folder alone. What a header claims must lie within its file, so no file makes more memory
+than it is long. The checksums of a zip (`torch.save`) are verified when it is listed; safetensors has none, so a
+wrong bit in its payload cannot be seen. Every fault is a `CheckpointError`.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import io
 import json
 import math
 import os
 import re
 import stat
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._weights_only_unpickler import Unpickler  # what torch.load(weights_only=True) is
 
 from weightdyn.core.checks import check_path
+from weightdyn.files.pickles import Object, Saved, read_saved
 
 MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 """The float types that weights are measured in, and the bits of their mantissas."""
@@ -56,9 +52,6 @@ HEADER = 1 << 24
 _MARKS = (
     1_000_000  # marks of JSON beyond which it is refused, each of which may make 80 bytes; a tensor has 12
 )
-_READS = 1_200_000  # reads of an unpickler beyond which a pickle is refused; a tensor has 55
-_DIRECTORY = 1 << 23  # bytes of a zip's directory: of 20,000 tensors 1.4 MB
-_BLOCK = 1 << 20
 
 
 class CheckpointError(ValueError):
@@ -463,14 +456,10 @@ def _contents(file: Path, changed: int, size: int, inode: int) -> _Contents:
             raise ValueError("it is a web page, such as a login puts in a file's place")
         if first.startswith(b"version https://"):
             raise ValueError("it is a pointer of git-lfs (git lfs pull fetches the file)")
-        if file.suffix == ".safetensors":
-            listed = _of_safetensors(file, opened, size, metadata)
-        elif first.startswith(b"PK"):
-            listed = _of_zip(file, opened, size)
-        elif first[8:9] == b"{":
+        if file.suffix == ".safetensors" or (first[8:9] == b"{" and not first.startswith(b"PK")):
             listed = _of_safetensors(file, opened, size, metadata)
         else:
-            listed = _of_legacy(file, opened, size)
+            listed = _of_saved(file, opened, size)
         found = {stored.name: stored for stored in listed if _counts(stored)}
         if "boxes" not in metadata:
             return _Contents(tuple(found.values()))
@@ -548,215 +537,51 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class _Record(NamedTuple):
-    """Where a storage lies in a file."""
-
-    begin: int
-    length: int
-
-
-def _of_zip(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]:
-    """What torch.save writes since 1.6: a zip of a pickle and of each storage, with their CRC-32."""
-    with open_zip(opened, _DIRECTORY) as archive:
-        entries = archive.infolist()
-    pickles = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
-    if len(pickles) != 1 or pickles[0].count("/") != 1:
-        raise ValueError(f"it holds {len(pickles)} data.pkl where one is expected; it is not of torch.save")
-    prefix = pickles[0].removesuffix("data.pkl")
-    records: dict[str, _Record] = {}
-    reached = 0
-    # torch.serialization.set_crc32_options(False) leaves all checksums 0.
-    checked = any(entry.CRC for entry in entries)
-    for entry in sorted(entries, key=lambda entry: entry.header_offset):
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise ValueError(f"{entry.filename} is compressed or encrypted; it is not of torch.save")
-        opened.seek(entry.header_offset)
-        local = opened.read(30)
-        if len(local) < 30 or local[:4] != b"PK\x03\x04":
-            raise ValueError(f"{entry.filename} is not where the zip's directory says")
-        record = _Record(entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:30])), entry.file_size)
-        if entry.header_offset < reached or record.begin + record.length > size or entry.filename in records:
-            raise ValueError(f"{entry.filename} lies in another record, or beyond the file's end")
-        reached = record.begin + record.length
-        records[entry.filename] = record
-        if checked and _crc32(opened, record) != entry.CRC:
-            raise ValueError(f"the checksum of {entry.filename} does not hold: bits of it have changed")
-
-    def bytes_of(name: str, limit: int) -> bytes:
-        record = records[prefix + name]
-        if record.length > limit:
-            raise ValueError(f"{name} has {record.length:,} bytes")
-        opened.seek(record.begin)
-        return opened.read(record.length)
-
-    if prefix + "byteorder" in records and bytes_of("byteorder", 16) != b"little":
-        raise ValueError("it was written on a big-endian machine; save it again on a common one")
-    storages = _Storages(lambda key: records[f"{prefix}data/{key}"])
-    found = _unpickled(io.BytesIO(bytes_of("data.pkl", HEADER)), storages)
-    yield from _of_state(file, found, storages, size)
-
-
-def open_zip(opened: IO[bytes], limit: int) -> zipfile.ZipFile:
-    """Open a zip whose directory has at most `limit` bytes; each of them may cost ten bytes of memory.
-
-    Raises:
-        ValueError: its directory is larger, or not at the file's end, where torch and numpy write it.
-    """
-    size = opened.seek(0, os.SEEK_END)
-    opened.seek(max(0, size - 98))
-    tail = opened.read(98)
-    end = tail[-22:]
-    if end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
-        raise ValueError("its zip's directory is not at its end")
-    length = int.from_bytes(end[12:16], "little")
-    if tail[-42:-38] == b"PK\x06\x07":  # of a large zip: its length stands in the record before
-        length = int.from_bytes(tail[-58:-50], "little") if tail[-98:-94] == b"PK\x06\x06" else limit + 1
-    if length > limit:
-        raise ValueError(f"its zip's directory has {length:,} bytes, and up to {limit:,} are read")
-    return zipfile.ZipFile(opened)
-
-
-def _crc32(opened: BinaryIO, record: _Record) -> int:
-    opened.seek(record.begin)
-    crc, left = 0, record.length
-    while left and (block := opened.read(min(_BLOCK, left))):
-        crc, left = zlib.crc32(block, crc), left - len(block)
-    return crc
-
-
-def _of_legacy(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]:
-    """What torch.save wrote before 1.6: pickles, then each storage behind its number of elements."""
-    buffered = io.BufferedReader(opened)  # type: ignore[type-var]
-    try:
-        storages = _Storages(None)
-        if _unpickled(buffered) != 0x1950A86A20F9469CFC6C or _unpickled(buffered) != 1001:
-            raise ValueError("it begins as no file of torch.save does")
-        _unpickled(buffered)  # about the machine that wrote it
-        found = _unpickled(buffered, storages)
-        place = {}
-        keys = _unpickled(buffered)
-        begin = buffered.tell()
-        for key in keys:
-            length = storages.claimed[key]
-            buffered.seek(begin)
-            count = int.from_bytes(buffered.read(8), "little")
-            if count * storages.itemsize[key] != length or begin + 8 + length > size:
-                raise ValueError(f"storage {key!r} of {length:,} bytes is not whole")
-            place[key] = _Record(begin + 8, length)
-            begin += 8 + length
-        storages.record = place.__getitem__
-        yield from _of_state(file, found, storages, size)
-    finally:
-        buffered.detach()
-
-
-class _Storages:
-    """Storages for torch's unpickler that have no data (of the device "meta"), and where they lie."""
-
-    def __init__(self, record: Callable[[str], _Record] | None) -> None:
-        self.record = record
-        self.claimed: dict[str, int] = {}
-        self.itemsize: dict[str, int] = {}
-        self._made: dict[str, Any] = {}
-
-    def persistent_load(self, pid: Any) -> Any:
-        """What the unpickler calls for a storage: ("storage", its type, key, device, elements, …)."""
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] not in ("storage", b"storage"):
-            raise ValueError("it refers to something else than storages")
-        kind, key, count = pid[1], pid[2], pid[4]
-        if len(pid) > 5 and pid[5] is not None:
-            raise ValueError("it holds views of storages, as torch before 0.4 wrote")
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        if not isinstance(key, str) or type(count) is not int or not 0 <= count < 1 << 60:
-            raise ValueError(f"it has a storage {key!r} of {count!r} elements")
-        length = count * dtype.itemsize
-        if self.claimed.setdefault(key, length) != length:
-            raise ValueError(f"it gives storage {key!r} two lengths")
-        if self.record is not None and self.record(key).length != length:
-            raise ValueError(f"storage {key!r} has {self.record(key).length:,} bytes, not {length:,}")
-        self.itemsize.setdefault(key, dtype.itemsize)
-        if key not in self._made:
-            untyped = torch.UntypedStorage(length, device="meta")
-            untyped.weightdyn_key = key  # type: ignore[attr-defined]
-            self._made[key] = untyped
-        return torch.storage.TypedStorage(wrap_storage=self._made[key], dtype=dtype, _internal=True)
-
-
-class _Bounded:
-    """A pickle of which so many bytes are read, in so many pieces: each piece may make an object."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._bytes, self._reads = HEADER, _READS
-
-    def read(self, count: int) -> bytes:
-        self._spend(count)
-        found = self._stream.read(count)
-        if (
-            found == b"\x8f"
-        ):  # an empty set, which takes four times the memory of anything else, and no tensor has
-            self._reads -= 4
-        return found
-
-    def readline(self) -> bytes:
-        line = self._stream.readline(self._bytes + 1)
-        self._spend(len(line))
-        return line
-
-    def _spend(self, count: int) -> None:
-        self._bytes -= count
-        self._reads -= 1
-        if count < 0 or self._bytes < 0 or self._reads < 0:
-            raise ValueError(
-                f"its pickle holds more than {HEADER:,} bytes or {_READS:,} numbers, strings and marks, as of "
-                f"{_READS // 55:,} tensors; save fewer in a file, or as safetensors"
-            )
-
-
-def _unpickled(stream: Any, storages: _Storages | None = None) -> Any:
-    unpickler = Unpickler(_Bounded(stream), encoding="utf-8")
-    if storages is not None:
-        unpickler.persistent_load = storages.persistent_load  # type: ignore[method-assign,assignment]
-    return unpickler.load()
-
-
-def _of_state(file: Path, state: Any, storages: _Storages, size: int) -> Iterator[Stored]:
-    """The tensors of a state dict, or of the one inside what a trainer saved."""
+def _of_saved(file: Path, opened: BinaryIO, size: int) -> Iterator[Stored]:
+    """The tensors of a state dict that torch.save wrote, or of the one inside what a trainer saved."""
+    state = read_saved(opened, size)
     for key in ("model", "state_dict", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping):
         raise TypeError(f"it holds a {type(state).__name__}, not a state dict")
+    tensors = {name: value for name, value in state.items() if isinstance(name, str)}
+    for name, value in tensors.items():
+        if isinstance(value, Object):
+            raise TypeError(f"{name} is a {value.kind}, which is not read; save tensors alone")
+    yield from stored_tensors(file, ((name, v) for name, v in tensors.items() if isinstance(v, Saved)), size)
+
+
+def stored_tensors(file: Path, tensors: Iterable[tuple[str, Saved]], size: int) -> Iterator[Stored]:
+    """Tensors of a file of torch.save, each place once, under their names; empty ones are left out.
+
+    Raises:
+        ValueError: one reaches beyond its storage or repeats it, or all are longer than twice the file.
+    """
     seen = set()
     total = 0
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+    for name, (dtype, shape, strides, offset, storage) in tensors:
+        count, itemsize = math.prod(shape), getattr(torch, dtype).itemsize
+        if not count:
             continue
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in MANTISSA or not tensor.numel():
-            continue
-        key = getattr(tensor.untyped_storage(), "weightdyn_key", None)
-        if key is None or storages.record is None:
+        if storage.begin is None:
             raise ValueError(f"{name} has no data in it")
-        record = storages.record(key)
-        shape, strides, offset = tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
-        itemsize = tensor.dtype.itemsize
-        if (offset + _span(shape, strides)) * itemsize > record.length:
-            raise ValueError(f"{name} reaches beyond its storage of {record.length:,} bytes")
-        if tensor.numel() * itemsize > record.length:
+        if (offset + _span(shape, strides)) * itemsize > storage.length:
+            raise ValueError(f"{name} reaches beyond its storage of {storage.length:,} bytes")
+        if count * itemsize > storage.length:
             raise ValueError(
-                f"{name} repeats {record.length:,} bytes over the shape {shape}: it is no tensor of weights"
+                f"{name} repeats {storage.length:,} bytes over the shape {shape}: it is no tensor of weights"
             )
-        view = (key, offset, shape, strides)
+        view = (storage.key, offset, shape, strides)
         if view in seen:
             continue
         seen.add(view)
-        total += tensor.numel() * itemsize
+        total += count * itemsize
         if total > 2 * size:
             raise ValueError(
                 "its tensors lie in each other: together they are more than twice as long as the file"
             )
-        yield Stored(name, shape, dtype, strides, file, record.begin + offset * itemsize)
+        yield Stored(name, shape, dtype, strides, file, storage.begin + offset * itemsize)
 
 
 # --- what can be fitted -----------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from weightdyn.core.checks import check_instance, check_number, check_numbers, check_path, refuse, shown
 from weightdyn.files.durable import write_file
-from weightdyn.files.weightfiles import open_regular, open_zip
+from weightdyn.files.pickles import open_zip
+from weightdyn.files.weightfiles import open_regular
 
 PIECE = 1 << 16
 """Elements that are counted at a time on the CPU: what is made of them stays in the cache."""
