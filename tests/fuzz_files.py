@@ -109,6 +109,24 @@ def make_sharded(folder: Path) -> None:
     config(folder)
 
 
+def make_dcp(folder: Path) -> None:
+    import torch.distributed.checkpoint as torch_dcp
+
+    moments = {name: {"exp_avg": tensor * 0.1} for name, tensor in tensors().items()}
+    content = {"model": tensors(), "optimizer": {"state": moments}, "scheduler": {"_last_lr": [1e-3]}}
+    torch_dcp.save(content, checkpoint_id=folder, no_dist=True)
+    config(folder)
+
+
+def read_dcp_folder(folder: Path) -> Any:
+    from weightdyn.files.weightfiles import dcp_entries, read_dcp
+
+    metadata = read_dcp(folder / ".metadata")
+    found = dcp_entries(folder / ".metadata", metadata, [*metadata.tensors, *metadata.objects])
+    values = {name: found[name] if name in metadata.objects else found[name].read() for name in found}
+    return read_weights(folder), repr(sorted(values.items()))
+
+
 def read_weights(folder: Path) -> Any:
     from weightdyn import Checkpoints, fit_weights
 
@@ -184,6 +202,7 @@ KINDS = {
     "zip": Kind(make_zip, read_weights, ("pytorch_model.bin",), ("pytorch_model.bin",)),
     "legacy": Kind(make_legacy, read_weights, ("pytorch_model.bin",)),
     "sharded": Kind(make_sharded, read_weights, ("*.index.json", "*.safetensors")),
+    "dcp": Kind(make_dcp, read_dcp_folder, (".metadata", "*.distcp"), ("*.distcp",)),
     "config": Kind(make_safetensors, read_weights, JSON),
     "trainer_state": Kind(make_trainer_state, read_trainer_state, ("trainer_state.json",)),
     "histogram": Kind(make_histogram, read_histogram, ("histogram.npz",), ("histogram.npz",)),
@@ -363,6 +382,19 @@ def mutate_torch(data: bytes, rng: random.Random, folder: Path) -> tuple[bytes, 
     return stream.getvalue(), choice == "other"
 
 
+def mutate_metadata(data: bytes, rng: random.Random, folder: Path) -> bytes:
+    """Another field of the metadata of a folder of torch.distributed.checkpoint; or a call instead of one."""
+    metadata = pickle.loads(data)
+    places = list(metadata.storage_data.values())
+    chunks = [
+        chunk for entry in metadata.state_dict_metadata.values() for chunk in getattr(entry, "chunks", [])
+    ]
+    what: Any = rng.choice([metadata, rng.choice(places), rng.choice(places), rng.choice(chunks)])
+    value = Evil(folder.parent / "owned") if rng.random() < 0.2 else strange(rng)
+    setattr(what, rng.choice(list(vars(what))), value)
+    return pickle.dumps(metadata)
+
+
 def mutate_npz(data: bytes, rng: random.Random) -> tuple[bytes, bool]:
     import numpy as np
 
@@ -453,6 +485,10 @@ def mutate(folder: Path, kind: Kind, rng: random.Random) -> tuple[Path, Mutation
             new, sound = mutate_torch(data, rng, folder)
         elif path.suffix == ".npz":
             new, sound = mutate_npz(data, rng)
+        elif path.name == ".metadata":
+            new, sound = mutate_metadata(data, rng, folder), True
+        elif path.suffix == ".distcp":
+            new = rng.choice(BYTES)(data, rng)
         else:
             new, sound = mutate_parquet(data, rng)
     else:

@@ -24,7 +24,9 @@ import torch
 LONGEST = 1 << 24
 """Bytes of a pickle beyond which it is refused: of 20,000 tensors it has 3 MB."""
 
-_READS = 1_200_000  # reads of it beyond which it is refused; a tensor has 55
+READS = 1_200_000
+"""Numbers, strings and marks of a pickle beyond which it is refused; a tensor has 55."""
+
 _DIRECTORY = 1 << 23  # bytes of a zip's directory: of 20,000 tensors 1.4 MB
 _BLOCK = 1 << 20
 
@@ -88,9 +90,12 @@ class Storage:
 class _Bounded:
     """A pickle of which so many bytes are read, in so many pieces: each piece may make an object."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, longest: int, reads: int) -> None:
         self._stream = stream
-        self._bytes, self._reads = LONGEST, _READS
+        self._bytes, self._reads = longest, reads
+        self._limits = (
+            f"{longest:,} bytes or {reads:,} numbers, strings and marks, as of {reads // 55:,} tensors"
+        )
 
     def read(self, count: int) -> bytes:
         self._spend(count)
@@ -111,8 +116,7 @@ class _Bounded:
         self._reads -= 1
         if count < 0 or self._bytes < 0 or self._reads < 0:
             raise ValueError(
-                f"its pickle holds more than {LONGEST:,} bytes or {_READS:,} numbers, strings and marks, as of "
-                f"{_READS // 55:,} tensors; save fewer in a file, or as safetensors"
+                f"its pickle holds more than {self._limits}; save fewer in a file, or as safetensors"
             )
 
 
@@ -333,17 +337,22 @@ _CALLS: dict[Global, Callable[..., Any]] = {
 """What is made of the calls that checkpoints are full of; all others stay records."""
 
 
-def unpickled(stream: Any, refer: Callable[[Any], Any] | None = None) -> Any:
+def unpickled(
+    stream: Any, refer: Callable[[Any], Any] | None = None, longest: int = LONGEST, reads: int = READS
+) -> Any:
     """What a pickle holds: numbers, strings, bytes, lists, tuples, sets, dicts, `Object`, `Global`, `Saved`.
 
     Args:
         stream: a binary file, read up to the pickle's end, or bytes.
         refer: what makes something of a persistent id; None refuses them.
+        longest: bytes beyond which it is refused.
+        reads: numbers, strings and marks beyond which it is refused.
 
     Raises:
         Exception: of any kind, for a pickle that is damaged; ValueError for one that is too large.
     """
-    return _Machine(refer).run(_Bounded(io.BytesIO(stream) if isinstance(stream, bytes) else stream))
+    opened = io.BytesIO(stream) if isinstance(stream, bytes) else stream
+    return _Machine(refer).run(_Bounded(opened, longest, reads))
 
 
 # --- torch.save -------------------------------------------------------------------------------------------
@@ -394,7 +403,7 @@ class _Storages:
         return _Typed(storage, dtype)
 
 
-def read_saved(opened: BinaryIO, size: int) -> Any:
+def read_saved(opened: BinaryIO | io.RawIOBase, size: int) -> Any:
     """The object that torch.save wrote, its tensors as `Saved`.
 
     Args:
@@ -416,7 +425,7 @@ class _Record(NamedTuple):
     length: int
 
 
-def _of_zip(opened: BinaryIO, size: int) -> Any:
+def _of_zip(opened: Any, size: int) -> Any:
     """What torch.save writes since 1.6: a zip of a pickle and of each storage, with their CRC-32."""
     with open_zip(opened, _DIRECTORY) as archive:
         entries = archive.infolist()
@@ -487,7 +496,7 @@ def _crc32(opened: BinaryIO, record: _Record) -> int:
     return crc
 
 
-def _of_legacy(opened: BinaryIO, size: int) -> Any:
+def _of_legacy(opened: Any, size: int) -> Any:
     """What torch.save wrote before 1.6: pickles, then each storage behind its number of elements."""
     buffered = io.BufferedReader(opened)  # type: ignore[type-var]
     try:

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from weightdyn.core.checks import check_path
+from weightdyn.core.progress import Progress, progress_bar
+from weightdyn.files.dcp import LONGEST, METADATA, Metadata, Piece, Place, Slice, read_metadata
 from weightdyn.files.pickles import Object, Saved, read_saved
 
 MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
@@ -39,6 +41,7 @@ ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 """How the names of weight files end."""
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # or their shards, with an index
+_DCP_FOLDERS = ("model_and_optim", "pytorch_model_fsdp_0")  # in a checkpoint of OLMo-core or Accelerate
 _BUFFER = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|running_mean|running_var)$")
 _NOT_WEIGHTS = re.compile(r"optim|scheduler|scaler|rng_state|training_args|random_states", re.IGNORECASE)
 _SAFETENSORS = {
@@ -312,6 +315,15 @@ def checkpoint_files(place: Path) -> list[Path]:
     if place.is_dir():
         with refused(place):
             names = [path.name for path in place.iterdir() if not path.is_dir()]
+        for folder in (place, *(place / name for name in _DCP_FOLDERS)):
+            if (folder / METADATA).is_file() and not any(name.startswith(_WHOLE) for name in names):
+                return [folder / METADATA]
+        if any(name.endswith(".distcp") for name in names):
+            raise CheckpointError(
+                f"{place} lacks {METADATA}, which says what its .distcp files hold and is written last: copy it "
+                "there. If the training ended before, or every process wrote metadata of its own "
+                "(use_collectives=False), this checkpoint cannot be read"
+            )
         return [
             place / name for name in choose_files(names, str(place), lambda name: read_text(place / name))
         ]
@@ -456,6 +468,8 @@ def _contents(file: Path, changed: int, size: int, inode: int) -> _Contents:
             raise ValueError("it is a web page, such as a login puts in a file's place")
         if first.startswith(b"version https://"):
             raise ValueError("it is a pointer of git-lfs (git lfs pull fetches the file)")
+        if file.name == METADATA:
+            return _Contents(tuple(filter(_counts, _of_dcp(file))))
         if file.suffix == ".safetensors" or (first[8:9] == b"{" and not first.startswith(b"PK")):
             listed = _of_safetensors(file, opened, size, metadata)
         else:
@@ -582,6 +596,105 @@ def stored_tensors(file: Path, tensors: Iterable[tuple[str, Saved]], size: int) 
                 "its tensors lie in each other: together they are more than twice as long as the file"
             )
         yield Stored(name, shape, dtype, strides, file, storage.begin + offset * itemsize)
+
+
+# --- torch.distributed.checkpoint -------------------------------------------------------------------------
+
+
+def read_dcp(file: Path) -> Metadata:
+    """What the `.metadata` of a folder of torch.distributed.checkpoint says.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is damaged, or has what no checkpoint has.
+    """
+    with refused(file), open_regular(file) as opened:
+        return read_metadata(opened.read(LONGEST + 1))
+
+
+def dcp_entries(
+    file: Path, metadata: Metadata, names: Collection[str], progress: Progress = False
+) -> dict[str, Any]:
+    """Tensors and objects of a folder of torch.distributed.checkpoint; their checksums are verified.
+
+    Args:
+        file: its `.metadata`.
+        metadata: what `read_dcp` gave.
+        names: which are wanted.
+        progress: a bar over the bytes that are verified.
+
+    Returns:
+        Of each name a `Stored`, or the object, as `files.pickles` reads it; of tensors without weights nothing.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, is none of the folder, or has not what the metadata says.
+    """
+    wanted: dict[str, list[tuple[Place, str, Piece | None]]] = {}
+    for name in names:
+        if name in metadata.objects:
+            wanted.setdefault(metadata.objects[name].file, []).append((metadata.objects[name], name, None))
+        for piece in metadata.tensors[name].pieces if name in metadata.tensors else ():
+            wanted.setdefault(piece.place.file, []).append((piece.place, name, piece))
+    found: dict[str, Any] = {}
+    parts: dict[str, list[Part]] = {}
+    total = sum(place.length for entries in wanted.values() for place, *_ in entries)
+    options: dict[str, Any] = {"total": total, "unit": "B", "unit_scale": True, "delay": 2}
+    with progress_bar(desc="checking", progress=progress, **options) as bar:
+        for beside, entries in wanted.items():
+            if not _is_beside(beside):
+                raise CheckpointError(f"{file} points outside its folder, to {beside!r}: it is not followed")
+            path = file.parent / beside
+            if not path.exists():
+                raise CheckpointError(
+                    f"{file.parent} lacks {beside}, which has {entries[0][1]}: copy it there. If the training "
+                    "ended while it wrote them, this checkpoint is not whole"
+                )
+            with refused(path), open_regular(path) as opened:
+                size = os.fstat(opened.fileno()).st_size
+                for place, name, piece in sorted(entries, key=lambda entry: entry[0]):
+                    if place.begin + place.length > size:
+                        raise EOFError(f"it ends within {name}")
+                    value = read_saved(Slice(opened, place.begin, place.length), place.length)
+                    if piece is None:
+                        found[name] = value
+                    else:
+                        tensor = metadata.tensors[name]
+                        stored = _of_piece(name, tensor.dtype, piece, value, path)
+                        parts.setdefault(name, []).append(Part(name, tensor.shape, piece.offset, stored))
+                    bar.update(place.length)
+    with refused(file):
+        for name in parts:
+            whole = parts[name][0].stored
+            found[name] = whole if whole.shape == parts[name][0].shape else _joined(name, parts[name])
+        for name in names:
+            if name in metadata.tensors and name not in found and math.prod(metadata.tensors[name].shape):
+                raise ValueError(f"it says of no weight of {name} where it lies")
+    return found
+
+
+def _of_piece(name: str, dtype: str, piece: Piece, value: Any, path: Path) -> Stored:
+    if not isinstance(value, Saved):
+        what = value.kind if isinstance(value, Object) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {what}, which is not read; save tensors alone")
+    if value.shape != piece.shape or dtype not in ("", value.dtype):
+        raise ValueError(
+            f"{name} is {value.dtype} of {value.shape}, where {METADATA} has {dtype} of {piece.shape}"
+        )
+    (stored,) = stored_tensors(path, [(name, value)], piece.place.length)
+    return stored._replace(begin=piece.place.begin + stored.begin)
+
+
+def _of_dcp(file: Path) -> Iterator[Stored]:
+    """The weights of a folder of torch.distributed.checkpoint."""
+    metadata = read_dcp(file)
+    with refused(file):
+        names = {
+            name: weight
+            for name, weight in metadata.weights().items()
+            if metadata.tensors[name].dtype in MANTISSA
+        }
+    for name, stored in dcp_entries(file, metadata, names).items():
+        yield stored._replace(name=names[name])
 
 
 # --- what can be fitted -----------------------------------------------------------------------------------
