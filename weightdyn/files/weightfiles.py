@@ -378,17 +378,35 @@ def config_beside(place: Path) -> Any:
 # --- tensors ----------------------------------------------------------------------------------------------
 
 
-def list_tensors(files: Sequence[Path]) -> dict[str, Stored]:
+def list_tensors(files: Sequence[Path], *, as_filed: bool = False) -> dict[str, Stored]:
     """The float tensors of one checkpoint, of tied ones the first.
 
     They come in the order of their names, which is the same whatever the format: files have orders of their own.
+
+    Args:
+        files: the checkpoint's files.
+        as_filed: leave them in the files' order, in a state dict that was pickled that of the model.
 
     Raises:
         FileNotFoundError: a file is gone.
         CheckpointError: a file is damaged, two hold the same tensor, or there is none of a float type.
     """
     found = {stored.name: stored for stored in _weights_of(files)}
-    return {name: found[name] for name in sorted(found, key=_natural)}
+    return {name: found[name] for name in (found if as_filed else sorted(found, key=_natural))}
+
+
+def safetensors_metadata(file: Path) -> dict[str, Any]:
+    """The metadata of a safetensors file: strings by their names; empty where it has none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    found: dict[str, Any] = {}
+    with refused(file), open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        for _ in _of_safetensors(file, opened, size, found):
+            pass
+    return found
 
 
 def _weights_of(files: Sequence[Path]) -> list[Stored]:
@@ -474,7 +492,7 @@ def _contents(file: Path, changed: int, size: int, inode: int) -> _Contents:
             listed = _of_safetensors(file, opened, size, metadata)
         else:
             listed = _of_saved(file, opened, size)
-        found = {stored.name: stored for stored in listed if _counts(stored)}
+        found = {stored.name: stored for stored in listed if is_weight(stored)}
         if "boxes" not in metadata:
             return _Contents(tuple(found.values()))
         parts = tuple(_parts(found, _loaded(metadata["boxes"])))
@@ -502,7 +520,7 @@ def _parts(found: dict[str, Stored], boxes: Any) -> Iterator[Part]:
         yield Part(tensor, tuple(shape), tuple(offset), stored)
 
 
-def _counts(stored: Stored) -> bool:
+def is_weight(stored: Stored) -> bool:
     """Whether a tensor holds weights: of a float type, not empty, no buffer."""
     stored.name.encode("utf-8")  # JSON can name what no other file could: half a character
     whole = len(stored.shape) > 0 and math.prod(stored.shape) > 0
