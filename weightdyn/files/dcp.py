@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from weightdyn.files.pickles import Global, Object, unpickled
@@ -232,3 +233,62 @@ def _typed(kind: type, value: Any) -> Any:
     if type(value) is not kind:
         raise ValueError(f"it has a {type(value).__name__} where a {kind.__name__} belongs")
     return value
+
+
+# --- trees ------------------------------------------------------------------------------------------------
+
+
+def nested(ways: Mapping[str, tuple[str | int, ...]], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What was saved, of its values by name and the keys that lead to them; a number counts in a list.
+
+    Raises:
+        ValueError: one value lies within another.
+
+    >>> nested({"a.0.b": ("a", 0, "b"), "c": ("c",)}, {"a.0.b": 1, "c": 2})
+    {'a': [{'b': 1}], 'c': 2}
+    """
+    top: dict[Any, Any] = {}
+    made = {id(top)}
+    for name, value in values.items():
+        *before, last = ways[name]
+        inner = top
+        for key in before:
+            inner = inner.setdefault(key, {})
+            if not (type(inner) is dict and (id(inner) in made or not inner)):
+                raise ValueError(f"{name} lies within something else")
+            made.add(id(inner))
+        if last in inner:
+            raise ValueError(f"{name} is there twice")
+        inner[last] = value
+    return _with_lists(top, made)
+
+
+def _with_lists(value: Any, made: set[int]) -> Any:
+    if id(value) not in made:
+        return value
+    items = {key: _with_lists(each, made) for key, each in value.items()}
+    if items and all(type(key) is int for key in items):
+        return [items[key] for key in sorted(items)]
+    return items
+
+
+def by_parameter(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict of its flat form, in which each parameter has the options of its group.
+
+    >>> by_parameter({"state.a.w.step": 3, "param_groups.a.w.lr": 0.1, "param_groups.a.b.lr": 0.1})
+    {'state': {'a.w': {'step': 3}}, 'param_groups': [{'lr': 0.1, 'params': ['a.w', 'a.b']}]}
+    """
+    state: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        part, _, rest = name.partition(".")
+        parameter, _, key = rest.rpartition(".")
+        if part == "state":
+            state.setdefault(parameter, {})[key] = value
+        elif part == "param_groups":
+            options.setdefault(parameter, {})[key] = value
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter, own in options.items():
+        group = groups.setdefault(repr(sorted(own.items(), key=lambda item: item[0])), {**own, "params": []})
+        group["params"].append(parameter)
+    return {"state": state, "param_groups": list(groups.values())}

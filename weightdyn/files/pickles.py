@@ -314,6 +314,13 @@ def _saved(typed: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None)
     return Saved(kind, shape, strides, offset, typed.storage)
 
 
+def _attribute(owner: Any, *name: Any) -> Any:
+    """A class inside another is pickled as a call of getattr, and is a name as well."""
+    if isinstance(owner, Global) and len(name) == 1 and isinstance(name[0], str):
+        return Global(owner.module, f"{owner.name}.{name[0]}")
+    return Object(Global("builtins", "getattr"), (owner, *name))
+
+
 def _parameter(data: Any, *_: Any) -> Any:
     return data
 
@@ -325,6 +332,8 @@ def _set_of(items: Any = ()) -> set[Any]:
 _CALLS: dict[Global, Callable[..., Any]] = {
     Global("collections", "OrderedDict"): _ordered,
     Global("collections", "defaultdict"): _default,
+    Global("builtins", "getattr"): _attribute,
+    Global("__builtin__", "getattr"): _attribute,
     Global("torch", "Size"): _size,
     Global("builtins", "set"): _set_of,
     Global("__builtin__", "set"): _set_of,

@@ -20,15 +20,22 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from weightdyn.core.checks import check_path
-from weightdyn.files.pickles import Global, Object, Saved, read_saved
+from weightdyn.files.dcp import METADATA, by_parameter, nested
+from weightdyn.files.olmo import decoded, sharded
+from weightdyn.files.pickles import Global, Object, Saved, read_saved, unpickled
 from weightdyn.files.weightfiles import (
     CheckpointError,
+    Part,
     Stored,
     checkpoint_files,
+    dcp_entries,
     is_weight,
+    joined,
     list_tensors,
     open_regular,
     parse_json,
+    read_dcp,
+    read_safetensors,
     read_text,
     refused,
     safetensors_metadata,
@@ -190,7 +197,8 @@ class SavedFile:
                 options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
                 groups.append(self._plain(opened, options))
                 names = group.get("param_names") or group["params"]
-                keys += [(index, *pair) for pair in zip(group["params"], names, strict=True)]
+                pairs = zip(group["params"], names, strict=True)
+                keys += [(index, key, _clean(key if isinstance(key, str) else name)) for key, name in pairs]
             if len({key for _, key, _ in keys}) < len(keys):
                 raise ValueError("its optimizer's groups have a parameter twice")
             if strange := [key for key in state["state"] if key not in {key for _, key, _ in keys}]:
@@ -198,12 +206,12 @@ class SavedFile:
                     f"its optimizer has a state of {strange[0]!r}, which is in none of its groups"
                 )
             found: list[Slot] = []
-            tensors: dict[tuple[int, str], Saved] = {}
+            tensors: dict[tuple[int, str], Saved | Stored] = {}
             for index, key, name in keys:
                 numbers: dict[str, float] = {}
                 kept = dict(_items(state["state"].get(key, {})))
                 for what, value in {**kept, **dict(_items(kept.pop(_BNB, {})))}.items():
-                    if isinstance(value, Saved) and value.shape:
+                    if isinstance(value, Saved | Stored) and value.shape:
                         tensors[len(found), what] = value
                     elif isinstance(value, Object):
                         raise TypeError(
@@ -212,11 +220,11 @@ class SavedFile:
                         )
                     elif isinstance(number := self._plain(opened, value), int | float):
                         numbers[what] = float(number)
-                found.append(Slot(index, name if isinstance(name, str) else None, {}, numbers))
+                found.append(Slot(index, name, {}, numbers))
             self._place(found, tensors)
         return found, groups
 
-    def _place(self, slots: list[Slot], tensors: Mapping[tuple[int, str], Saved]) -> None:
+    def _place(self, slots: list[Slot], tensors: Mapping[tuple[int, str], Any]) -> None:
         """Give the slots their tensors; several may share one, as quantized moments do their map."""
         names: dict[Any, str] = {}
         for (index, what), saved in tensors.items():
@@ -236,7 +244,9 @@ class SavedFile:
     def _plain(self, opened: BinaryIO, value: Any, depth: int = 0) -> Any:
         if depth > _DEEPEST or (isinstance(value, dict | list | tuple) and len(value) > _MOST):
             raise ValueError("its options are nested too deeply, or are too many")
-        if isinstance(value, Saved):  # which is a tuple
+        if isinstance(value, Stored):  # which is a tuple, as Saved is
+            return _only_number(value)
+        if isinstance(value, Saved):
             return self._number(opened, value) if math.prod(value.shape) == 1 else None
         if isinstance(value, dict):
             items = value.items()
@@ -260,6 +270,41 @@ class SavedFile:
         if saved.dtype == "bfloat16":
             data = b"\0\0" + data
         return struct.unpack(f"<{form}", data)[0]
+
+
+class StoredTree(SavedFile):
+    """What a trainer saved in a form whose tensors are found by name: a tree with `Stored` leaves.
+
+    Attributes:
+        file: the file that errors name.
+        tree: what it holds.
+    """
+
+    def __init__(self, file: Path, tree: Any) -> None:
+        self.file, self.tree = file, tree
+
+    def weights(self, state: Mapping[Any, Any]) -> dict[str, Stored]:
+        """The float tensors of a state dict, in its order."""
+        named = [(name, each._replace(name=name)) for name, each in state.items() if isinstance(each, Stored)]
+        with refused(self.file):
+            return {name: each for name, each in named if is_weight(each)}
+
+    def _place(self, slots: list[Slot], tensors: Mapping[tuple[int, str], Any]) -> None:
+        for (index, what), stored in tensors.items():
+            if math.prod(stored.shape):
+                slots[index].tensors[what] = stored._replace(name=what)
+
+
+def _only_number(stored: Stored) -> float | None:
+    """A tensor of one number."""
+    if math.prod(stored.shape) != 1 or stored.dtype not in _FORMS:
+        return None
+    return (stored if stored.shape else stored._replace(shape=(1,), strides=(1,))).read().item()
+
+
+def _clean(name: Any) -> str | None:
+    """A parameter's name without what FSDP puts into it; None of one that is known by its number."""
+    return name.replace("_fsdp_wrapped_module.", "") if isinstance(name, str) else None
 
 
 _BNB = "__bnb_optimizer_quant_state__"  # where bitsandbytes wraps what FSDP may not touch
@@ -319,7 +364,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _is_model(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(each, Saved) for each in value.values())
+    return isinstance(value, Mapping) and any(isinstance(each, Saved | Stored) for each in value.values())
 
 
 def _step(
@@ -338,9 +383,7 @@ def _step(
 
 def _read_trainer(place: Path) -> SavedState:
     """transformers' Trainer: optimizer.pt, scheduler.pt, trainer_state.json, training_args.bin, and the model's."""
-    file = place / "optimizer.pt"
-    saved = SavedFile(file)
-    slots, groups = saved.optimizer(saved.tree)
+    slots, groups = _optimizer_beside(place, "optimizer.pt")
     weights, ordered = _weights_beside(place)
     facts: dict[str, Any] = {}
     step = None
@@ -384,6 +427,19 @@ def _schedule_of(file: Path) -> Mapping[str, Any] | None:
     return found
 
 
+def _optimizer_beside(place: Path, name: str) -> tuple[list[Slot], list[dict[str, Any]]]:
+    """The optimizer's state of a folder: a file, or of FSDP's sharded states a folder of its own."""
+    shards = place / _SHARDED_OPTIMIZER / METADATA
+    if not (place / name).exists() and shards.exists():
+        saved = _read_shards(shards)
+        return saved.optimizer(_under(saved.tree, OPTIMIZER_KEYS, is_optimizer))
+    saved = SavedFile(place / name)
+    return saved.optimizer(saved.tree)
+
+
+_SHARDED_OPTIMIZER = "optimizer_0"
+
+
 def _weights_beside(place: Path) -> tuple[dict[str, Stored], bool]:
     """The weights of a folder, and whether they come in the model's order."""
     files = checkpoint_files(place)
@@ -395,14 +451,15 @@ def _read_accelerate(place: Path) -> SavedState:
     """Accelerate's save_state: optimizer.bin, scheduler.bin and the model's; of one model and one optimizer."""
     names = [path.name for path in place.iterdir()]
     if more := sorted(
-        name for name in names if re.fullmatch(r"(model|pytorch_model|optimizer|scheduler)_1\..*", name)
+        name
+        for name in names
+        if re.fullmatch(r"(model|pytorch_model|pytorch_model_fsdp|optimizer|scheduler)_1(\..*)?", name)
     ):
         raise CheckpointError(
             f"{place} holds several models or optimizers ({more[0]}), and which belong together stands nowhere: "
             "save each with torch.save({'model': …, 'optimizer': …})"
         )
-    saved = SavedFile(place / "optimizer.bin")
-    slots, groups = saved.optimizer(saved.tree)
+    slots, groups = _optimizer_beside(place, "optimizer.bin")
     weights, ordered = _weights_beside(place)
     facts = {}
     if (place / "scaler.pt").exists():
@@ -455,6 +512,12 @@ def _read_saved(place: Path) -> SavedState:
         return _read_pair(place, saved)
     if "pytorch-lightning_version" in tree:
         return _of_lightning(saved)
+    return _of_trainer(saved)
+
+
+def _of_trainer(saved: SavedFile) -> SavedState:
+    """A trainer's own dict, with model, optimizer and what else under usual keys."""
+    place, tree = saved.file, saved.tree
     model, optimizer = _under(tree, MODEL_KEYS, _is_model), _under(tree, OPTIMIZER_KEYS, is_optimizer)
     if optimizer is None:
         raise CheckpointError(
@@ -511,6 +574,179 @@ def _of_lightning(saved: SavedFile) -> SavedState:
     )
 
 
+# --- shards -----------------------------------------------------------------------------------------------
+
+
+def _read_shards(file: Path) -> StoredTree:
+    """What torch.distributed.checkpoint saved, but for what has nothing to do with weights and their updates."""
+    metadata = read_dcp(file)
+    heads = {*MODEL_KEYS, *OPTIMIZER_KEYS, *SCHEDULE_KEYS, *SCALER_KEYS, *STEP_KEYS, "train_state"}
+    with refused(file):
+        weights = metadata.weights()
+        ways = {name: way[way[0] == "app" and len(way) > 1 :] for name, way in metadata.ways.items()}
+        wanted = [name for name, way in ways.items() if way[0] in heads or name in weights]
+    found = dcp_entries(file, metadata, wanted)
+    with refused(file):
+        tree = nested(ways, found)
+        for key in OPTIMIZER_KEYS:
+            if not isinstance(own := tree.get(key), dict):
+                continue
+            if is_optimizer(own):
+                own["state"] = {_number_of(name): kept for name, kept in own["state"].items()}
+            else:
+                tree[key] = by_parameter(own)
+    if not any(
+        _is_model(tree.get(key)) for key in MODEL_KEYS
+    ):  # torchtitan saves the weights beside the rest
+        tree["model"] = {weights[name]: found[name] for name in found if name in weights}
+    return StoredTree(file, tree)
+
+
+def _number_of(name: str) -> str | int:
+    """A key of an optimizer's state, of which numbers were made strings."""
+    return int(name) if name.isdecimal() and len(name) < 10 else name
+
+
+def _read_dcp(place: Path) -> SavedState:
+    """A folder of torch.distributed.checkpoint."""
+    saved = _read_shards(place / METADATA)
+    state = _of_trainer(saved)
+    step = state.step
+    if step is None and isinstance(train := saved.tree.get("train_state"), Mapping):  # torchtitan's
+        step = _step(train, saved.plain)
+    return state._replace(place=place, format="dcp", step=step)
+
+
+def _read_olmo(place: Path) -> SavedState:
+    """OLMo's and OLMo-core's, whose trainers set η before an update and leave it until the next."""
+    weights, (slots, groups), trainer = _olmo_parts(place)
+    for slot in slots:
+        # SkipStepAdamW of OLMo-core takes t + 1 of the t that it keeps, and until June 2025 did not count it up.
+        if slot.numbers.get("step") == 0 and slot.tensors:
+            slot.numbers["step"] = 1.0
+    rates = [group.get("lr") for group in groups]
+    step = _step(trainer, lambda value: value)
+    return SavedState(place, "olmo", weights, True, slots, groups, step, _olmo_optimizer(place), rates)
+
+
+def _olmo_parts(place: Path) -> tuple[dict[str, Stored], tuple[list[Slot], list[dict[str, Any]]], Any]:
+    """Weights, optimizer, and what the trainer kept of itself, whichever way a folder was written."""
+    if (place / "model" / "rank0.pt").exists() or (place / "optim").is_dir():
+        raise CheckpointError(
+            f"{place} is a local sharded checkpoint of OLMo, of flat pieces that no tensor can be read from alone; "
+            "make it whole with OLMo's scripts/unshard.py"
+        )
+    if (place / "rank0.pt").exists():
+        model = optim = _joined_ranks(place)
+        trainer = {key: model.plain(model.tree.get(key)) for key in STEP_KEYS}
+    elif (place / "model_and_optim").exists():
+        model = optim = _read_shards(place / "model_and_optim" / METADATA)
+        trainer = _olmo_trainer(place / "train" / "rank0.pt")
+    else:
+        model, optim = (_olmo_part(place, name) for name in ("model", "optim"))
+        trainer = _olmo_trainer(place / "train.pt")
+    weights, state = model.tree, optim.tree
+    if model is optim and isinstance(weights, Mapping):
+        weights, state = weights.get("model"), weights.get("optim")
+    if not isinstance(weights, Mapping) or not is_optimizer(state):
+        raise CheckpointError(f"{place} holds no weights and no optimizer's state as OLMo saves them")
+    return model.weights(weights), optim.optimizer(state), trainer
+
+
+def _olmo_trainer(file: Path) -> Mapping[str, Any]:
+    """The numbers that OLMo's trainer kept of itself; none where it was left behind."""
+    if not file.exists():
+        return {}
+    saved = SavedFile(file)
+    if not isinstance(saved.tree, Mapping):
+        raise CheckpointError(f"{file} holds no state of OLMo's trainer: copy it again")
+    return {key: saved.plain(saved.tree.get(key)) for key in STEP_KEYS}
+
+
+def _olmo_part(place: Path, name: str) -> SavedFile:
+    """model or optim: safetensors whose names are pickles, or what torch.save wrote."""
+    file = place / f"{name}.safetensors"
+    if not file.exists():
+        return SavedFile(place / f"{name}.pt")
+    ways, values = {}, {}
+    tensors, _ = read_safetensors(file)
+    with refused(file):
+        for stored in tensors:
+            if (key := decoded(stored.name)) is None:
+                raise ValueError(f"{stored.name[:80]} is no name as OLMo writes them")
+            ways[stored.name] = key.way
+            values[stored.name] = unpickled(stored.read().numpy().tobytes()) if key.pickled else stored
+        return StoredTree(file, nested(ways, values))
+
+
+def _joined_ranks(place: Path) -> StoredTree:
+    """What each process pickled of its ShardedTensors, as one."""
+    ranks = [SavedFile(place / "rank0.pt")]
+    count = ranks[0].plain(ranks[0].tree.get("world_size")) if isinstance(ranks[0].tree, Mapping) else None
+    found = sum(bool(re.fullmatch(r"rank[0-9]+\.pt", path.name)) for path in place.iterdir())
+    if count != found:
+        raise CheckpointError(
+            f"{place} holds rank….pt of {found} of {count} processes: copy the others there"
+        )
+    ranks += [SavedFile(place / f"rank{i}.pt") for i in range(1, found)]
+    parts: dict[tuple[str | int, ...], list[Part]] = {}
+    for rank in ranks:
+        with refused(rank.file):
+            own = [(way, shards) for way, leaf in _leaves(rank.tree) if (shards := sharded(leaf))]
+            boxes = [(way, each.shape, *shard) for way, each in own for shard in each.shards]
+            named = ((str(i), box[-1]) for i, box in enumerate(boxes))
+            for stored in stored_tensors(rank.file, named, rank.size):
+                way, shape, offset, _ = boxes[int(stored.name)]
+                parts.setdefault(way, []).append(Part(".".join(map(str, way)), shape, offset, stored))
+    first = ranks[0]
+    with refused(first.file):
+        leaves = list(_leaves(first.tree))
+        named = ((str(i), leaf) for i, (_, leaf) in enumerate(leaves) if isinstance(leaf, Saved))
+        whole = {stored.name: stored for stored in stored_tensors(first.file, named, first.size)}
+        ways = {str(i): way for i, (way, _) in enumerate(leaves)}
+        values = {
+            name: joined(".".join(map(str, way)), parts[way]) if way in parts else whole.get(name, leaf)
+            for (name, way), (_, leaf) in zip(ways.items(), leaves, strict=True)
+        }
+        return StoredTree(first.file, nested(ways, values))
+
+
+def _leaves(tree: Any, way: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """What lies in dicts and in lists of dicts, and the keys that lead to it."""
+    if isinstance(tree, dict) and tree:
+        items = tree.items()
+    elif isinstance(tree, list) and any(isinstance(each, dict) for each in tree):
+        items = enumerate(tree)
+    else:
+        yield way, tree
+        return
+    for key, each in items:
+        yield from _leaves(each, (*way, key))
+
+
+def _olmo_optimizer(place: Path) -> str | None:
+    """The optimizer's class, of OLMo's config.yaml or OLMo-core's config.json."""
+    file = place / "config.yaml"
+    if file.exists():
+        with refused(file):
+            section = re.search(r"^optimizer:\n((?:[ ]+.*\n?)*)", read_text(file), re.MULTILINE)
+        told = dict(re.findall(r"^ +(\w+): *(\S+) *$", section[1], re.MULTILINE)) if section else {}
+        if told.get("selective_updates") == "true":
+            raise CheckpointError(
+                f"{file} says selective_updates: an update leaves weights without a gradient alone, which no "
+                "moments tell; no forces are made of it"
+            )
+        return {"adamw": "AdamW", "lionw": "LionW"}.get(told.get("name", "adamw"), told.get("name"))
+    file = place / "config.json"
+    if not file.exists():
+        return None
+    content = parse_json(read_text(file), file)
+    within = content.get("train_module")
+    optim = within.get("optim") if isinstance(within, Mapping) else content.get("optim")
+    kind = optim.get("_CLASS_") if isinstance(optim, Mapping) else None
+    return kind.rpartition(".")[2].removesuffix("Config") if isinstance(kind, str) else None
+
+
 def _read_pair(place: Path, saved: SavedFile) -> SavedState:
     """An optimizer's state in a file of its own, its model in another beside it."""
     slots, groups = saved.optimizer(saved.tree)
@@ -548,11 +784,24 @@ def _is_snapshot(place: Path) -> bool:
     return {"tensors", "step"} <= set(told)
 
 
+_OLMO = [
+    {"model_and_optim", "train"}, {"rank0.pt", "config.yaml"}, {"model", "optim", "train", "config.yaml"},
+    {"model.pt", "optim.pt", "train.pt"}, {"model.pt", "optim.pt", "config.yaml"},
+    {"model.safetensors", "optim.safetensors"},
+]  # fmt: skip
+
 FORMATS: dict[str, Format] = {
     "transformers": Format(
-        lambda place, names: {"optimizer.pt", "trainer_state.json"} <= names, _read_trainer
+        lambda place, names: (
+            "trainer_state.json" in names and bool({"optimizer.pt", _SHARDED_OPTIMIZER} & names)
+        ),
+        _read_trainer,
     ),
-    "accelerate": Format(lambda place, names: "optimizer.bin" in names, _read_accelerate),
+    "accelerate": Format(
+        lambda place, names: bool({"optimizer.bin", _SHARDED_OPTIMIZER} & names), _read_accelerate
+    ),
+    "olmo": Format(lambda place, names: any(files <= names for files in _OLMO), _read_olmo),
+    "dcp": Format(lambda place, names: METADATA in names, _read_dcp),
     "snapshot": Format(lambda place, names: not names and _is_snapshot(place), _read_snapshot),
     "torch.save": Format(lambda place, names: not names and _begins_as_saved(place), _read_saved),
     "two files": Format(

@@ -32,6 +32,7 @@ from torch import Tensor
 from weightdyn.core.checks import check_path
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.files.dcp import LONGEST, METADATA, Metadata, Piece, Place, Slice, read_metadata
+from weightdyn.files.olmo import decoded
 from weightdyn.files.pickles import Object, Saved, read_saved
 
 MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
@@ -401,12 +402,19 @@ def safetensors_metadata(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    found: dict[str, Any] = {}
+    return read_safetensors(file)[1]
+
+
+def read_safetensors(file: Path) -> tuple[list[Stored], dict[str, Any]]:
+    """The tensors of a safetensors file, of any type and under the names that it gives them, and its metadata.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    metadata: dict[str, Any] = {}
     with refused(file), open_regular(file) as opened:
         size = os.fstat(opened.fileno()).st_size
-        for _ in _of_safetensors(file, opened, size, found):
-            pass
-    return found
+        return list(_of_safetensors(file, opened, size, metadata)), metadata
 
 
 def _weights_of(files: Sequence[Path]) -> list[Stored]:
@@ -437,14 +445,18 @@ def _weights_of(files: Sequence[Path]) -> list[Stored]:
         if name in found:
             raise CheckpointError(f"{files[0]} holds {name} whole and in parts")
         with refused(files[0]):
-            found[name] = _joined(name, parts)
+            found[name] = joined(name, parts)
     if not found:
         raise CheckpointError(f"{files[0]} holds no tensor of a float type")
     return list(found.values())
 
 
-def _joined(name: str, parts: Sequence[Part]) -> Stored:
-    """A tensor of its parts, each weight of which must be there once."""
+def joined(name: str, parts: Sequence[Part]) -> Stored:
+    """A tensor of its parts, each weight of which must be there once.
+
+    Raises:
+        ValueError: one lacks, or is there twice.
+    """
     boxes = {(part.offset, part.stored.shape): part for part in parts}  # copies of a part are equal
     first = parts[0]
     kinds = {(part.shape, part.stored.dtype) for part in parts}
@@ -487,9 +499,9 @@ def _contents(file: Path, changed: int, size: int, inode: int) -> _Contents:
         if first.startswith(b"version https://"):
             raise ValueError("it is a pointer of git-lfs (git lfs pull fetches the file)")
         if file.name == METADATA:
-            return _Contents(tuple(filter(_counts, _of_dcp(file))))
+            return _Contents(tuple(filter(is_weight, _of_dcp(file))))
         if file.suffix == ".safetensors" or (first[8:9] == b"{" and not first.startswith(b"PK")):
-            listed = _of_safetensors(file, opened, size, metadata)
+            listed = map(_renamed, _of_safetensors(file, opened, size, metadata))
         else:
             listed = _of_saved(file, opened, size)
         found = {stored.name: stored for stored in listed if is_weight(stored)}
@@ -504,6 +516,12 @@ def _contents(file: Path, changed: int, size: int, inode: int) -> _Contents:
 
 def _is_beside(name: Any) -> bool:
     return isinstance(name, str) and not re.search(r"[\\/:\0]", name) and name not in ("", ".", "..")
+
+
+def _renamed(stored: Stored) -> Stored:
+    """As the model calls it, where its name is one of OLMo's pickles."""
+    key = decoded(stored.name)
+    return stored if key is None or key.pickled else stored._replace(name=".".join(map(str, key.way)))
 
 
 def _parts(found: dict[str, Stored], boxes: Any) -> Iterator[Part]:
@@ -683,7 +701,7 @@ def dcp_entries(
     with refused(file):
         for name in parts:
             whole = parts[name][0].stored
-            found[name] = whole if whole.shape == parts[name][0].shape else _joined(name, parts[name])
+            found[name] = whole if whole.shape == parts[name][0].shape else joined(name, parts[name])
         for name in names:
             if name in metadata.tensors and name not in found and math.prod(metadata.tensors[name].shape):
                 raise ValueError(f"it says of no weight of {name} where it lies")
