@@ -658,6 +658,55 @@ def test_arguments_that_do_not_fit_are_refused_by_name(folder, call, kind, messa
         call(folder)
 
 
+# Other files of a checkpoint.
+
+
+def test_files_of_a_folder_or_of_a_single_file_are_found_where_they_are(tmp_path):
+    place = tmp_path / "checkpoint-500"
+    for name in ("optimizer.pt", "global_step500/rank0.pt", ".metadata", "a b/c.json"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(name)
+    (place / "empty").mkdir()
+    os.mkfifo(place / "pipe")
+    (place / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "step600.ckpt").write_text("whole")
+    series = Checkpoints({500: place, 600: tmp_path / "step600.ckpt", 700: tmp_path / "none"})
+    names = {"optimizer.pt", "global_step500/rank0.pt", ".metadata", "a b/c.json"}
+    assert series.file_sizes(500) == {name: len(name) for name in names}
+    with series.files(500, names) as paths:
+        assert paths == {name: place / name for name in names}
+    with series.files(500, lambda name: name.endswith(".pt")) as paths:
+        assert sorted(paths) == ["global_step500/rank0.pt", "optimizer.pt"]
+    with series.files(600, lambda name: True) as paths:
+        assert paths == {"step600.ckpt": tmp_path / "step600.ckpt"}
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*none"):
+        series.file_sizes(700)
+    assert (place / ".metadata").is_file(), "nothing of the user's is deleted"
+
+
+def test_a_folder_of_more_files_than_a_checkpoint_has_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("weightdyn.checkpoints.series.ENTRIES", 3)
+    (tmp_path / "step1").mkdir()
+    for i in range(4):
+        (tmp_path / "step1" / f"{i}.pt").touch()
+    with pytest.raises(CheckpointError, match="step1 holds more than 3 files"):
+        Checkpoints(tmp_path).file_sizes(1)
+
+
+@pytest.mark.parametrize(
+    ("step", "wanted", "kind", "message"),
+    [
+        (3, [], KeyError, "step 3 is not in the series"),
+        ("2", [], ValueError, "step must be a whole number"),
+        (2, "optimizer.pt", ValueError, "wanted must be names of files, or a function"),
+        (2, None, TypeError, "wanted must be names of files, or a function"),
+    ],
+)
+def test_files_that_cannot_be_asked_for_are_refused_by_name(folder, step, wanted, kind, message):
+    with pytest.raises(kind, match=message):
+        Checkpoints(folder).files(step, wanted)
+
+
 # Elsewhere.
 
 

@@ -66,6 +66,7 @@ class Hub:
         self.faults: dict[tuple[str, str], list[str]] = {}
         self.served: list[tuple[str, str, str | None]] = []  # revision, file, Range; of GET alone
         self.requests: list[str] = []
+        self.sizes: dict[str, object] = {}  # what is announced instead of a file's size
         self.missing: set[str] = set()  # revisions whose files are not listed any more
         self.stall = threading.Event()
         self.stalled = threading.Event()
@@ -113,7 +114,12 @@ class Hub:
             if by_commit[match[1]] in self.missing:
                 return self.send(request, b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
             entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": self.sizes.get(name, len(data)),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
                 | ({} if name.endswith(".json") else {"lfs": lfs(data)})
                 for name, data in self.revisions[by_commit[match[1]]].items()
             ]
@@ -596,3 +602,136 @@ def test_bars_are_shown_where_they_are_asked_for_alone(hub, tmp_path, capfd):
     series(hub).measure(cache=tmp_path / "third", progress=True)
     assert "measure: 100%" in capfd.readouterr().err
     assert silent == {False}
+
+
+# Other files than weights.
+
+STATES = {
+    "optim/rank0.pt": b"optimizer" * 2000,
+    "train/rank0.pt": b"step 4",
+    ".metadata": b"where each part lies",
+    "__0_0.distcp": b"parts" * 3000,
+    "global_step4/mp_rank_00_model_states.pt": b"deepspeed",
+    "trainer_state.json": b'{"global_step": 4}',
+}
+
+
+def test_all_files_of_a_checkpoint_are_listed_and_those_asked_for_fetched_and_deleted(hub, tmp_path):
+    for step in (0, 4):
+        hub.add(f"step{step}", {"model.safetensors": safetensors.torch.save(weights(step)), **STATES})
+    hub.faults = {("step4", "optim/rank0.pt"): ["503", "drop", "corrupt"]}
+    found = series(hub)
+    truth = hub.revisions["step4"]
+    assert found.file_sizes(4) == {name: len(data) for name, data in truth.items()}
+    assert not hub.served, "a listing downloads nothing"
+    with found.files(4, ["optim/rank0.pt", ".metadata", "scheduler.pt"]) as paths:
+        assert {name: path.read_bytes() for name, path in paths.items()} == {
+            name: truth[name] for name in (".metadata", "optim/rank0.pt")
+        }
+        with found.files(4, lambda name: name.endswith((".pt", ".json"))) as more:
+            assert len(more) == 5
+            assert all(path.read_bytes() == truth[name] for name, path in more.items())
+        assert all(path.is_file() for path in paths.values()), (
+            "the inner with leaves what the outer one holds"
+        )
+        assert torch.equal(found.load(4, UP), weights(4)[UP])
+        assert all(path.is_file() for path in (*paths.values(), *more.values()))
+        folder = paths[".metadata"].parent
+        assert paths["optim/rank0.pt"] == folder / "optim" / "rank0.pt"
+    assert not folder.exists()
+    assert all(not left for left in hub.faults.values())
+    served = [name for _, name, asked in hub.served if asked is None and name != "optim/rank0.pt"]
+    assert len(served) == len(set(served)), "nothing is downloaded twice"
+
+
+def test_files_of_one_checkpoint_at_a_time_are_on_the_disk(hub, tmp_path):
+    for step in range(4):
+        hub.add(f"step{step}", {"model.safetensors": safetensors.torch.save(weights(step)), **STATES})
+    seen = []
+    found = series(hub)
+    downloads = found._store.folder
+    hub.watch = lambda: seen.append(len([path for path in downloads.glob("step-*") if any(path.iterdir())]))
+    for step in found.steps:
+        assert found.load(step, UP).shape == (128, 32)
+        with found.files(step, lambda name: True) as paths:
+            assert len(paths) == 8
+            assert sorted(downloads.glob("step-*")) == [downloads / f"step-{step}"]
+        assert not list(downloads.glob("step-*"))
+    assert max(seen) == 1
+
+
+def test_files_that_are_kept_lie_in_the_cache_of_the_hub(hub, tmp_path):
+    hub.add("step0", {"model.safetensors": b"", **STATES})
+    with series(hub, keep=True).files(0, ["optim/rank0.pt"]) as paths:
+        pass
+    assert paths["optim/rank0.pt"].read_bytes() == STATES["optim/rank0.pt"]
+    assert paths["optim/rank0.pt"].is_relative_to(tmp_path / "hf")
+
+
+OUTSIDE = [
+    *(
+        "../evil",
+        "optim/../../evil",
+        "/etc/evil",
+        "C:/evil",
+        "C:evil",
+        "a\\evil",
+        "a\0evil",
+        "a\nevil",
+        "a//evil",
+    ),
+    *("./evil", "optim/", "", ".cache/huggingface/download/model.safetensors.metadata", ".CACHE/evil"),
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_that_leaves_the_checkpoint_is_neither_listed_nor_followed(hub, tmp_path, name):
+    hub.add("step0", {name: b"evil", "good.pt": b"good"}, config=False)
+    place = tmp_path / "local" / "step0"
+    place.mkdir(parents=True)
+    (tmp_path / "evil").write_text("evil")
+    for found in (series(hub), Checkpoints(place.parent)):
+        assert set(found.file_sizes(0)) <= {"good.pt"}
+        with found.files(0, lambda name: True) as paths:
+            assert set(paths) <= {"good.pt"}
+        with (
+            pytest.raises(CheckpointError, match=r"step0: .* is no name of a file inside a checkpoint"),
+            found.files(0, [name]),
+        ):
+            pass
+    assert {name for _, name, _ in hub.served} == {"good.pt"}
+
+
+@pytest.mark.parametrize("size", [-1, 2**40 * 1000, 2**70, 1.5, None, "9"])
+def test_a_size_that_no_file_has_ends_in_an_error_and_downloads_nothing(hub, size):
+    hub.add("step0", {"huge.pt": b"x", "good.pt": b"good"}, config=False)
+    hub.sizes["huge.pt"] = size
+    found = series(hub)
+    if isinstance(size, int) and size > 0:
+        with (
+            pytest.raises(CheckpointError, match=r"tiny@step0 has [\d,]+ bytes, and the disk of .* has"),
+            found.files(0, ["huge.pt"]),
+        ):
+            pass
+    else:
+        assert found.file_sizes(0) == {"good.pt": 4}
+    assert not hub.served
+
+
+def test_a_listing_without_end_is_refused(hub, monkeypatch):
+    monkeypatch.setattr(hub_module, "ENTRIES", 10)
+    hub.add("step0", {f"{i}.pt": b"" for i in range(11)})
+    with pytest.raises(CheckpointError, match="step0 lists more than 10 files"):
+        series(hub).file_sizes(0)
+
+
+def test_a_file_that_stays_damaged_is_named_and_nothing_is_left(hub, tmp_path):
+    hub.add("step0", STATES)
+    hub.faults = {("step0", "optim/rank0.pt"): ["corrupt"] * 100}
+    found = series(hub)
+    with (
+        pytest.raises(CheckpointError, match=r"step0/optim/rank0.pt could not be fetched in 5 .*digest"),
+        found.files(0, lambda name: True),
+    ):
+        pass
+    assert not list(found._store.folder.glob("step-*"))

@@ -11,6 +11,7 @@ the stored copy adds to it, its Weibull fit, and on request its inner products w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -52,7 +53,7 @@ from weightdyn.core.checks import (
 )
 from weightdyn.core.naming import TensorRow, Views, check_config, check_views, describe
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.files.hub import Hub, RevisionError
+from weightdyn.files.hub import ENTRIES, Hub, RevisionError, Wanted, check_wanted, choose_wanted
 from weightdyn.files.weightfiles import (
     ENDINGS,
     CheckpointError,
@@ -85,7 +86,7 @@ class _Folder:
 
     local = keep = True
     progress: Progress = None
-    hold: frozenset[int] | set[int] = frozenset()
+    hold: Collection[int] = ()
 
     def __init__(self, places: dict[int, Path], name: str, cache: Path | None, config: Any) -> None:
         self.places, self.name, self.cache, self._config = places, name, cache, config
@@ -110,12 +111,45 @@ class _Folder:
         """The checkpoint's weight files."""
         return checkpoint_files(self.places[step])
 
+    def sizes(self, step: int) -> dict[str, int]:
+        """All files of the checkpoint, of subfolders too: name -> bytes; of a single file itself."""
+        return {name: size for name, (_, size) in self._walk(step).items()}
+
+    def fetch_files(self, step: int, wanted: Wanted) -> dict[str, Path]:
+        """Where the files that are wanted lie."""
+        found = self._walk(step)
+        sizes = {name: size for name, (_, size) in found.items()}
+        return {name: found[name][0] for name in choose_wanted(wanted, sizes, self.where(step))}
+
+    def _walk(self, step: int) -> dict[str, tuple[Path, int]]:
+        place, found = self.places[step], {}
+        if not place.exists():
+            raise FileNotFoundError(f"source: there is no file or folder {place}")
+        with refused(place):
+            if place.is_file():
+                return {place.name: (place, place.stat().st_size)}
+            seen = 0
+            for folder, folders, names in os.walk(place, onerror=_refuse_folder):
+                seen += len(folders) + len(names)
+                if seen > ENTRIES:
+                    raise CheckpointError(
+                        f"{place} holds more than {ENTRIES:,} files, which no checkpoint does"
+                    )
+                for path in (Path(folder, name) for name in names):
+                    if path.is_file():  # no pipe, no link that leads nowhere
+                        found[path.relative_to(place).as_posix()] = (path, path.stat().st_size)
+        return found
+
     def fingerprint(self, step: int) -> str:
         """Names, sizes and times of change: what a measurement that was stored is checked against."""
         return json.dumps([[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in self._stats(step)])
 
     def release(self, steps: Collection[int] = ()) -> None:
         """Nothing: the files are the user's."""
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise error  # which os.walk would not tell
 
 
 def _checked_step(step: Any, what: str) -> int:
@@ -352,14 +386,72 @@ class Checkpoints:
             TypeError, ValueError: `step` is no whole number, or `name` no string.
             CheckpointError: the checkpoint is damaged.
         """
-        check_whole("step", step)
         check_text("name", name, "the name of a tensor")
-        if step not in self.steps:
-            raise KeyError(f"step {step} is not in the series; it has {self.steps[:5]} … {self.steps[-1:]}")
+        step = self._known(step)
         found = list_tensors(self._store.fetch(step))
         if name not in found:
             raise KeyError(f"name: step {step} has no tensor {name!r}; it has {list(found)[:5]} …")
         return found[name].read()
+
+    def file_sizes(self, step: int) -> dict[str, int]:
+        """All files of one checkpoint, those of subfolders too: name (with / between folders) -> bytes.
+
+        Nothing but the listing is read. A checkpoint that is a single file has its own name alone.
+
+        Raises:
+            KeyError: there is no such step.
+            TypeError, ValueError: `step` is no whole number.
+            CheckpointError: the checkpoint cannot be listed.
+        """
+        return self._store.sizes(self._known(step))
+
+    def files(self, step: int, wanted: Wanted) -> contextlib.AbstractContextManager[dict[str, Path]]:
+        """Files of one checkpoint, weights or others, on the disk while the `with` lasts.
+
+        From the hub they are downloaded, each checked against its size and digest, and deleted afterwards (unless
+        keep=True); another checkpoint that was there is deleted first. What is asked for inside of another `with`
+        of the same step is added to it. Files of a folder are where they are, and stay.
+
+        Args:
+            step: the step.
+            wanted: names of files as `file_sizes` has them, or a function that takes such a name and returns
+                whether it is wanted.
+
+        Returns:
+            A context: {name: path} of the files that are wanted and there; what the checkpoint lacks is left out.
+            The paths lie under one folder as their names say.
+
+        Raises:
+            KeyError: there is no such step.
+            TypeError, ValueError: `step` is no whole number, `wanted` neither names nor a function.
+            CheckpointError: a file cannot be had, or a name leads out of the checkpoint.
+
+        >>> import json, tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "checkpoint-500"
+        >>> folder.mkdir()
+        >>> _ = (folder / "trainer_state.json").write_text('{"global_step": 500}')
+        >>> series = Checkpoints(folder.parent)
+        >>> with series.files(500, ["trainer_state.json", "optimizer.pt"]) as paths:
+        ...     json.loads(paths["trainer_state.json"].read_text()), list(paths)
+        ({'global_step': 500}, ['trainer_state.json'])
+        """
+        return self._fetched(self._known(step), check_wanted(wanted))
+
+    @contextlib.contextmanager
+    def _fetched(self, step: int, wanted: Wanted) -> Iterator[dict[str, Path]]:
+        before = self._store.hold
+        self._store.hold = {*before, step}
+        try:
+            yield self._store.fetch_files(step, wanted)
+        finally:
+            self._store.hold = before
+            self._store.release(before)
+
+    def _known(self, step: Any) -> int:
+        check_whole("step", step)
+        if step not in self.steps:
+            raise KeyError(f"step {step} is not in the series; it has {self.steps[:5]} … {self.steps[-1:]}")
+        return int(step)
 
     # Measuring.
 
@@ -412,7 +504,7 @@ class Checkpoints:
             with bar, Parallel(n_jobs=n_jobs, prefer="threads") as work:
                 for batch in self._batches(todo, sizes):
                     if gram == "band":
-                        self._store.hold = set([step for step in self.steps if step < batch[0]][-1:])
+                        self._store.hold = [step for step in self.steps if step < batch[0]][-1:]
                     for step, part in self._measured(work, batch, parts, weibull, views):
                         parts[step] = part
                         part.write(folder)
@@ -423,7 +515,7 @@ class Checkpoints:
                     for steps in [self.steps] if self._store.keep else [[step] for step in self.steps]:
                         self._add_dots(work, parts, gram, views, folder, steps, progress)
         finally:
-            self._store.hold = set()
+            self._store.hold = ()
             self._store.release()
         if not self.steps:
             raise self._nothing_left()
@@ -639,7 +731,7 @@ class Checkpoints:
             return
         new = list(missing)
         place = {step: i for i, step in enumerate(needed)}
-        self._store.hold = set(needed)
+        self._store.hold = needed
         found = {step: list_tensors(self._store.fetch(step)) for step in needed}
         layout = layout_of(found[needed[0]])
         rows = self._parts(layout, views)
