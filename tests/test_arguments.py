@@ -265,6 +265,7 @@ def calls(g):
             {
                 "source": g["folder"],
                 "steps": [0, 10],
+                "stage": None,
                 "config": None,
                 "rules": None,
                 "errors": "raise",

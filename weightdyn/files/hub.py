@@ -1,4 +1,4 @@
-"""Checkpoints in the branches of a repository on the hub: listed, fetched one at a time, checked, deleted.
+"""Checkpoints in the branches of repositories on the hub: listed, fetched one at a time, checked, deleted.
 
 The network fails in passing, so a request is made a bounded number of times; and it may crawl, so each file has
 one time limit over all attempts, `TIME_LIMIT` seconds and one more for each `SLOWEST` bytes. A server that sends
@@ -18,13 +18,14 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightdyn.core.checks import refuse
 from weightdyn.core.progress import Progress, is_watched
 from weightdyn.files.durable import lock_folder
+from weightdyn.files.revisions import choose_series, shorten
 from weightdyn.files.weightfiles import CheckpointError, choose_files, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ ENTRIES = 20_000
 """Files and folders of one checkpoint beyond which its listing is refused."""
 
 _WAIT = 1.0  # seconds before the second attempt; doubled each time
-_REVISION = re.compile(r"(?:stage1-)?(?:global_?)?(?:step|checkpoint)[-_]?([0-9]+)(?:-tokens[0-9]+[MB])?")
 
 
 Wanted = Collection[str] | Callable[[str], bool]
@@ -104,11 +104,23 @@ class RevisionError(CheckpointError):
 
 
 class Hub:
-    """Checkpoints in the branches and tags of a repository on the hub, fetched one at a time."""
+    """Checkpoints on the hub, fetched one at a time: branches and tags of a repository, or of several.
 
-    local = False
+    Args:
+        source: owner/name, of whose branches and tags those are taken that are named like checkpoints; or
+            {step: owner/name@revision}, where no revision is the branch main.
+        keep: leave what is downloaded in the hub's own cache.
+        endpoint: address of the hub; None for HF_ENDPOINT or the public one.
+        stage: as `revisions.choose_series` has it, for owner/name.
+    """
 
-    def __init__(self, repo: str, keep: bool, endpoint: str | None) -> None:
+    def __init__(
+        self,
+        source: str | Mapping[int, str],
+        keep: bool,
+        endpoint: str | None,
+        stage: str | Sequence[str] | None = None,
+    ) -> None:
         try:
             import huggingface_hub
             import huggingface_hub.utils
@@ -116,12 +128,11 @@ class Hub:
             raise ImportError('hf:// needs huggingface_hub: pip install "weightdyn[hf]"') from error
         self._api = huggingface_hub.HfApi(endpoint=endpoint)
         self._hub: Any = huggingface_hub
-        self._endpoint, self.repo, self.keep = endpoint, repo, keep
-        self.name = f"hf://{repo}"
-        self.cache = _user_cache() / repo.replace("/", "--")
-        self.folder = self.cache / "download"
-        self.places: dict[int, _Revision] = {}
+        self._endpoint, self.keep = endpoint, keep
+        self.places: dict[int, Revision] = {}
         self.refused: list[tuple[int, CheckpointError]] = []  # revisions that are left out, and why
+        self.remarks: list[str] = []  # on the names
+        self.counted = False
         self.hold: Collection[int] = ()
         self.progress: Progress = None
         self._listed: dict[int, dict[str, _Remote]] = {}
@@ -130,33 +141,81 @@ class Hub:
         self._here: dict[int, list[Path]] = {}
         self._whole: dict[int, dict[str, Path]] = {}  # what `fetch_files` fetched
         self._lock: filelock.BaseFileLock | None = None
-        try:
-            refs = self._again(lambda: self._api.list_repo_refs(repo), f"the branches of {self.name}")
-        except self._hub.utils.HFValidationError as error:
-            raise ValueError(f"source must be hf://owner/name, got {self.name}: {error}") from error
-        for ref in (*refs.branches, *refs.tags):
-            match = _REVISION.fullmatch(ref.name)
-            if match is None:
-                continue
-            step = int(match[1]) if len(match[1]) < 99 else 1 << 63
-            if step >= 1 << 63:
-                error = CheckpointError(f"{self.name}@{ref.name}: its step is beyond 2^63 - 1")
-                self.refused.append((step, error))
-            elif step in self.places:
-                error = f"step {step} is there twice, as {self.places[step].name} and {ref.name}"
-                self.refused.append((step, CheckpointError(f"{self.name}: {error}")))
-            else:
-                self.places[step] = _Revision(ref.name, ref.target_commit)
-        if not self.places:
-            names = ", ".join(ref.name for ref in refs.branches[:5])
+        if isinstance(source, str):
+            self.name, own = f"hf://{source}", source.replace("/", "--")
+            self._find(source, stage)
+        else:
+            self.name = "the mapping given as source"
+            repos = sorted({text.partition("@")[0] for text in source.values()})
+            digest = hashlib.sha256("\n".join(repos).encode()).hexdigest()
+            own = repos[0].replace("/", "--") if len(repos) == 1 else f"several-{digest[:12]}"
+            self._look_up(source)
+        self.cache = _user_cache() / own
+        self.folder = self.cache / "download"
+
+    def _find(self, repo: str, stage: str | Sequence[str] | None) -> None:
+        """The checkpoints of one series among the branches and tags of a repository."""
+        refs = self._refs(repo)
+        found = choose_series([(revision.name, revision) for revision in refs], self.name, stage)
+        if not found.places:
             raise FileNotFoundError(
-                f"source: {self.name} has no branch named like a checkpoint (step1000, stage1-step1000-tokens5B); "
-                f"it has {names}"
+                f"source: {self.name} has no branch named like a checkpoint (step1000, "
+                f"stage1-step1000-tokens5B); it has {shorten([revision.name for revision in refs])}; give "
+                "{step: 'hf://owner/name@revision'} for other names"
             )
+        self.remarks, self.counted = found.remarks, found.counted
+        for step, revision in found.places:
+            if step >= 1 << 63:
+                error = CheckpointError(f"{self.name}@{revision.name}: its step is beyond 2^63 - 1")
+                self.refused.append((step, error))
+            elif step not in self.places:
+                self.places[step] = revision
+            elif revision.commit != self.places[step].commit:
+                error = f"step {step} is there twice, as {self.places[step].name} and {revision.name}"
+                self.refused.append((step, CheckpointError(f"{self.name}: {error}")))
+
+    def _look_up(self, source: Mapping[int, str]) -> None:
+        """The revisions that a user named."""
+        refs: dict[str, dict[str, Revision]] = {}
+        for step, text in source.items():
+            repo, mark, name = text.partition("@")
+            if mark and not name:
+                raise ValueError(f"source: hf://{text} names no revision after @; without @ it is main")
+            name = name or "main"
+            if repo not in refs:
+                refs[repo] = {revision.name: revision for revision in self._refs(repo)}
+            if name in refs[repo]:
+                self.places[step] = refs[repo][name]
+            elif re.fullmatch("[0-9a-f]{40}", name):
+                self.places[step] = Revision(repo, name, name)
+            else:
+                raise FileNotFoundError(
+                    f"source: hf://{repo} has no branch or tag {name!r}; it has {shorten(list(refs[repo]))}"
+                )
+
+    def _refs(self, repo: str) -> list[Revision]:
+        """The branches and tags of a repository."""
+        where = f"hf://{repo}"
+        if repo.count("/") != 1 or "@" in repo:
+            raise ValueError(f"source must be hf://owner/name, got {where}")
+        try:
+            refs = self._again(lambda: self._api.list_repo_refs(repo), f"the branches of {where}", repo=where)
+        except self._hub.utils.HFValidationError as error:
+            raise ValueError(f"source must be hf://owner/name, got {where}: {error}") from error
+        return [Revision(repo, ref.name, ref.target_commit) for ref in (*refs.branches, *refs.tags)]
+
+    def remote(self, step: int) -> bool:
+        """Whether a checkpoint is on the hub, and fetched to be read."""
+        return step in self.places
+
+    def download_to(self, folder: Path) -> None:
+        """Put what is downloaded in a folder of its own."""
+        self.folder = folder
 
     def where(self, step: int) -> str:
         """What to call a checkpoint."""
-        return f"{self.name}@{self.places[step].name}"
+        revision = self.places[step]
+        return f"hf://{revision.repo}@{revision.name}"
 
     def config(self, step: int) -> Any:
         """What the checkpoint's config.json holds; None if it has none."""
@@ -187,10 +246,10 @@ class Hub:
         return self._everything[step]
 
     def _list(self, step: int, recursive: bool = False) -> dict[str, _Remote]:
-        commit = self.places[step].commit
+        repo, _, commit = self.places[step]
 
         def listed() -> list[Any]:
-            entries = self._api.list_repo_tree(self.repo, revision=commit, recursive=recursive)
+            entries = self._api.list_repo_tree(repo, revision=commit, recursive=recursive)
             return list(itertools.islice(entries, ENTRIES + 1))
 
         entries = self._again(listed, f"the files of {self.where(step)}")
@@ -299,10 +358,10 @@ class Hub:
 
         def attempt() -> Path:
             nonlocal fresh
-            commit = self.places[step].commit
+            repo, _, commit = self.places[step]
             path = Path(
                 self._hub.hf_hub_download(
-                    self.repo,
+                    repo,
                     name,
                     revision=commit,
                     endpoint=self._endpoint,
@@ -390,7 +449,9 @@ class Hub:
             return found
         raise found
 
-    def _again(self, call: Callable[[], Any], what: str, limit: float | None = None) -> Any:
+    def _again(
+        self, call: Callable[[], Any], what: str, limit: float | None = None, repo: str | None = None
+    ) -> Any:
         """Call, a bounded number of times and seconds, until no passing fault of the network comes."""
         limit = TIME_LIMIT if limit is None else limit
         end = time.monotonic() + limit
@@ -403,7 +464,8 @@ class Hub:
                 status = getattr(response, "status_code", None)
                 if isinstance(error, self._hub.utils.RepositoryNotFoundError):
                     raise FileNotFoundError(
-                        f"source: there is no repository {self.name}, or it is private (hf auth login): {error}"
+                        f"source: there is no repository {repo or self.name}, or it is private (hf auth login): "
+                        f"{error}"
                     ) from error
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise OSError(
@@ -451,7 +513,10 @@ class _TooLong(Exception):
     pass
 
 
-class _Revision(NamedTuple):
+class Revision(NamedTuple):
+    """A branch or tag of a repository."""
+
+    repo: str
     name: str
     commit: str
 
