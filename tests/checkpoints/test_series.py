@@ -291,8 +291,16 @@ def test_what_looks_like_a_checkpoint_and_is_left_out_is_told_once(tmp_path):
 def test_checkpoints_that_are_counted_are_said_to_be(tmp_path):
     for i in range(3):
         (tmp_path / f"checkpoint_{i}").mkdir()
+        save(i, tmp_path / f"checkpoint_{i}", "model.safetensors")
     with pytest.warns(UserWarning, match=r"numbered 0, 1, …: a count of checkpoints, it seems"):
-        assert Checkpoints(tmp_path).counted
+        series = Checkpoints(tmp_path)
+    assert series.counted
+    assert sorted(set(measure(series)["step"])) == [0, 1, 2]
+    recipe = Recipe(lr=1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"seem to count checkpoints, and forces need updates"):
+        recover_forces(series, recipe)
+    updates = Checkpoints({100 * i: tmp_path / f"checkpoint_{i}" for i in range(3)})
+    assert set(recover_forces(updates, recipe)["step"]) == {100, 200}
     for i in range(3):
         (tmp_path / f"checkpoint_{i}").rename(tmp_path / f"checkpoint-{i}")
     assert not Checkpoints(tmp_path).counted

@@ -720,7 +720,7 @@ def test_a_name_that_leaves_the_checkpoint_is_neither_listed_nor_followed(hub, t
 
 
 @pytest.mark.parametrize("size", [-1, 2**40 * 1000, 2**70, 1.5, None, "9"])
-def test_a_size_that_no_file_has_ends_in_an_error_and_downloads_nothing(hub, size):
+def test_a_size_that_no_file_has_ends_in_an_error(hub, size):
     hub.add("step0", {"huge.pt": b"x", "good.pt": b"good"}, config=False)
     hub.sizes["huge.pt"] = size
     found = series(hub)
@@ -730,9 +730,14 @@ def test_a_size_that_no_file_has_ends_in_an_error_and_downloads_nothing(hub, siz
             found.files(0, ["huge.pt"]),
         ):
             pass
+        assert not hub.served
+        with (
+            pytest.raises(CheckpointError, match=r"huge.pt could not be fetched .* 1 bytes of [\d]+"),
+            series(hub, keep=True).files(0, ["huge.pt"]),
+        ):
+            pass
     else:
         assert found.file_sizes(0) == {"good.pt": 4}
-    assert not hub.served
 
 
 def test_a_listing_without_end_is_refused(hub, monkeypatch):
@@ -774,6 +779,10 @@ def test_stages_whose_steps_go_on_are_one_series_where_the_user_says_so(hub, tmp
         ValueError, match=r"the steps of 'lc-4k-to-32k' .* do not go on from those of 'stage3'"
     ):
         series(hub, stage=["stage3", "lc-4k-to-32k"])
+    for stage, count in (("stage2", 1), ("stage1,stage2", 3)):
+        options = ["--stage", stage, "--endpoint", hub.url, "--dry-run", "--cache", str(tmp_path / "cache")]
+        result = CliRunner().invoke(app, ["measure", f"hf://{REPO}", *options])
+        assert f"of {count} checkpoints" in result.output
 
 
 def test_a_mapping_takes_any_revisions_of_several_repositories_and_files_beside_them(hub, tmp_path):
