@@ -669,7 +669,7 @@ def test_files_of_one_checkpoint_at_a_time_are_on_the_disk(hub, tmp_path):
     downloads = found._store.folder
     hub.watch = lambda: seen.append(len([path for path in downloads.glob("step-*") if any(path.iterdir())]))
     for step in found.steps:
-        assert found.load(step, UP).shape == (128, 32)
+        assert found.load((step + 1) % 4, UP).shape == (128, 32)
         with found.files(step, lambda name: True) as paths:
             assert len(paths) == 8
             assert sorted(downloads.glob("step-*")) == [downloads / f"step-{step}"]
@@ -738,6 +738,14 @@ def test_a_size_that_no_file_has_ends_in_an_error(hub, size):
             pass
     else:
         assert found.file_sizes(0) == {"good.pt": 4}
+
+
+def test_weights_that_no_disk_holds_are_not_begun(hub, tmp_path):
+    fill(hub, [0, 4])
+    hub.sizes["model.safetensors"] = 2**55
+    with pytest.raises(CheckpointError, match=r"tiny@step0 has [\d,]+ bytes, and the disk of .* has"):
+        series(hub).measure(cache=tmp_path / "cache", progress=False)
+    assert not [name for _, name, _ in hub.served if name == "model.safetensors"]
 
 
 def test_a_listing_without_end_is_refused(hub, monkeypatch):

@@ -286,6 +286,8 @@ class Hub:
         if step not in self._here:
             self.release(self.hold)
             self._acquire()
+            with self._of(step):
+                self._check_room(step, sum(self.files(step).values()))
             target = self._target(step)
             self._here[step] = [self._download(step, name, target) for name in self.files(step)]
         return self._here[step]
