@@ -101,6 +101,7 @@ _WRAPPER = re.compile(
     r"|(?<=\.)(?:original_module|modules_to_save\.[^.]+)\."
     r"|\.lora_\w+\.[^.]+(?=\.weight$|$)"
 )
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch puts into the names of a block
 # A number between dots, and the module that it counts. Not \d: nine plain digits are a number that int() takes,
 # whatever the string.
 _NUMBER = re.compile(r"(?:^|(?P<counted>[^.]*)\.)(?P<number>[0-9]{1,9})(?=\.)")
@@ -248,6 +249,19 @@ def split_label(label: str) -> tuple[str, str | None]:
         raise refuse("label", "a string", label)
     match = _LABEL.fullmatch(label)
     return (match["name"], match["view"]) if match else (label, None)
+
+
+def bare_names(names: Sequence[str]) -> list[str]:
+    """The names of a model's parameters without what wrappers (torch.compile, DDP) put into all of them.
+
+    >>> bare_names(["module._orig_mod.wte.weight", "module._orig_mod.module.bias"])
+    ['wte.weight', 'module.bias']
+    """
+    bare = [".".join(part for part in name.split(".") if part not in _WRAPPED) for name in names]
+    for wrapper in ("module.", "module."):
+        if all(name.startswith(wrapper) for name in bare):
+            bare = [name.removeprefix(wrapper) for name in bare]
+    return bare
 
 
 def check_views(views: Any) -> Views:

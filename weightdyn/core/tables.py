@@ -91,6 +91,13 @@ LOG_TABLE = {
 }
 """Columns that a logged force table has behind those of `FORCE_TABLE`, and their meaning."""
 
+STATE_TABLE = {
+    "updates": "updates t that the moments of the tensor have had, as the bias corrections take it",
+    "lr_from": "what says η of the update: file, schedule, log, group (not checked), given; empty if nothing does",
+    "note": "why forces are missing, or what makes them less than exact; empty if nothing",
+}
+"""Columns that the forces of a checkpoint's optimizer state have behind those of `FORCE_TABLE` and `LOG_TABLE`."""
+
 WHITE_NOISE = "white noise"
 """What `split` says of a table whose memory is that of white noise, and its drift inferred from it."""
 

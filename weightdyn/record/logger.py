@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weightdyn.core.checks import check_choice, check_flag, check_path, check_pattern, check_whole
-from weightdyn.core.naming import Views, check_config, check_views, describe
+from weightdyn.core.naming import Views, bare_names, check_config, check_views, describe
 from weightdyn.core.tables import By, force_table
 from weightdyn.files.durable import write_file
 from weightdyn.record.book import Book, Round
@@ -78,7 +78,6 @@ _FLUSH_ROWS = 50_000
 _FLUSH_SECONDS = 60.0
 _LAST_SECONDS = 1.0  # in which other ranks may still answer when the process ends or has failed
 _ASKED = 64  # updates of which ranks that share tensors tell one another whether a function would log them
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # what torch puts into the names of a block
 
 
 def _alone(method: Callable[..., Any]) -> Any:
@@ -910,10 +909,7 @@ def _given_pairs(stepped: Iterable[Tensor], params: Params | None) -> list[tuple
 
 def _names(pairs: Sequence[tuple[str, Tensor]]) -> dict[Tensor, str]:
     """Parameters with their names, less what wrappers (torch.compile, DDP) put into them."""
-    names = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name, _ in pairs]
-    for wrapper in ("module.", "module."):
-        if all(name.startswith(wrapper) for name in names):
-            names = [name.removeprefix(wrapper) for name in names]
+    names = bare_names([name for name, _ in pairs])
     return {parameter: name for name, (_, parameter) in zip(names, pairs, strict=True)}
 
 
