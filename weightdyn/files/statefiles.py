@@ -278,10 +278,11 @@ class StoredTree(SavedFile):
     Attributes:
         file: the file that errors name.
         tree: what it holds.
+        regrouped: whether the optimizer's groups were made of the options of its parameters, in any order.
     """
 
-    def __init__(self, file: Path, tree: Any) -> None:
-        self.file, self.tree = file, tree
+    def __init__(self, file: Path, tree: Any, *, regrouped: bool = False) -> None:
+        self.file, self.tree, self.regrouped = file, tree, regrouped
 
     def weights(self, state: Mapping[Any, Any]) -> dict[str, Stored]:
         """The float tensors of a state dict, in its order."""
@@ -443,7 +444,7 @@ _SHARDED_OPTIMIZER = "optimizer_0"
 def _weights_beside(place: Path) -> tuple[dict[str, Stored], bool]:
     """The weights of a folder, and whether they come in the model's order."""
     files = checkpoint_files(place)
-    ordered = all(file.suffix != ".safetensors" for file in files)
+    ordered = not any(file.suffix == ".safetensors" or file.name == METADATA for file in files)
     return list_tensors(files, as_filed=ordered), ordered
 
 
@@ -587,19 +588,19 @@ def _read_shards(file: Path) -> StoredTree:
         wanted = [name for name, way in ways.items() if way[0] in heads or name in weights]
     found = dcp_entries(file, metadata, wanted)
     with refused(file):
-        tree = nested(ways, found)
+        tree, regrouped = nested(ways, found), False
         for key in OPTIMIZER_KEYS:
             if not isinstance(own := tree.get(key), dict):
                 continue
             if is_optimizer(own):
                 own["state"] = {_number_of(name): kept for name, kept in own["state"].items()}
             else:
-                tree[key] = by_parameter(own)
+                tree[key], regrouped = by_parameter(own), True
     if not any(
         _is_model(tree.get(key)) for key in MODEL_KEYS
     ):  # torchtitan saves the weights beside the rest
         tree["model"] = {weights[name]: found[name] for name in found if name in weights}
-    return StoredTree(file, tree)
+    return StoredTree(file, tree, regrouped=regrouped)
 
 
 def _number_of(name: str) -> str | int:
@@ -611,22 +612,38 @@ def _read_dcp(place: Path) -> SavedState:
     """A folder of torch.distributed.checkpoint."""
     saved = _read_shards(place / METADATA)
     state = _of_trainer(saved)
-    step = state.step
+    step, schedule = state.step, state.schedule
     if step is None and isinstance(train := saved.tree.get("train_state"), Mapping):  # torchtitan's
         step = _step(train, saved.plain)
-    return state._replace(place=place, format="dcp", step=step)
+    if schedule is not None and saved.regrouped:
+        schedule = _for_any_group(schedule, len(state.groups))
+    return state._replace(place=place, format="dcp", ordered=False, step=step, schedule=schedule)
+
+
+def _for_any_group(schedule: Any, count: int) -> Any:
+    """A scheduler's state for groups of another number and order, in what is the same for all of them."""
+    if isinstance(schedule, list):
+        return [_for_any_group(each, count) for each in schedule]
+    if not isinstance(schedule, Mapping):
+        return schedule
+    found = {key: _for_any_group(value, count) for key, value in schedule.items()}
+    for key in ("_last_lr", "base_lrs"):
+        if isinstance(own := found.get(key), list) and own:
+            found[key] = [own[0]] * count if own.count(own[0]) == len(own) else None
+    return found
 
 
 def _read_olmo(place: Path) -> SavedState:
     """OLMo's and OLMo-core's, whose trainers set η before an update and leave it until the next."""
     weights, (slots, groups), trainer = _olmo_parts(place)
+    ordered = (place / "model.pt").exists()
     for slot in slots:
         # SkipStepAdamW of OLMo-core takes t + 1 of the t that it keeps, and until June 2025 did not count it up.
         if slot.numbers.get("step") == 0 and slot.tensors:
             slot.numbers["step"] = 1.0
     rates = [group.get("lr") for group in groups]
     step = _step(trainer, lambda value: value)
-    return SavedState(place, "olmo", weights, True, slots, groups, step, _olmo_optimizer(place), rates)
+    return SavedState(place, "olmo", weights, ordered, slots, groups, step, _olmo_optimizer(place), rates)
 
 
 def _olmo_parts(place: Path) -> tuple[dict[str, Stored], tuple[list[Slot], list[dict[str, Any]]], Any]:

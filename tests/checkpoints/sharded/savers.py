@@ -62,7 +62,7 @@ def made(dtype=torch.float32):
 def groups_of(model):
     """Decayed and not, each by name: an order that is neither the model's nor the alphabet's within both."""
     named = dict(model.named_parameters())
-    decayed = sorted(name for name in named if named[name].ndim > 1)
+    decayed = sorted(name for name in named if name.endswith("weight") and "norm" not in name)
     others = sorted(set(named) - set(decayed))
     return [
         {"params": [named[name] for name in decayed], "param_names": decayed},
