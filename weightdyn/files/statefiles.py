@@ -761,7 +761,8 @@ def _olmo_optimizer(place: Path) -> str | None:
     within = content.get("train_module")
     optim = within.get("optim") if isinstance(within, Mapping) else content.get("optim")
     kind = optim.get("_CLASS_") if isinstance(optim, Mapping) else None
-    return kind.rpartition(".")[2].removesuffix("Config") if isinstance(kind, str) else None
+    name = kind.rpartition(".")[2].removesuffix("Config") if isinstance(kind, str) else None
+    return "AdamW" if name == "SkipStepAdamW" else name  # but for updates that it skips
 
 
 def _read_pair(place: Path, saved: SavedFile) -> SavedState:
