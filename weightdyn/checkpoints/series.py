@@ -686,6 +686,20 @@ class Checkpoints:
         asked = json.dumps([views, self.rules, config], sort_keys=True, default=str)
         return folder / hashlib.sha256(asked.encode()).hexdigest()[:12]
 
+    def commit(self, step: int) -> str | None:
+        """The commit of a checkpoint on the hub; None of one on a disk."""
+        return self._store.fingerprint(step) if self._store.remote(step) else None
+
+    def cache_folder(self, cache: str | os.PathLike[str] | bool, what: str) -> Path | None:
+        """Where something else that was measured of the series lies, and its downloads beside; None for nowhere."""
+        if not isinstance(cache, bool | str | os.PathLike) or cache == "":
+            raise TypeError(f"cache must be a folder, True or False, got {cache!r}")
+        folder = self._store.cache if cache is True else None if cache is False else Path(cache)
+        if folder is None:
+            return None
+        self._store.download_to(folder / "download")
+        return folder / what
+
     def _stored(self, folder: Path | None, step: int) -> Measured | None:
         """The measurement of a step that was stored, if it is of the present files."""
         part = None if folder is None else Measured.read(folder, step)
