@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 import weightdyn as wd
+from weightdyn.checkpoints.states import forces_from_states
 from weightdyn.files.statefiles import read_state
 from weightdyn.files.weightfiles import CheckpointError
 
@@ -86,33 +87,33 @@ def alone():
 
 @pytest.mark.parametrize("layout", ["plain", "app", "flat"])
 def test_two_processes_leave_the_forces_of_their_log(two, layout):
-    found = wd.forces_from_states(two / "fsdp2" / layout, progress=False)
+    found = forces_from_states(two / "fsdp2" / layout, progress=False)
     assert set(found["lr_from"]) == {"schedule"}
     agree(found, wd.RunLog(two / "fsdp2" / "log").forces())
 
 
 def test_accelerates_sharded_states_have_them_as_well(two):
     pytest.importorskip("accelerate")
-    found = wd.forces_from_states(two / "fsdp2" / "accelerate", progress=False)
+    found = forces_from_states(two / "fsdp2" / "accelerate", progress=False)
     agree(found, wd.RunLog(two / "fsdp2" / "log").forces())
 
 
 def test_torchtitan_keeps_no_rate_and_takes_one_that_fits_the_next(two):
     place = two / "fsdp2" / "titan" / f"step-{STEPS}"
-    with pytest.warns(UserWarning, match="lr"):
-        unknown = wd.forces_from_states(place, progress=False)
+    with pytest.warns(UserWarning, match="lr= tells the rate"):
+        unknown = forces_from_states(place, progress=False)
     assert unknown["alignment"].isna().all()
 
     def cosine(step):
         return savers.PEAK * (1 + np.cos(np.pi * (np.asarray(step) - 1) / savers.TOTAL)) / 2
 
-    agree(wd.forces_from_states(place, lr=cosine, progress=False), wd.RunLog(two / "fsdp2" / "log").forces())
+    agree(forces_from_states(place, lr=cosine, progress=False), wd.RunLog(two / "fsdp2" / "log").forces())
     with pytest.raises(ValueError, match="neither this update nor the next"):
-        wd.forces_from_states(place, lr=lambda step: cosine(step + 3), progress=False)
+        forces_from_states(place, lr=lambda step: cosine(step + 3), progress=False)
 
 
 def test_olmo_core_leaves_the_rate_of_the_update(two):
-    found = wd.forces_from_states(two / "core" / f"step{STEPS}", progress=False)
+    found = forces_from_states(two / "core" / f"step{STEPS}", progress=False)
     assert set(found["lr_from"]) == {"file"}
     assert found["lr"].unique() == pytest.approx([savers.rate(STEPS)])
     agree(found, wd.RunLog(two / "core" / "log").forces())
@@ -120,14 +121,14 @@ def test_olmo_core_leaves_the_rate_of_the_update(two):
 
 @pytest.mark.parametrize("layout", ["new", "legacy"])
 def test_olmo_s_shards_of_fsdp_join_to_the_training_of_one_process(two, alone, layout):
-    found = wd.forces_from_states(two / "fsdp1" / layout / f"step{STEPS}", progress=False)
+    found = forces_from_states(two / "fsdp1" / layout / f"step{STEPS}", progress=False)
     agree(found, alone, 1e-9)
 
 
 def test_a_series_of_shards_is_one_of_checkpoints(two, tmp_path):
     for step in (STEPS, STEPS + 1):
         (tmp_path / f"step{step}").symlink_to(two / "core" / f"step{STEPS}")
-    table = wd.forces_from_states(wd.Checkpoints(tmp_path), progress=False)
+    table = forces_from_states(wd.Checkpoints(tmp_path), progress=False)
     assert sorted(set(table["step"])) == [STEPS, STEPS + 1]
 
 
@@ -156,7 +157,7 @@ def trained():
 
 
 def by_name(optimizer):
-    """An optimizer's state dict as FSDP.optim_state_dict makes it: by names, with those of wrapped modules beside."""
+    """An optimizer's state dict as FSDP.optim_state_dict makes it: by names, and those of wrapped modules."""
     state = optimizer.state_dict()
     names = {
         i: name
@@ -206,7 +207,7 @@ def test_olmo_s_unsharded_folders_hold_the_forces_of_the_log(trained, tmp_path, 
     model, optimizer, log = trained
     moments = by_name(optimizer) if keyed == "names" else optimizer.state_dict()
     place = save_unsharded(tmp_path / f"step{STEPS}-unsharded", model.state_dict(), moments, kind)
-    found = wd.forces_from_states(place, progress=False)
+    found = forces_from_states(place, progress=False)
     assert set(found["lr_from"]) == {"file"}
     agree(found, log)
 
@@ -233,11 +234,11 @@ def test_an_optimizer_s_numbers_of_one_process_match_where_shapes_tell_and_nowhe
         warnings.simplefilter("ignore")
         torch_dcp.save(content, checkpoint_id=tmp_path / "sure", no_dist=True)
         torch_dcp.save(twice, checkpoint_id=tmp_path / "unsure", no_dist=True)
-    found = wd.forces_from_states(tmp_path / "sure", lr=0.1, progress=False).set_index("tensor")
+    found = forces_from_states(tmp_path / "sure", lr=0.1, progress=False).set_index("tensor")
     truth = log.run.forces().set_index("tensor").loc[found.index]
     assert found["alignment"].to_numpy() == pytest.approx(truth["alignment"].to_numpy(), rel=1e-4)
     with pytest.raises(CheckpointError, match="not certain"):
-        wd.forces_from_states(tmp_path / "unsure", lr=0.1, progress=False)
+        forces_from_states(tmp_path / "unsure", lr=0.1, progress=False)
 
 
 def test_groups_of_different_rates_are_not_taken_for_each_other(tmp_path):
@@ -255,7 +256,7 @@ def test_groups_of_different_rates_are_not_taken_for_each_other(tmp_path):
         warnings.simplefilter("ignore")
         torch_dcp.save(content, checkpoint_id=tmp_path / "x", no_dist=True)
     with pytest.warns(UserWarning, match="scheduler"):
-        found = wd.forces_from_states(tmp_path / "x", progress=False)
+        found = forces_from_states(tmp_path / "x", progress=False)
     assert found["alignment"].isna().all()
 
 
@@ -284,7 +285,7 @@ def test_a_count_that_olmo_core_did_not_advance_makes_corrections_of_the_first_u
     torch.save(savers.progress(steps), place / "train" / "rank0.pt")
     optim = {"_CLASS_": "olmo_core.optim.adamw.SkipStepAdamWConfig"}
     (place / "config.json").write_text(json.dumps({"train_module": {"optim": optim}}))
-    row = wd.forces_from_states(place, progress=False).iloc[0]
+    row = forces_from_states(place, progress=False).iloc[0]
     assert row["step"] == steps
     assert row["norm_sq"] == pytest.approx(float((before**2).sum()), rel=1e-9)
     assert row["injection"] == pytest.approx(lr**2 * float((u**2).sum()), rel=1e-9)
@@ -312,7 +313,7 @@ def test_lion_has_no_forces_of_adam(unsharded):
     config.write_text(config.read_text().replace("adamw", "lionw"))
     assert read_state(unsharded).optimizer == "LionW"
     with pytest.raises(CheckpointError, match="Lion"):
-        wd.forces_from_states(unsharded, progress=False)
+        forces_from_states(unsharded, progress=False)
 
 
 def test_local_shards_are_refused_with_what_makes_them_whole(tmp_path):
@@ -355,7 +356,7 @@ def test_names_and_values_that_are_pickles_are_not_called(unsharded, tmp_path):
             read_state(unsharded)
         assert not owned.exists(), what
     for one, other in ((("a",), ("a", "b")), (("a", "b"), ("a",)), (("a", 1), ["a", 1])):
-        save_file({named((one, False)): w, named((other, False)): w}, unsharded / "model.safetensors")
+        save_file({named((one, False)): w, named((other, False)): 2 * w}, unsharded / "model.safetensors")
         with pytest.raises(CheckpointError, match=r"lies within something else|is there twice"):
             read_state(unsharded)
     evil = torch.frombuffer(bytearray(pickle.dumps([Evil(owned)])), dtype=torch.uint8)

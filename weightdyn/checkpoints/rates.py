@@ -89,7 +89,8 @@ def _told(state: SavedState, made: int) -> list[Rate]:
     last, following = state.schedule.get("last_epoch"), _following(state.schedule)
     if not _is_count(last) or len(following) != len(state.groups):
         return _unknown(
-            state, "its scheduler's state does not say how often it was stepped, or what it has set"
+            state,
+            "its scheduler's state does not say how often it was stepped, or what it has set (lr= tells the rate)",
         )
     last = int(last)
     if any(

@@ -365,7 +365,9 @@ def _update(state: SavedState, step: int | None, asked: _Asked, progress: Progre
     made = max((int(slot.numbers["step"]) for slot in state.slots if slot.tensors), default=0)
     if made == 0:
         return None
-    number = made if step is None else step
+    if step is None:  # OLMo-core's moments did not always count theirs
+        step = state.step if state.format == "olmo" and state.step else made
+    number = step
     config = asked.config if asked.config is not None else config_beside(state.place)
     matched = match_slots(state, asked.names, asked.model, config)
     rates = find_rates(state, made, number, asked.lr)

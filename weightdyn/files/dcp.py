@@ -238,8 +238,15 @@ def _typed(kind: type, value: Any) -> Any:
 # --- trees ------------------------------------------------------------------------------------------------
 
 
-def nested(ways: Mapping[str, tuple[str | int, ...]], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What was saved, of its values by name and the keys that lead to them; a number counts in a list.
+def nested(
+    ways: Mapping[str, tuple[str | int, ...]], values: Mapping[str, Any], lists: bool = True
+) -> dict[Any, Any]:
+    """What was saved, of its values by name and the keys that lead to them.
+
+    Args:
+        ways: of each name the keys.
+        values: of each name its value.
+        lists: whether a number among the keys is of a list, and not of a dict.
 
     Raises:
         ValueError: one value lies within another.
@@ -260,7 +267,7 @@ def nested(ways: Mapping[str, tuple[str | int, ...]], values: Mapping[str, Any])
         if last in inner:
             raise ValueError(f"{name} is there twice")
         inner[last] = value
-    return _with_lists(top, made)
+    return _with_lists(top, made) if lists else top
 
 
 def _with_lists(value: Any, made: set[int]) -> Any:

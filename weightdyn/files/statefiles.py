@@ -665,7 +665,7 @@ def _olmo_parts(place: Path) -> tuple[dict[str, Stored], tuple[list[Slot], list[
     weights, state = model.tree, optim.tree
     if model is optim and isinstance(weights, Mapping):
         weights, state = weights.get("model"), weights.get("optim")
-    if not isinstance(weights, Mapping) or not is_optimizer(state):
+    if not isinstance(weights, Mapping) or not _is_model(weights) or not is_optimizer(state):
         raise CheckpointError(f"{place} holds no weights and no optimizer's state as OLMo saves them")
     return model.weights(weights), optim.optimizer(state), trainer
 
@@ -693,7 +693,7 @@ def _olmo_part(place: Path, name: str) -> SavedFile:
                 raise ValueError(f"{stored.name[:80]} is no name as OLMo writes them")
             ways[stored.name] = key.way
             values[stored.name] = unpickled(stored.read().numpy().tobytes()) if key.pickled else stored
-        return StoredTree(file, nested(ways, values))
+        return StoredTree(file, nested(ways, values, lists=False))
 
 
 def _joined_ranks(place: Path) -> StoredTree:
