@@ -709,12 +709,41 @@ def test_a_gated_query_projection_is_not_cut_into_heads():
         ("norm", 2, "model.layers.2.self_attn.kv_a_layernorm.weight"),
         ("bias", 2, "encoder.layers.2.self_attn.in_proj_bias"),
         ("bias", 2, "layers.2.mlp.experts.gate_up_proj_bias"),
+        ("embed", None, "transformer.wte.weight"),  # OLMo's own names
+        ("qkv", 2, "transformer.blocks.2.att_proj.weight"),
+        ("o", 2, "transformer.blocks.2.attn_out.weight"),
+        ("up", 2, "transformer.blocks.2.ff_proj.weight"),
+        ("down", 2, "transformer.blocks.2.ff_out.weight"),
+        ("norm", 2, "transformer.blocks.2.q_norm.weight"),
+        ("norm", None, "transformer.ln_f.weight"),
+        ("unembed", None, "transformer.ff_out.weight"),
+        ("embed", None, "embeddings.weight"),  # OLMo-core's
+        ("q", 2, "blocks.2.attention.w_q.weight"),
+        ("k", 2, "blocks.2.attention.w_k.weight"),
+        ("v", 2, "blocks.2.attention.w_v.weight"),
+        ("o", 2, "blocks.2.attention.w_out.weight"),
+        ("gate", 2, "blocks.2.feed_forward.w1.weight"),
+        ("down", 2, "blocks.2.feed_forward.w2.weight"),
+        ("up", 2, "blocks.2.feed_forward.w3.weight"),
+        ("unembed", None, "lm_head.w_out.weight"),
+        ("norm", None, "lm_head.norm.weight"),
+        ("unembed", None, "output.weight"),  # torchtitan's
         ("other", None, ""),
     ],
 )
 def test_names_of_other_checkpoints_and_heads(component, layer, name):
     tensor = describe(name, (4, 4))
     assert (tensor.component, tensor.layer, tensor.views) == (component, layer, ())
+
+
+def test_olmo_s_fused_attention_is_q_then_k_then_v_with_heads_of_its_own_number():
+    config = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2}
+    tensor = describe("transformer.blocks.2.att_proj.weight", (64, 32), config)
+    assert [(view.name, view.ranges) for view in tensor.views] == [
+        ("q", ((0, 32),)),
+        ("k", ((32, 48),)),
+        ("v", ((48, 64),)),
+    ]
 
 
 def test_a_vector_named_weight_is_a_norm_and_a_matrix_is_not():

@@ -51,7 +51,7 @@ _ATTENTION = rf"{_ATTENDING}\.(?:\w+\.){{0,2}}"
 # Endings of a name, `.weight` left out. At one place in the name an earlier row wins over a later one.
 # The layout says where the parts of a fused matrix lie, as the code of transformers and torch has it:
 #   "interleaved"  rows are (kv heads, q heads of the group + k + v, head_dim)   GPT-NeoX, Falcon, GPT-BigCode
-#   "blocks"       all of q, then all of k, then all of v                        Phi-3, MPT, DBRX, ModernBERT
+#   "blocks"       all of q, then all of k, then all of v                        Phi-3, MPT, DBRX, ModernBERT, OLMo
 #   "conv1d"       blocks, on the columns of a Conv1D or the rows of a Linear    GPT-2, nanoGPT
 #   "thirds"       blocks of as many rows as there are columns, heads or not     nn.MultiheadAttention, ViT
 #   "quarters"     four times the q, then the v, then the k of a quarter's heads CodeGen
@@ -60,25 +60,26 @@ _ATTENTION = rf"{_ATTENDING}\.(?:\w+\.){{0,2}}"
 # A qkv further below its block than the attention itself is left whole: some of timm's have the heads outermost.
 _TABLE: tuple[tuple[str, str | None, str], ...] = (
     ("qkv", "interleaved", r"query_key_value"),
-    ("qkv", "blocks", r"qkv_proj|Wqkv"),
+    ("qkv", "blocks", r"qkv_proj|Wqkv|att_proj"),
     ("qkv", "conv1d", r"c_attn"),
     ("qkv", "thirds", rf"in_proj_weight|(?:^|[0-9]+\.){_ATTENDING}\.qkv"),
     ("qkv", "latent", r"kv_b_proj"),
-    ("qkv", None, r"w?qkv|att_proj"),
+    ("qkv", None, r"w?qkv"),
     # RWKV mixes over time by decay: its key and value meet no query and no softmax. What follows is an MLP.
     ("other", None, rf"{_TIME_MIX}\.(?:receptance|key|value|gate)"),
     ("o", None, rf"{_TIME_MIX}\.output|(?:mixer|mamba)\.out_proj"),
     ("up", None, r"(?:feed_forward|ffn)\.key"),
     ("down", None, r"(?:feed_forward|ffn)\.value"),
-    ("q", None, rf"q_(?:b_)?proj(?:_weight)?|wq|{_ATTENTION}(?:q|query)"),
-    ("k", None, rf"k_proj(?:_weight)?|wk|{_ATTENTION}(?:k|key)"),
-    ("v", None, rf"v_proj(?:_weight)?|wv|{_ATTENTION}(?:v|value)"),
-    ("o", None, rf"o_proj|{_ATTENTION}(?:out_proj|c_proj|dense|proj|wo|o)"),
+    ("q", None, rf"q_(?:b_)?proj(?:_weight)?|w_?q|{_ATTENTION}(?:q|query)"),
+    ("k", None, rf"k_proj(?:_weight)?|w_?k|{_ATTENTION}(?:k|key)"),
+    ("v", None, rf"v_proj(?:_weight)?|w_?v|{_ATTENTION}(?:v|value)"),
+    ("o", None, rf"o_proj|attn_out|{_ATTENTION}(?:out_proj|c_proj|dense|proj|wo|w_out|o)"),
     ("up", "halves", r"gate_up_proj"),
     ("gate", None, r"gate_proj|w1|wi_0"),
     ("up", None, r"up_proj|w3|wi_1|wi|fc1|fc_in|c_fc|dense_h_to_4h|linear1|intermediate\.dense"),
-    ("down", None, r"down_proj|w2|wo|fc2|fc_out|c_proj|dense_4h_to_h|linear2|output\.dense"),
-    ("unembed", None, r"lm_head|embed_out|unembed\w*"),
+    ("up", None, r"ff_proj"),  # of OLMo, with the gate behind it where the activation is one
+    ("down", None, r"[0-9]+\.ff_out|down_proj|w2|wo|fc2|fc_out|c_proj|dense_4h_to_h|linear2|output\.dense"),
+    ("unembed", None, r"lm_head(?:\.w_out)?|embed_out|unembed\w*|transformer\.ff_out|(?<!\.)output"),
     ("norm", None, r"(?:\w*[Nn]orm(?:_?\w)?|ln(?:\d+|_\w+)?)(?:\.scale|\.gamma)?"),
     ("embed", None, r"\w*embed\w*|wte|wpe|shared"),
 )
@@ -480,7 +481,7 @@ def _runs(component: str, layout: str | None, heads: int, dim: int, own: Any) ->
     """What the rows of a matrix make, in their order, and how many times over."""
     kv_heads = heads
     if layout != "thirds":
-        kv_heads = _count(own, "num_key_value_heads", "num_kv_heads") or heads
+        kv_heads = _count(own, "num_key_value_heads", "num_kv_heads", "n_kv_heads") or heads
         if _read(own, "multi_query") is True and not _read(own, "new_decoder_architecture"):
             kv_heads = 1
     nope, rope, value = (_count(own, key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
