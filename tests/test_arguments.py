@@ -259,6 +259,21 @@ def calls(g):
                 "progress": False,
             },
         ),
+        "forces_from_states": (
+            wd.forces_from_states,
+            {
+                "source": _state(g),
+                "names": [name for name, _ in g["net"].named_parameters()],
+                "model": None,
+                "config": None,
+                "rules": None,
+                "lr": 0.01,
+                "optimizer": "AdamW",
+                "views": True,
+                "cache": False,
+                "progress": False,
+            },
+        ),
         "compare_recovery": (wd.compare_recovery, {"truth": _logged(M), "recovered": recovered}),
         "Checkpoints": (
             wd.Checkpoints,

@@ -17,6 +17,7 @@ from weightdyn.checkpoints.recovery import compare_recovery as compare_recovery
 from weightdyn.checkpoints.recovery import interval_means as interval_means
 from weightdyn.checkpoints.recovery import recover_forces as recover_forces
 from weightdyn.checkpoints.series import Checkpoints as Checkpoints
+from weightdyn.checkpoints.states import forces_from_states as forces_from_states
 from weightdyn.core.forces import angle as angle
 from weightdyn.core.forces import before_step as before_step
 from weightdyn.core.forces import drift_from_products as drift_from_products
@@ -44,6 +45,7 @@ from weightdyn.core.tables import RESCALE_TABLE as RESCALE_TABLE
 from weightdyn.core.tables import SHAPE_TABLE as SHAPE_TABLE
 from weightdyn.core.tables import SHIFT_TABLE as SHIFT_TABLE
 from weightdyn.core.tables import SMOOTH_TABLE as SMOOTH_TABLE
+from weightdyn.core.tables import STATE_TABLE as STATE_TABLE
 from weightdyn.core.tables import SUMMARY_TABLE as SUMMARY_TABLE
 from weightdyn.core.tables import WEIBULL_TABLE as WEIBULL_TABLE
 from weightdyn.core.tables import aggregate as aggregate

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -432,6 +433,60 @@ def wisca_rescale(
             typer.echo(f"skipped: {reason}")
         typer.echo(f"max |Δlogit| {difference:.1e}, of max |logit| {magnitude:.1f}, on random tokens")
         typer.echo(out)
+
+
+@app.command(name="forces")
+def forces_command(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints with their optimizer's state: files, folders, folders of them, run directories, or "
+            "hf://owner/name."
+        ),
+    ],
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the update, where a checkpoint does not tell it.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The same by a published recipe, such as pythia-70m.")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="AdamW or Adam, where a checkpoint does not say which.")
+    ] = None,
+    by: Annotated[str, typer.Option(help=_BY.format(what="A row"))] = "role",
+    views: Annotated[str, typer.Option(help=_VIEWS)] = "true",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for what is fetched and computed. [default: the user's cache]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the force table there: .parquet or .csv.")
+    ] = None,
+) -> None:
+    """The exact forces of the updates that made checkpoints, from the optimizer's state in them."""
+    from weightdyn.checkpoints.recipe import Recipe
+    from weightdyn.checkpoints.states import forces_from_states
+    from weightdyn.core.tables import budget
+
+    with _told(), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: typer.echo(f"Warning: {message}", err=True)
+        _check_file("--out", out, ".parquet", ".csv")
+        if lr is not None and recipe is not None:
+            raise ValueError("--lr and --recipe both name the learning rate: give one")
+        rates = lr if recipe is None else Recipe.preset(recipe)
+        table = forces_from_states(
+            paths[0] if len(paths) == 1 else paths,
+            lr=rates,
+            optimizer=cast(Any, optimizer),  # checked there
+            views=_views(views),
+            cache=cache or True,
+        )
+        shares = budget(table, _by(by))
+        keys = [name for name in IDENTITY if name in shares] if by != "tensor" else ["tensor"]
+        columns = ["step", *keys, "norm_sq", *FORCES, *(f"{force}_share" for force in FORCES)]
+        typer.echo(shares[columns].to_string(index=False, na_rep="", float_format="{:.4g}".format))
+        if out is not None:
+            table.to_csv(out, index=False) if out.suffix == ".csv" else table.to_parquet(out)
+            typer.echo(f"{out}: {len(table)} rows")
 
 
 @app.command()

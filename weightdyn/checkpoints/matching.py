@@ -217,24 +217,40 @@ def _order_of(state: SavedState, model: Any) -> list[str]:
         parameters = trained
     known = _known_as(state.weights)
     names = bare_names([name for name, _ in parameters])
-    for prefix in _prefixes(names, known):
-        if all(prefix + name in known for name in names):
-            order = [known[prefix + name] for name in names]
-            for own, (name, parameter) in zip(order, parameters, strict=True):
-                if state.weights[own].shape != tuple(parameter.shape):
-                    raise ValueError(
-                        f"model: {name} has the shape {tuple(parameter.shape)}, and {own} in {state.place} "
-                        f"{state.weights[own].shape}"
-                    )
-            return order
-    missing = [name for name in names if name not in known]
-    raise ValueError(f"model has parameters that {state.place} lacks: {missing[:5]} ({len(missing)})")
+    shapes = [tuple(parameter.shape) for _, parameter in parameters]
+    fitting = [
+        order
+        for prefix in _prefixes(names, known)
+        if all(prefix + name in known for name in names)
+        and [state.weights[own].shape for own in (order := [known[prefix + name] for name in names])]
+        == shapes
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(
+            f"model fits several parts of {state.place}, as to {fitting[0][:1]} and {fitting[1][:1]}"
+        )
+    odd = [
+        f"{name} {shape}"
+        for name, shape in zip(names, shapes, strict=True)
+        if not _is_there(state, known, name, shape)
+    ]
+    raise ValueError(
+        f"model: {state.place} lacks its parameters {odd[:5]} ({len(odd)}), or has them in other shapes; is it "
+        "another model?"
+    )
 
 
-def _prefixes(names: Sequence[str], known: Mapping[str, str]) -> Iterator[str]:
+def _is_there(state: SavedState, known: Mapping[str, str], name: str, shape: tuple[int, ...]) -> bool:
+    return name in known and state.weights[known[name]].shape == shape
+
+
+def _prefixes(names: Sequence[str], known: Mapping[str, str]) -> list[str]:
     """What may stand before a model's names in the file: nothing, or what a module around it put there."""
-    yield ""
-    yield from (each.removesuffix(names[0]) for each in known if names and each.endswith(f".{names[0]}"))
+    if not names or all(name in known for name in names):
+        return [""]
+    return [each.removesuffix(names[0]) for each in known if each.endswith(f".{names[0]}")]
 
 
 def _order_of_config(state: SavedState, config: Any) -> list[str] | None:

@@ -41,7 +41,8 @@ from weightdyn.record.shards import Box
 
 Optimizer = Literal["AdamW", "Adam"]
 
-Source = RunLog | Checkpoints | str | os.PathLike[str] | Mapping[int, str | os.PathLike[str]]
+Place = str | os.PathLike[str]
+Source = RunLog | Checkpoints | Place | Sequence[Place] | Mapping[int, Place]
 
 _BATCH = 1 << 22  # weights of small tensors that are read together
 
@@ -69,8 +70,8 @@ def forces_from_states(
         source: a checkpoint: a folder of transformers' Trainer (`checkpoint-500`) or of Accelerate's `save_state`,
             Lightning's `.ckpt`, a file of `torch.save` with model and optimizer under usual keys (or two files in
             a folder), a snapshot of `ForceLogger`; or several: a run directory or `RunLog` (its `resume.pt` and
-            snapshots), a folder of checkpoints, {step: path or hf://owner/name@revision}, hf://owner/name, or a
-            series, `Checkpoints`. No code of a file runs.
+            snapshots), a folder of checkpoints, a list of any of these, {step: path or
+            hf://owner/name@revision}, hf://owner/name, or a series, `Checkpoints`. No code of a file runs.
         names: the names of the parameters in the order of the optimizer's groups, where the match of weights and
             states is not certain otherwise.
         model: the model, for the same: its order of parameters tells. Without either, names in the file count, or
@@ -200,6 +201,8 @@ def _warn(table: pd.DataFrame) -> None:
 
 def _places(source: Any) -> list[Path]:
     """The checkpoints on a disk that a source is."""
+    if isinstance(source, list | tuple) and source:
+        return [place for each in source for place in _places(each)]
     if isinstance(source, RunLog):
         if source.path is None:
             raise ValueError("source: a run in memory has no checkpoints; give a run directory")
@@ -207,8 +210,8 @@ def _places(source: Any) -> list[Path]:
     if not isinstance(source, str | os.PathLike):
         raise refuse(
             "source",
-            "a checkpoint's file or folder, a run directory or RunLog, a folder of checkpoints, {step: path}, "
-            "hf://owner/name, or Checkpoints",
+            "a checkpoint's file or folder, a run directory or RunLog, a folder of checkpoints, a list of these, "
+            "{step: path}, hf://owner/name, or Checkpoints",
             source,
         )
     place = check_path("source", source)

@@ -255,6 +255,8 @@ class SavedFile:
             return [self._plain(opened, each, depth + 1) for each in value]
         if isinstance(value, Object):
             return _of_object(value, lambda each: self._plain(opened, each, depth + 1))
+        if isinstance(value, int) and abs(value) >= 1 << 63:  # whose powers would take for ever
+            return None
         return value if isinstance(value, str | int | float | bool) else None
 
     def _number(self, opened: BinaryIO, saved: Saved) -> float | None:
