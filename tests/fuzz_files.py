@@ -82,6 +82,36 @@ def make_safetensors(folder: Path) -> None:
     config(folder)
 
 
+def make_olmo(folder: Path) -> None:
+    """Unsharded, as safetensors whose names are pickles."""
+    import base64
+
+    import torch
+    from safetensors.torch import save_file
+
+    def named(way: tuple[str, ...], value: Any) -> tuple[str, Any]:
+        pickled = not isinstance(value, torch.Tensor)
+        name = base64.urlsafe_b64encode(pickle.dumps((way, pickled))).decode()
+        return name, torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8) if pickled else value
+
+    weights = tensors()
+    options = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "params": [*weights]}
+    state = [named(("param_groups",), [options])]
+    for name, tensor in weights.items():
+        state += [named(("state", name, key), (tensor * 0.1) ** 2) for key in ("exp_avg", "exp_avg_sq")]
+        state.append(named(("state", name, "step"), torch.tensor(7.0)))
+    save_file(dict(named((name,), tensor) for name, tensor in weights.items()), folder / "model.safetensors")
+    save_file(dict(state), folder / "optim.safetensors")
+    torch.save({"global_step": 7}, folder / "train.pt")
+    (folder / "config.yaml").write_text("optimizer:\n  name: adamw\n")
+
+
+def read_forces(folder: Path) -> Any:
+    from weightdyn import forces_from_states
+
+    return forces_from_states(folder, progress=False).to_csv()
+
+
 def make_zip(folder: Path) -> None:
     import torch
 
@@ -203,6 +233,7 @@ KINDS = {
     "legacy": Kind(make_legacy, read_weights, ("pytorch_model.bin",)),
     "sharded": Kind(make_sharded, read_weights, ("*.index.json", "*.safetensors")),
     "dcp": Kind(make_dcp, read_dcp_folder, (".metadata", "*.distcp"), ("*.distcp",)),
+    "olmo": Kind(make_olmo, read_forces, ("*.safetensors", "train.pt"), ("train.pt",)),
     "config": Kind(make_safetensors, read_weights, JSON),
     "trainer_state": Kind(make_trainer_state, read_trainer_state, ("trainer_state.json",)),
     "histogram": Kind(make_histogram, read_histogram, ("histogram.npz",), ("histogram.npz",)),

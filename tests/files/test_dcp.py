@@ -185,6 +185,17 @@ def test_a_slice_of_a_file_reads_as_a_file_of_its_bytes():
         part.seek(-1)
 
 
+def test_torch_s_safetensors_are_read_where_they_are_whole(tmp_path):
+    for name, options in (("whole", {}), ("both", {"save_distributed": True, "enable_consolidation": True})):
+        writer = torch_dcp.HuggingFaceStorageWriter(str(tmp_path / name), **options)
+        torch_dcp.save({"layers.0.w": W}, storage_writer=writer, no_dist=True)
+        assert torch.equal(list_tensors(checkpoint_files(tmp_path / name))["layers.0.w"].read(), W)
+    writer = torch_dcp.HuggingFaceStorageWriter(str(tmp_path / "parts"), save_distributed=True)
+    torch_dcp.save({"layers.0.w": W}, storage_writer=writer, no_dist=True)
+    with pytest.raises(CheckpointError, match="enable_consolidation"):
+        list_tensors(checkpoint_files(tmp_path / "parts"))
+
+
 # --- strangers --------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 from weightdyn.core.checks import check_path
 from weightdyn.files.dcp import METADATA, by_parameter, nested
 from weightdyn.files.olmo import decoded, sharded
-from weightdyn.files.pickles import Global, Object, Saved, read_saved, unpickled
+from weightdyn.files.pickles import LONGEST, Global, Object, Saved, read_saved, unpickled
 from weightdyn.files.weightfiles import (
     CheckpointError,
     Part,
@@ -693,9 +693,18 @@ def _olmo_part(place: Path, name: str) -> SavedFile:
         for stored in tensors:
             if (key := decoded(stored.name)) is None:
                 raise ValueError(f"{stored.name[:80]} is no name as OLMo writes them")
+            if stored.dtype == "other" or (key.pickled and stored.dtype != "uint8"):
+                raise ValueError(f"{key.way} is of a type that torch does not have, or no bytes of a pickle")
             ways[stored.name] = key.way
-            values[stored.name] = unpickled(stored.read().numpy().tobytes()) if key.pickled else stored
+            values[stored.name] = _pickled(stored) if key.pickled else stored
         return StoredTree(file, nested(ways, values, lists=False))
+
+
+def _pickled(stored: Stored) -> Any:
+    """What a tensor of the bytes of a pickle holds."""
+    if (size := math.prod(stored.shape)) > LONGEST:
+        raise ValueError(f"it has a pickle of {size:,} bytes")
+    return unpickled(stored.read().numpy().tobytes())
 
 
 def _joined_ranks(place: Path) -> StoredTree:

@@ -504,7 +504,15 @@ def _contents(file: Path, changed: int, size: int, inode: int) -> _Contents:
             listed = map(_renamed, _of_safetensors(file, opened, size, metadata))
         else:
             listed = _of_saved(file, opened, size)
-        found = {stored.name: stored for stored in listed if is_weight(stored)}
+        weights = list(filter(is_weight, listed))
+        found = {stored.name: stored for stored in weights}
+        if len(found) < len(weights):
+            raise ValueError("two of its names say the same")
+        if "DCP_SHARDING_INFO" in metadata and not file.name.startswith("model-"):
+            raise CheckpointError(
+                f"{file} has one process's parts of tensors, and nothing in it says how many there are: save with "
+                "enable_consolidation=True, or as .distcp"
+            )
         if "boxes" not in metadata:
             return _Contents(tuple(found.values()))
         parts = tuple(_parts(found, _loaded(metadata["boxes"])))
