@@ -23,7 +23,7 @@ from weightdyn.files.statefiles import SavedState, Slot
 from weightdyn.files.weightfiles import CheckpointError, Stored
 
 _WAYS = 2000  # partial matches that are followed at a time; a model with that many has no certain one
-_SIZE = 1 << 16  # parameters or modules that a config may make beyond those of the file
+_SIZE = 1 << 12  # parameters or modules that a config may make beyond those of the file
 
 
 def match_slots(
@@ -218,12 +218,9 @@ def _order_of(state: SavedState, model: Any) -> list[str]:
     known = _known_as(state.weights)
     names = bare_names([name for name, _ in parameters])
     shapes = [tuple(parameter.shape) for _, parameter in parameters]
+    found = [[known.get(prefix + name, "") for name in names] for prefix in _prefixes(names, known)]
     fitting = [
-        order
-        for prefix in _prefixes(names, known)
-        if all(prefix + name in known for name in names)
-        and [state.weights[own].shape for own in (order := [known[prefix + name] for name in names])]
-        == shapes
+        order for order in found if all(order) and [state.weights[own].shape for own in order] == shapes
     ]
     if len(fitting) == 1:
         return fitting[0]
