@@ -221,24 +221,29 @@ def test_the_weights_of_olmo_s_safetensors_have_the_model_s_names(trained, tmp_p
     assert dict(zip(table["tensor"].astype(str), table["norm_sq"], strict=True)) == pytest.approx(truth)
 
 
-def test_an_optimizer_s_numbers_of_one_process_match_where_shapes_tell_and_nowhere_else(tmp_path):
+def test_an_optimizer_s_numbers_match_where_shapes_tell_and_nowhere_else(tmp_path):
     """torch.distributed.checkpoint keeps no order of a model, and plain state dicts have no names."""
-    layer = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
-    with wd.ForceLogger(optimizer, layer) as log:
-        layer(torch.ones(1, 3)).sum().backward()
-        optimizer.step()
-    content = {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}
-    twice = {"model": {**layer.state_dict(), "other": torch.ones(2, 3)}, "optimizer": optimizer.state_dict()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch_dcp.save(content, checkpoint_id=tmp_path / "sure", no_dist=True)
-        torch_dcp.save(twice, checkpoint_id=tmp_path / "unsure", no_dist=True)
+    sure = torch.nn.Linear(3, 2)
+    unsure = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    logs = {}
+    for name, model in (("sure", sure), ("unsure", unsure)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        with wd.ForceLogger(optimizer, model) as log:
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        logs[name] = log.run.forces().set_index("tensor")
+        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch_dcp.save(content, checkpoint_id=tmp_path / name, no_dist=True)
     found = forces_from_states(tmp_path / "sure", lr=0.1, progress=False).set_index("tensor")
-    truth = log.run.forces().set_index("tensor").loc[found.index]
+    truth = logs["sure"].loc[found.index]
     assert found["alignment"].to_numpy() == pytest.approx(truth["alignment"].to_numpy(), rel=1e-4)
     with pytest.raises(CheckpointError, match="not certain"):
         forces_from_states(tmp_path / "unsure", lr=0.1, progress=False)
+    found = forces_from_states(tmp_path / "unsure", lr=0.1, model=unsure, progress=False).set_index("tensor")
+    truth = logs["unsure"].loc[found.index]
+    assert found["alignment"].to_numpy() == pytest.approx(truth["alignment"].to_numpy(), rel=1e-4)
 
 
 def test_groups_of_different_rates_are_not_taken_for_each_other(tmp_path):
