@@ -451,6 +451,18 @@ def _histogram(g, x):
     return path
 
 
+def _state(g):
+    """A model and its optimizer behind an update."""
+    path = g["tmp"] / "ckpt.pt"
+    if not path.exists():
+        net = copy.deepcopy(g["net"])
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        net(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    return path
+
+
 def _run(g):
     path = g["tmp"] / "run"
     if not path.exists():
@@ -541,6 +553,7 @@ OTHERS_WORD = {
     ("ForceLogger", "params", "None"): "then the names are made up, of which `tensors` selects none",
     ("ForceLogger", "tensors", "class"): "a function of the user's, which fails in its own way",
     ("ShardLogger", "tensors", "class"): "a function of the user's, which fails in its own way",
+    ("forces_from_states", "lr", "class"): "a function of the user's, which fails in its own way",
     ("compare", "make_model", "class"): "a function of the user's",
     ("compare", "make_optimizer", "class"): "a function of the user's",
     ("compare", "batches", "class"): "a function of the user's",

@@ -128,10 +128,7 @@ def forces_from_states(
         )
         one = progress if len(places) == 1 else False
         found = [update for place in bar if (update := _update(read_state(place), None, asked, one))]
-        steps = pd.Series([update.step for update in found])
-        if len(same := steps[steps.duplicated(keep=False)]):
-            both = " and ".join(str(found[i].place) for i in same.index[:2])
-            raise CheckpointError(f"update {same.iloc[0]} is there twice, in {both}: give {{step: path}}")
+        found = _once(found)
     if not found:
         raise CheckpointError(f"source: {_shown(source)} has made no update yet, and so has no forces")
     table = _table(sorted(found, key=lambda update: update.step))
@@ -165,6 +162,18 @@ class _Update(NamedTuple):
     place: Path
     rows: pd.DataFrame
     labels: dict[str, dict[str, Any]]
+
+
+def _once(found: Sequence[_Update]) -> list[_Update]:
+    """The updates, each once: of what a trainer copies as its last, the one with the number is taken."""
+    known: dict[int, _Update] = {}
+    for update in sorted(found, key=lambda update: update.place.name.startswith("last")):
+        other = known.setdefault(update.step, update)
+        if other is not update and not update.place.name.startswith("last"):
+            raise CheckpointError(
+                f"update {update.step} is there twice, in {other.place} and {update.place}: give {{step: path}}"
+            )
+    return list(known.values())
 
 
 def _shown(source: Any) -> str:
@@ -226,14 +235,12 @@ def _places(source: Any) -> list[Path]:
     with refused(place):
         inside = sorted(path for path in place.iterdir() if not path.name.startswith("."))
         found = [path for path in inside if find_format(path) is not None]
-    # Of what a trainer links or copies as its last, the one with the number is taken.
-    numbered = [path for path in found if path.stem != "last"]
     if not found:
         raise FileNotFoundError(
             f"source: {place} is no checkpoint with an optimizer's state, and holds none; it has "
             f"{[path.name for path in inside][:8]}"
         )
-    return numbered or found
+    return found
 
 
 def _places_of_run(folder: Path) -> list[Path]:
