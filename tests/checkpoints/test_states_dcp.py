@@ -246,6 +246,17 @@ def test_an_optimizer_s_numbers_match_where_shapes_tell_and_nowhere_else(tmp_pat
     assert found["alignment"].to_numpy() == pytest.approx(truth["alignment"].to_numpy(), rel=1e-4)
 
 
+def test_a_training_without_an_update_has_no_forces(tmp_path):
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    content = {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch_dcp.save(content, checkpoint_id=tmp_path / "x", no_dist=True)
+    with pytest.raises(CheckpointError, match="no update yet"):
+        forces_from_states(tmp_path / "x", progress=False)
+
+
 def test_groups_of_different_rates_are_not_taken_for_each_other(tmp_path):
     """The flat form of an optimizer's state has no order of groups, and the scheduler's rates have no names."""
     model = savers.made()

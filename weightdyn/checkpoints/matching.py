@@ -193,7 +193,8 @@ def _by_shape(state: SavedState, slots: Sequence[Slot]) -> list[str]:
         shapes
     ):
         raise _uncertain(
-            state, "its weights are sorted by name (safetensors), and several tensors have one shape"
+            state,
+            "its weights are in no order of the model (safetensors sort them), and several tensors have one shape",
         )
     return [named[shape][0] for shape in shapes if shape is not None]
 

@@ -69,9 +69,11 @@ def forces_from_states(
     Args:
         source: a checkpoint: a folder of transformers' Trainer (`checkpoint-500`) or of Accelerate's `save_state`,
             Lightning's `.ckpt`, a file of `torch.save` with model and optimizer under usual keys (or two files in
-            a folder), a snapshot of `ForceLogger`; or several: a run directory or `RunLog` (its `resume.pt` and
-            snapshots), a folder of checkpoints, a list of any of these, {step: path or
-            hf://owner/name@revision}, hf://owner/name, or a series, `Checkpoints`. No code of a file runs.
+            a folder), a folder of torch.distributed.checkpoint (torchtitan's; Accelerate's and Trainer's sharded
+            states), OLMo's (unsharded, or sharded by torch) or OLMo-core's, a snapshot of `ForceLogger`; or
+            several: a run directory or `RunLog` (its `resume.pt` and snapshots), a folder of checkpoints, a list of
+            any of these, {step: path or hf://owner/name@revision}, hf://owner/name, or a series, `Checkpoints`. No
+            code of a file runs.
         names: the names of the parameters in the order of the optimizer's groups, where the match of weights and
             states is not certain otherwise.
         model: the model, for the same: its order of parameters tells. Without either, names in the file count, or

@@ -594,6 +594,8 @@ def _read_shards(file: Path) -> StoredTree:
         for key in OPTIMIZER_KEYS:
             if not isinstance(own := tree.get(key), dict):
                 continue
+            if isinstance(own.get("param_groups"), list):
+                own.setdefault("state", {})  # of no update yet
             if is_optimizer(own):
                 own["state"] = {_number_of(name): kept for name, kept in own["state"].items()}
             else:

@@ -309,6 +309,8 @@ def _shards(text: str, index: str, where: str, names: set[str]) -> list[str]:
 def checkpoint_files(place: Path) -> list[Path]:
     """The weight files of the one checkpoint at a path: the file itself, or those that its folder holds.
 
+    The `.metadata` of torch.distributed.checkpoint stands for all that it names.
+
     Raises:
         FileNotFoundError: there is nothing.
         CheckpointError: it is neither file nor folder, or a folder that is no checkpoint.
