@@ -20,12 +20,14 @@ from types import SimpleNamespace
 
 import filelock
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
 from weightdyn.checkpoints.series import Checkpoints
+from weightdyn.checkpoints.states import forces_from_states
 from weightdyn.cli import app
 from weightdyn.files import hub as hub_module
 from weightdyn.files.weightfiles import CheckpointError
@@ -885,3 +887,46 @@ def test_one_revision_is_no_series_but_a_place(hub):
         Checkpoints(f"hf://{REPO}@step0", endpoint=hub.url)
     with pytest.raises(ValueError, match="stage: a mapping says itself"):
         Checkpoints({0: f"hf://{REPO}@step0"}, endpoint=hub.url, stage="a")
+
+
+def trained_states(hub, steps):
+    """A training whose checkpoints with their states are branches, and the injection of each update."""
+    from weightdyn.record.logger import ForceLogger
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 3))
+    adamw = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 10)
+    with ForceLogger(adamw, net) as logger:
+        for step in range(1, max(steps) + 1):
+            adamw.zero_grad()
+            net(torch.randn(4, 6)).square().sum().backward()
+            adamw.step()
+            schedule.step()
+            if step in steps:
+                files = {"pytorch_model.bin": net, "optimizer.bin": adamw, "scheduler.bin": schedule}
+                data = {name: saved(each.state_dict()) for name, each in files.items()}
+                hub.add(f"step{step}", {**data, "random_states_0.pkl": b"x" * 100})
+    return logger.run.forces()
+
+
+def test_forces_from_states_on_the_hub_fetch_each_checkpoint_once_and_go_on_where_they_stopped(hub, tmp_path):
+    log, cache, seen = trained_states(hub, [2, 4, 6]), tmp_path / "cache", []
+    hub.watch = lambda: seen.append(len([*(cache / "download").glob("step-*")]))
+    hub.faults["step6", "optimizer.bin"] = ["404"] * 50
+    with pytest.raises((CheckpointError, FileNotFoundError)):
+        forces_from_states(series(hub), cache=cache, progress=False)
+    assert max(seen) == 1
+    first, hub.faults = len(hub.served), {}
+    table = forces_from_states(series(hub), cache=cache, progress=False)
+    assert {revision for revision, name, _ in hub.served[first:] if name != "config.json"} == {"step6"}
+    assert not any(name.endswith(".pkl") for _, name, _ in hub.served)
+    rows = log[log["step"].isin([2, 4, 6])].reset_index(drop=True)
+    for force in ("alignment", "injection", "decay"):
+        np.testing.assert_allclose(table[force], rows[force], rtol=1e-6)
+    assert not weight_files(cache)
+    last = len(hub.served)
+    again = forces_from_states(series(hub), cache=cache, progress=False)
+    pd.testing.assert_frame_equal(again, table)
+    assert all(name == "config.json" for _, name, _ in hub.served[last:])
+    assert len(forces_from_states(series(hub), views=False, cache=False, progress=False)) == len(table)
