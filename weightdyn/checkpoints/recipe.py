@@ -500,6 +500,6 @@ Pythia's seeds have the recipe of their size. Amber's checkpoint `ckpt_j` is tha
 What to know of them: Pythia's decay is 0.1 in its files and 0.01 in its paper, an error by its maintainers' own
 word. OLMo-2-13B's file says a peak of 3e-4, its launch script 9e-4, a tenth of which its second stage starts from.
 The optimizer of OLMo-2-32B did not count its updates, which would make `update_scale` 2.24 if it had made the first
-ones; it took over before update 80,788 (the first that it left out, of 156 or more) from one that did count, so here
-the factor is 1. That is inferred: hold it against the weights, or give update_scale=5**0.5.
+ones; it took over before update 80,788 (the first that it left out, of 156 or more) from one that did count, so
+the factor is 1 here. That is inferred: hold it against the weights, or give update_scale=5**0.5.
 """
