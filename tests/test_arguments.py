@@ -272,6 +272,7 @@ def calls(g):
             {
                 "source": g["folder"],
                 "steps": [0, 10],
+                "stage": None,
                 "config": None,
                 "rules": None,
                 "errors": "raise",
@@ -283,6 +284,8 @@ def calls(g):
             wd.Checkpoints(g["folder"]).measure,
             {"gram": "none", "weibull": False, "views": True, "n_jobs": 1, "cache": False, "progress": False},
         ),
+        "Checkpoints.file_sizes": (wd.Checkpoints(g["folder"]).file_sizes, {"step": 0}),
+        "Checkpoints.files": (wd.Checkpoints(g["folder"]).files, {"step": 0, "wanted": []}),
         "Checkpoints.load": (wd.Checkpoints(g["folder"]).load, {"step": 0, "name": "q_proj.weight"}),
         "RunLog": (wd.RunLog, {"path": _run(g)}),
         "RunLog.forces": (wd.RunLog(_run(g)).forces, {"by": "role", "order": "exact", "at": "before"}),

@@ -37,6 +37,7 @@ app = typer.Typer(
 _DEFAULTS = TrainConfig()
 
 
+_STAGE = "Series to take, where names tell several, as stage1 or stage1,stage2. [default: the first]"
 _VIEWS = "Split fused tensors: true, false, or head for a row for each head of q, k and v."
 _BY = "{what} for each layer, component, role or tensor, several as layer,component; or model for all in one."
 
@@ -67,6 +68,11 @@ def _steps(words: str | None) -> list[int] | None:
     if not re.fullmatch(r"\s*[0-9]+\s*(,\s*[0-9]+\s*)*", words):
         raise ValueError(f"--steps must be whole numbers such as 0,1000,2000, got {words!r}")
     return [int(word) for word in words.split(",")]
+
+
+def _stages(words: str | None) -> str | list[str] | None:
+    """Names of stages from stage1,stage2."""
+    return words.split(",") if words is not None and "," in words else words
 
 
 def _check_file(option: str, path: Path | None, *endings: str) -> None:
@@ -341,6 +347,7 @@ def diagnose_command(
 def measure(
     source: Annotated[str, typer.Argument(help="Run directory, folder of checkpoints, or hf://owner/name.")],
     steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
+    stage: Annotated[str | None, typer.Option(help=_STAGE)] = None,
     gram: Annotated[str, typer.Option(help="Inner products between steps: none, band or full.")] = "none",
     weibull: Annotated[bool, typer.Option(help="Fit a Weibull law to each tensor.")] = True,
     views: Annotated[str, typer.Option(help=_VIEWS)] = "true",
@@ -363,7 +370,14 @@ def measure(
     with _told():
         _check_file("--out", out, ".parquet")
         wanted = _steps(steps)
-        series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
+        series = Checkpoints(
+            source,
+            wanted,
+            stage=_stages(stage),
+            errors="skip" if skip else "raise",
+            keep=keep,
+            endpoint=endpoint,
+        )
         place = cache or True
         if dry_run:
             plan = series.plan(cast(Any, gram), weibull, _views(views), cache=place)
@@ -435,6 +449,7 @@ def recover(
         int | None, typer.Option(min=1, help="Rows for every so many updates. [default: one for each gap]")
     ] = None,
     steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
+    stage: Annotated[str | None, typer.Option(help=_STAGE)] = None,
     views: Annotated[str, typer.Option(help=_VIEWS)] = "true",
     cache: Annotated[
         Path | None, typer.Option(help="Folder for what is measured. [default: beside the checkpoints]")
@@ -465,7 +480,14 @@ def recover(
         hyperparameters = Recipe.from_run(source) if recipe is None else Recipe.preset(recipe)
         if weight_decay is not None:
             hyperparameters = replace(hyperparameters, weight_decay=weight_decay)
-        series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
+        series = Checkpoints(
+            source,
+            wanted,
+            stage=_stages(stage),
+            errors="skip" if skip else "raise",
+            keep=keep,
+            endpoint=endpoint,
+        )
         if dry_run:
             plan = series.plan(METHODS[method].gram, False, _views(views), cache=cache or True)
             left = plan[~plan["measured"]]

@@ -246,6 +246,75 @@ def test_checkpoints_are_found_under_all_these_names_and_forms(tmp_path, form):
     assert norms[20, O2] == pytest.approx(float((weights(20)[O2].double() ** 2).sum()), rel=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["epoch=0-step=500.ckpt", "epoch=1-step=1000.ckpt", "last.ckpt"], [500, 1000]),
+        (["checkpoint-500/", "checkpoint-1000/", "runs/", "tokenizer.json"], [500, 1000]),
+        (["step-500/.metadata", "step-1000/.metadata"], [500, 1000]),
+        (["global_step500/mp_rank_00_model_states.pt", "global_step1000/", "latest"], [500, 1000]),
+    ],
+)
+def test_folders_of_frameworks_are_found_by_their_steps(tmp_path, names, steps):
+    for name in names:
+        path = tmp_path / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.touch()
+    assert Checkpoints(tmp_path).steps == steps
+
+
+def test_the_weights_of_a_lightning_checkpoint_are_read(tmp_path):
+    state = {"epoch": 0, "global_step": 500, "state_dict": weights(500), "optimizer_states": [{"state": {}}]}
+    torch.save(state, tmp_path / "epoch=0-step=500.ckpt")
+    assert torch.equal(Checkpoints(tmp_path).load(500, UP), weights(500)[UP])
+
+
+def test_what_looks_like_a_checkpoint_and_is_left_out_is_told_once(tmp_path):
+    for step in (1, 2):
+        save(step, tmp_path)
+        save(step, tmp_path, "ema_step{}.safetensors")
+    save(1, tmp_path, "step-50K.safetensors")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        series = Checkpoints(tmp_path)
+    assert series.steps == [1, 2]
+    assert series.load(1, UP).equal(weights(1)[UP])
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == 2
+    assert "left out: 'ema' (2 checkpoints, 1 to 2)" in texts[0]
+    assert "left out, since they name no step: step-50K" in texts[1]
+    assert all(warning.filename == __file__ for warning in caught)
+    with pytest.warns(UserWarning, match="step-50K"):
+        assert Checkpoints(tmp_path, stage="ema").steps == [1, 2]
+
+
+def test_checkpoints_that_are_counted_are_said_to_be(tmp_path):
+    for i in range(3):
+        (tmp_path / f"checkpoint_{i}").mkdir()
+        save(i, tmp_path / f"checkpoint_{i}", "model.safetensors")
+    with pytest.warns(UserWarning, match=r"numbered 0, 1, …: a count of checkpoints, it seems"):
+        series = Checkpoints(tmp_path)
+    assert series.counted
+    assert sorted(set(measure(series)["step"])) == [0, 1, 2]
+    recipe = Recipe(lr=1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"seem to count checkpoints, and forces need updates"):
+        recover_forces(series, recipe)
+    updates = Checkpoints({100 * i: tmp_path / f"checkpoint_{i}" for i in range(3)})
+    assert set(recover_forces(updates, recipe)["step"]) == {100, 200}
+    for i in range(3):
+        (tmp_path / f"checkpoint_{i}").rename(tmp_path / f"checkpoint-{i}")
+    assert not Checkpoints(tmp_path).counted
+
+
+def test_a_folder_without_checkpoints_says_what_it_holds(tmp_path):
+    with pytest.raises(FileNotFoundError, match="it has none at all"):
+        Checkpoints(tmp_path)
+    for i in range(7):
+        (tmp_path / f"run{i}").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"it has run0, run1, run2, run3, run4 … \(7 in all\)"):
+        Checkpoints(tmp_path)
+
+
 def test_other_names_are_given_as_a_mapping(tmp_path):
     for i, name in enumerate(["early", "late"]):
         save(i, tmp_path, name + ".safetensors")
@@ -656,6 +725,55 @@ def test_identical_content_under_two_steps_is_reported(folder):
 def test_arguments_that_do_not_fit_are_refused_by_name(folder, call, kind, message):
     with pytest.raises(kind, match=message):
         call(folder)
+
+
+# Other files of a checkpoint.
+
+
+def test_files_of_a_folder_or_of_a_single_file_are_found_where_they_are(tmp_path):
+    place = tmp_path / "checkpoint-500"
+    for name in ("optimizer.pt", "global_step500/rank0.pt", ".metadata", "a b/c.json"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(name)
+    (place / "empty").mkdir()
+    os.mkfifo(place / "pipe")
+    (place / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "step600.ckpt").write_text("whole")
+    series = Checkpoints({500: place, 600: tmp_path / "step600.ckpt", 700: tmp_path / "none"})
+    names = {"optimizer.pt", "global_step500/rank0.pt", ".metadata", "a b/c.json"}
+    assert series.file_sizes(500) == {name: len(name) for name in names}
+    with series.files(500, names) as paths:
+        assert paths == {name: place / name for name in names}
+    with series.files(500, lambda name: name.endswith(".pt")) as paths:
+        assert sorted(paths) == ["global_step500/rank0.pt", "optimizer.pt"]
+    with series.files(600, lambda name: True) as paths:
+        assert paths == {"step600.ckpt": tmp_path / "step600.ckpt"}
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*none"):
+        series.file_sizes(700)
+    assert (place / ".metadata").is_file(), "nothing of the user's is deleted"
+
+
+def test_a_folder_of_more_files_than_a_checkpoint_has_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("weightdyn.checkpoints.series.ENTRIES", 3)
+    (tmp_path / "step1").mkdir()
+    for i in range(4):
+        (tmp_path / "step1" / f"{i}.pt").touch()
+    with pytest.raises(CheckpointError, match="step1 holds more than 3 files"):
+        Checkpoints(tmp_path).file_sizes(1)
+
+
+@pytest.mark.parametrize(
+    ("step", "wanted", "kind", "message"),
+    [
+        (3, [], KeyError, "step 3 is not in the series"),
+        ("2", [], ValueError, "step must be a whole number"),
+        (2, "optimizer.pt", ValueError, "wanted must be names of files, or a function"),
+        (2, None, TypeError, "wanted must be names of files, or a function"),
+    ],
+)
+def test_files_that_cannot_be_asked_for_are_refused_by_name(folder, step, wanted, kind, message):
+    with pytest.raises(kind, match=message):
+        Checkpoints(folder).files(step, wanted)
 
 
 # Elsewhere.

@@ -59,13 +59,16 @@ def index(names):
 
 
 class Hub:
-    """A hub with one repository. `faults` lists what goes wrong with the next downloads of a path."""
+    """A hub with one repository, and `others`. `faults` lists what goes wrong with the next downloads of a path."""
 
     def __init__(self):
         self.revisions: dict[str, dict[str, bytes]] = {}
+        self.others: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> its revisions
+        self.tags: dict[str, str] = {}  # name -> the branch whose commit it has
         self.faults: dict[tuple[str, str], list[str]] = {}
         self.served: list[tuple[str, str, str | None]] = []  # revision, file, Range; of GET alone
         self.requests: list[str] = []
+        self.sizes: dict[str, object] = {}  # what is announced instead of a file's size
         self.missing: set[str] = set()  # revisions whose files are not listed any more
         self.stall = threading.Event()
         self.stalled = threading.Event()
@@ -104,29 +107,44 @@ class Hub:
         path = request.path.partition("?")[0]
         self.requests.append(path)
         assert len(self.requests) < 2000, "a loop of requests without an end"
-        if path == f"/api/models/{REPO}/refs":
-            names = ["main", *self.revisions]
+        repos = {REPO: self.revisions, **self.others}
+        found = re.match(r"(?:/api/models)?/([^/]+/[^/]+)/", path)
+        repo = found[1] if found and found[1] in repos else REPO
+        revisions = repos[repo]
+        if path == f"/api/models/{repo}/refs":
+            names = dict.fromkeys(["main", *revisions])
             branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": self.commit(n)} for n in names]
-            return self.send(request, json.dumps({"branches": branches, "tags": [], "converts": []}).encode())
-        by_commit = {self.commit(name): name for name in self.revisions}
-        if match := re.fullmatch(rf"/api/models/{REPO}/tree/(\w+)", path):
+            tags = [
+                {"name": name, "ref": f"refs/tags/{name}", "targetCommit": self.commit(branch)}
+                for name, branch in (self.tags if repo == REPO else {}).items()
+            ]
+            return self.send(
+                request, json.dumps({"branches": branches, "tags": tags, "converts": []}).encode()
+            )
+        by_commit = {self.commit(name): name for name in revisions}
+        if match := re.fullmatch(rf"/api/models/{repo}/tree/(\w+)", path):
             if by_commit[match[1]] in self.missing:
                 return self.send(request, b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
             entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": self.sizes.get(name, len(data)),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
                 | ({} if name.endswith(".json") else {"lfs": lfs(data)})
-                for name, data in self.revisions[by_commit[match[1]]].items()
+                for name, data in revisions[by_commit[match[1]]].items()
             ]
             entries.append({"type": "directory", "path": "docs", "oid": "0" * 40})
             return self.send(request, json.dumps(entries).encode())
-        if match := re.fullmatch(rf"/{REPO}/resolve/(\w+)/(.+)", path):
-            return self.resolve(request, by_commit[match[1]], match[2])
+        if match := re.fullmatch(rf"/{repo}/resolve/(\w+)/(.+)", path):
+            return self.resolve(request, by_commit[match[1]], match[2], revisions)
         return self.send(request, b"{}", 404, {"X-Error-Code": "RepoNotFound"})
 
-    def resolve(self, request, revision, name):
+    def resolve(self, request, revision, name, revisions):
         if "404" in self.faults.get((revision, name), []):
             return self.send(request, b"{}", 404, {"X-Error-Code": "EntryNotFound"})
-        data = self.revisions[revision][name]
+        data = revisions[revision][name]
         digest = (hashlib.sha1 if name.endswith(".json") else hashlib.sha256)(data).hexdigest()
         headers = {"X-Repo-Commit": self.commit(revision), "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         if request.command == "HEAD":
@@ -486,11 +504,16 @@ def test_olmo_revisions_of_the_first_stage_are_found_by_their_steps(hub):
         "stage2-ingredient1-step1000-tokens5B",
     ):
         hub.add(name, data, config=False)
-    found = series(hub)
+    with pytest.warns(UserWarning, match=r"taken is 'stage1' \(2 .*left out: 'stage2-ingredient1' \(1 "):
+        found = series(hub)
     assert found.steps == [150, 1000]
     assert found.config() is None
+    assert series(hub, stage="stage2-ingredient1").steps == [1000]
+    hub.add("step7", data)
+    with pytest.warns(UserWarning, match=r"left out: 'stage1' .*, 'stage2-ingredient1'"):
+        assert series(hub).steps == [7]
     with pytest.raises(ValueError, match="the nearest to 140 is 150"):
-        series(hub, steps=[140])
+        series(hub, steps=[140], stage="stage1")
 
 
 def test_identical_content_under_two_revisions_is_reported(hub, tmp_path):
@@ -596,3 +619,269 @@ def test_bars_are_shown_where_they_are_asked_for_alone(hub, tmp_path, capfd):
     series(hub).measure(cache=tmp_path / "third", progress=True)
     assert "measure: 100%" in capfd.readouterr().err
     assert silent == {False}
+
+
+# Other files than weights.
+
+STATES = {
+    "optim/rank0.pt": b"optimizer" * 2000,
+    "train/rank0.pt": b"step 4",
+    ".metadata": b"where each part lies",
+    "__0_0.distcp": b"parts" * 3000,
+    "global_step4/mp_rank_00_model_states.pt": b"deepspeed",
+    "trainer_state.json": b'{"global_step": 4}',
+}
+
+
+def test_all_files_of_a_checkpoint_are_listed_and_those_asked_for_fetched_and_deleted(hub, tmp_path):
+    for step in (0, 4):
+        hub.add(f"step{step}", {"model.safetensors": safetensors.torch.save(weights(step)), **STATES})
+    hub.faults = {("step4", "optim/rank0.pt"): ["503", "drop", "corrupt"]}
+    found = series(hub)
+    truth = hub.revisions["step4"]
+    assert found.file_sizes(4) == {name: len(data) for name, data in truth.items()}
+    assert not hub.served, "a listing downloads nothing"
+    with found.files(4, ["optim/rank0.pt", ".metadata", "scheduler.pt"]) as paths:
+        assert {name: path.read_bytes() for name, path in paths.items()} == {
+            name: truth[name] for name in (".metadata", "optim/rank0.pt")
+        }
+        with found.files(4, lambda name: name.endswith((".pt", ".json"))) as more:
+            assert len(more) == 5
+            assert all(path.read_bytes() == truth[name] for name, path in more.items())
+        assert all(path.is_file() for path in paths.values()), (
+            "the inner with leaves what the outer one holds"
+        )
+        assert torch.equal(found.load(4, UP), weights(4)[UP])
+        assert all(path.is_file() for path in (*paths.values(), *more.values()))
+        folder = paths[".metadata"].parent
+        assert paths["optim/rank0.pt"] == folder / "optim" / "rank0.pt"
+    assert not folder.exists()
+    assert all(not left for left in hub.faults.values())
+    served = [name for _, name, asked in hub.served if asked is None and name != "optim/rank0.pt"]
+    assert len(served) == len(set(served)), "nothing is downloaded twice"
+
+
+def test_files_of_one_checkpoint_at_a_time_are_on_the_disk(hub, tmp_path):
+    for step in range(4):
+        hub.add(f"step{step}", {"model.safetensors": safetensors.torch.save(weights(step)), **STATES})
+    seen = []
+    found = series(hub)
+    downloads = found._store.folder
+    hub.watch = lambda: seen.append(len([path for path in downloads.glob("step-*") if any(path.iterdir())]))
+    for step in found.steps:
+        assert found.load((step + 1) % 4, UP).shape == (128, 32)
+        with found.files(step, lambda name: True) as paths:
+            assert len(paths) == 8
+            assert sorted(downloads.glob("step-*")) == [downloads / f"step-{step}"]
+        assert not list(downloads.glob("step-*"))
+    assert max(seen) == 1
+
+
+def test_files_that_are_kept_lie_in_the_cache_of_the_hub(hub, tmp_path):
+    hub.add("step0", {"model.safetensors": b"", **STATES})
+    with series(hub, keep=True).files(0, ["optim/rank0.pt"]) as paths:
+        pass
+    assert paths["optim/rank0.pt"].read_bytes() == STATES["optim/rank0.pt"]
+    assert paths["optim/rank0.pt"].is_relative_to(tmp_path / "hf")
+
+
+OUTSIDE = [
+    *(
+        "../evil",
+        "optim/../../evil",
+        "/etc/evil",
+        "C:/evil",
+        "C:evil",
+        "a\\evil",
+        "a\0evil",
+        "a\nevil",
+        "a//evil",
+    ),
+    *("./evil", "optim/", "", ".cache/huggingface/download/model.safetensors.metadata", ".CACHE/evil"),
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_name_that_leaves_the_checkpoint_is_neither_listed_nor_followed(hub, tmp_path, name):
+    hub.add("step0", {name: b"evil", "good.pt": b"good"}, config=False)
+    place = tmp_path / "local" / "step0"
+    place.mkdir(parents=True)
+    (tmp_path / "evil").write_text("evil")
+    for found in (series(hub), Checkpoints(place.parent)):
+        assert set(found.file_sizes(0)) <= {"good.pt"}
+        with found.files(0, lambda name: True) as paths:
+            assert set(paths) <= {"good.pt"}
+        with (
+            pytest.raises(CheckpointError, match=r"step0: .* is no name of a file inside a checkpoint"),
+            found.files(0, [name]),
+        ):
+            pass
+    assert {name for _, name, _ in hub.served} == {"good.pt"}
+
+
+@pytest.mark.parametrize("size", [-1, 2**40 * 1000, 2**70, 1.5, None, "9"])
+def test_a_size_that_no_file_has_ends_in_an_error(hub, size):
+    hub.add("step0", {"huge.pt": b"x", "good.pt": b"good"}, config=False)
+    hub.sizes["huge.pt"] = size
+    found = series(hub)
+    if isinstance(size, int) and size > 0:
+        with (
+            pytest.raises(CheckpointError, match=r"tiny@step0 has [\d,]+ bytes, and the disk of .* has"),
+            found.files(0, ["huge.pt"]),
+        ):
+            pass
+        assert not hub.served
+        with (
+            pytest.raises(CheckpointError, match=r"huge.pt could not be fetched .* 1 bytes of [\d]+"),
+            series(hub, keep=True).files(0, ["huge.pt"]),
+        ):
+            pass
+    else:
+        assert found.file_sizes(0) == {"good.pt": 4}
+
+
+def test_weights_that_no_disk_holds_are_not_begun(hub, tmp_path):
+    fill(hub, [0, 4])
+    hub.sizes["model.safetensors"] = 2**55
+    with pytest.raises(CheckpointError, match=r"tiny@step0 has [\d,]+ bytes, and the disk of .* has"):
+        series(hub).measure(cache=tmp_path / "cache", progress=False)
+    assert not [name for _, name, _ in hub.served if name == "model.safetensors"]
+
+
+def test_a_listing_without_end_is_refused(hub, monkeypatch):
+    monkeypatch.setattr(hub_module, "ENTRIES", 10)
+    hub.add("step0", {f"{i}.pt": b"" for i in range(11)})
+    with pytest.raises(CheckpointError, match="step0 lists more than 10 files"):
+        series(hub).file_sizes(0)
+
+
+def test_a_file_that_stays_damaged_is_named_and_nothing_is_left(hub, tmp_path):
+    hub.add("step0", STATES)
+    hub.faults = {("step0", "optim/rank0.pt"): ["corrupt"] * 100}
+    found = series(hub)
+    with (
+        pytest.raises(CheckpointError, match=r"step0/optim/rank0.pt could not be fetched in 5 .*digest"),
+        found.files(0, lambda name: True),
+    ):
+        pass
+    assert not list(found._store.folder.glob("step-*"))
+
+
+# Which checkpoints.
+
+
+def one(step):
+    return {"model.safetensors": safetensors.torch.save(weights(step))}
+
+
+def test_stages_whose_steps_go_on_are_one_series_where_the_user_says_so(hub, tmp_path):
+    for stage, step in ((1, 40), (1, 80), (2, 120), (3, 160)):
+        hub.add(f"stage{stage}-step-{step}", one(step))
+    hub.add("lc-4k-to-32k-step-40", one(7))
+    hub.add("it-SFT", one(8))
+    with pytest.warns(UserWarning, match=r"stage=\['stage1', 'stage2', 'stage3'\] those whose steps go on"):
+        assert series(hub).steps == [40, 80]
+    found = series(hub, stage=["stage1", "stage2", "stage3"])
+    check(found.measure(cache=tmp_path / "cache", progress=False), [40, 80, 120, 160])
+    with pytest.raises(
+        ValueError, match=r"the steps of 'lc-4k-to-32k' .* do not go on from those of 'stage3'"
+    ):
+        series(hub, stage=["stage3", "lc-4k-to-32k"])
+    for stage, count in (("stage2", 1), ("stage1,stage2", 3)):
+        options = ["--stage", stage, "--endpoint", hub.url, "--dry-run", "--cache", str(tmp_path / "cache")]
+        result = CliRunner().invoke(app, ["measure", f"hf://{REPO}", *options])
+        assert f"of {count} checkpoints" in result.output
+
+
+def test_a_mapping_takes_any_revisions_of_several_repositories_and_files_beside_them(hub, tmp_path):
+    hub.add("ckpt_001", one(2))
+    hub.others = {"tiny/step-240k-503b": {"main": one(4)}, "tiny/step-480k-1T": {"v1": one(8)}}
+    local = tmp_path / "local.safetensors"
+    safetensors.torch.save_file(weights(1), local)
+    hub.revisions["ckpt_001"]["config.json"] = json.dumps(CONFIG).encode()
+    found = Checkpoints(
+        {
+            1: local,
+            2: f"hf://{REPO}@ckpt_001",
+            4: "hf://tiny/step-240k-503b",
+            8: f"hf://tiny/step-480k-1T@{hub.commit('v1')}",
+        },
+        endpoint=hub.url,
+    )
+    assert found.config() == CONFIG, "the file has none beside it"
+    cache, seen = tmp_path / "cache", []
+    hub.watch = lambda: seen.append(
+        len({p.relative_to(cache / "download").parts[0] for p in weight_files(cache / "download")})
+    )
+    table = found.measure("band", cache=cache, progress=False)
+    check(table, [1, 2, 4, 8])
+    assert max(seen) == 2
+    dots = table[table["tensor"] == UP].set_index("step")["dots"]
+    for before, step in pairwise([1, 2, 4, 8]):
+        truth = float((weights(before)[UP].double() * weights(step)[UP].double()).sum())
+        assert dots[step][-2] == pytest.approx(truth, rel=1e-12)
+    downloads = [entry for entry in hub.served if not entry[1].endswith("json")]
+    assert len(downloads) == 3
+    found.measure("band", cache=cache, progress=False)
+    assert len([entry for entry in hub.served if not entry[1].endswith("json")]) == 3
+    assert not weight_files(cache)
+    places = found.plan(cache=cache)["place"].tolist()
+    assert places == [str(local), f"hf://{REPO}@ckpt_001", "hf://tiny/step-240k-503b@main",
+                      f"hf://tiny/step-480k-1T@{hub.commit('v1')}"]  # fmt: skip
+    for step in (1, 4):
+        with found.files(step, lambda name: name.endswith(".safetensors")) as paths:
+            (path,) = paths.values()
+            assert path.is_file()
+        assert path.is_file() is (step == 1)
+    assert sum(path.endswith("/refs") for path in hub.requests) == 3, "one request for each repository"
+
+
+def test_a_series_of_the_hub_that_matches_nothing_says_what_it_saw(hub):
+    for i in range(9):
+        hub.add(f"v{i}", {})
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no branch named like a checkpoint .* it has main, v0, v1, v2, v3 … \(10 in all\)",
+    ):
+        series(hub)
+
+
+def test_a_tag_of_the_same_commit_is_the_same_checkpoint(hub):
+    fill(hub, [0, 1])
+    hub.tags = {"step1": "step1", "step-000001": "step1"}
+    assert series(hub).steps == [0, 1]
+    hub.tags = {"step-000001": "step0"}
+    with pytest.raises(CheckpointError, match=r"step 1 is there twice, as step1 and step-000001"):
+        series(hub)
+    with pytest.warns(UserWarning, match="left out: .* twice"):
+        assert series(hub, errors="skip").steps == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "message"),
+    [
+        (
+            f"hf://{REPO}@step9",
+            FileNotFoundError,
+            r"someone/tiny has no branch or tag 'step9'; it has main, step0",
+        ),
+        (f"hf://{REPO}@", ValueError, "names no revision after @"),
+        ("hf://tiny", ValueError, "source must be hf://owner/name, got hf://tiny"),
+        ("hf://someone/else@main", FileNotFoundError, "there is no repository hf://someone/else"),
+        ("hf://a b/c", ValueError, "source must be hf://owner/name, got hf://a b/c"),
+        ("", ValueError, "source: the place of step 0 must be a path or hf://owner/name@revision"),
+        (3, ValueError, "source: the place of step 0 must be a path or hf://owner/name@revision"),
+    ],
+)
+def test_a_place_of_a_mapping_that_is_none_is_named(hub, place, kind, message):
+    fill(hub, [0])
+    with pytest.raises(kind, match=message):
+        Checkpoints({0: place}, endpoint=hub.url)
+
+
+def test_one_revision_is_no_series_but_a_place(hub):
+    fill(hub, [0])
+    with pytest.raises(ValueError, match=r"one revision is \{step: 'hf://someone/tiny@step0'\}"):
+        Checkpoints(f"hf://{REPO}@step0", endpoint=hub.url)
+    with pytest.raises(ValueError, match="stage: a mapping says itself"):
+        Checkpoints({0: f"hf://{REPO}@step0"}, endpoint=hub.url, stage="a")

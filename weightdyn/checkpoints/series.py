@@ -11,11 +11,11 @@ the stored copy adds to it, its Weibull fit, and on request its inner products w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,13 +46,15 @@ from weightdyn.core.checks import (
     check_flag,
     check_jobs,
     check_mapping,
+    check_path,
     check_text,
     check_whole,
     refuse,
 )
 from weightdyn.core.naming import TensorRow, Views, check_config, check_views, describe
 from weightdyn.core.progress import Progress, progress_bar
-from weightdyn.files.hub import Hub, RevisionError
+from weightdyn.files.hub import ENTRIES, Hub, RevisionError, Wanted, check_wanted, choose_wanted
+from weightdyn.files.revisions import choose_series, shorten
 from weightdyn.files.weightfiles import (
     ENDINGS,
     CheckpointError,
@@ -71,10 +73,6 @@ Errors = Literal["raise", "skip"]
 
 _BUNDLE = 1 << 20  # weights of small tensors that make up one piece of work
 _BATCH = 1 << 28  # bytes of whole checkpoints that are handed to the workers at a time
-_STEP = re.compile(
-    r"(?:^|[._-])(?:global[._-]?)?(?:step|checkpoint|ckpt|iter|update)[._-]?([0-9]+)(?=$|[._-])",
-    re.IGNORECASE,
-)
 
 
 # Where checkpoints are.
@@ -83,15 +81,21 @@ _STEP = re.compile(
 class _Folder:
     """Checkpoints on a disk."""
 
-    local = keep = True
+    keep = True
     progress: Progress = None
-    hold: frozenset[int] | set[int] = frozenset()
+    hold: Collection[int] = ()
 
     def __init__(self, places: dict[int, Path], name: str, cache: Path | None, config: Any) -> None:
         self.places, self.name, self.cache, self._config = places, name, cache, config
 
     def where(self, step: int) -> str:
         return str(self.places[step])
+
+    def remote(self, step: int) -> bool:
+        return False
+
+    def download_to(self, folder: Path) -> None:
+        """Nothing: it is all here."""
 
     def config(self, step: int) -> Any:
         """What the run says, or what lies in or beside the checkpoint."""
@@ -110,12 +114,95 @@ class _Folder:
         """The checkpoint's weight files."""
         return checkpoint_files(self.places[step])
 
+    def sizes(self, step: int) -> dict[str, int]:
+        """All files of the checkpoint, of subfolders too: name -> bytes; of a single file itself."""
+        return {name: size for name, (_, size) in self._walk(step).items()}
+
+    def fetch_files(self, step: int, wanted: Wanted) -> dict[str, Path]:
+        """Where the files that are wanted lie."""
+        found = self._walk(step)
+        sizes = {name: size for name, (_, size) in found.items()}
+        return {name: found[name][0] for name in choose_wanted(wanted, sizes, self.where(step))}
+
+    def _walk(self, step: int) -> dict[str, tuple[Path, int]]:
+        place, found = self.places[step], {}
+        if not place.exists():
+            raise FileNotFoundError(f"source: there is no file or folder {place}")
+        with refused(place):
+            if place.is_file():
+                return {place.name: (place, place.stat().st_size)}
+            seen = 0
+            for folder, folders, names in os.walk(place, onerror=_refuse_folder):
+                seen += len(folders) + len(names)
+                if seen > ENTRIES:
+                    raise CheckpointError(
+                        f"{place} holds more than {ENTRIES:,} files, which no checkpoint does"
+                    )
+                for path in (Path(folder, name) for name in names):
+                    if path.is_file():  # no pipe, no link that leads nowhere
+                        found[path.relative_to(place).as_posix()] = (path, path.stat().st_size)
+        return found
+
     def fingerprint(self, step: int) -> str:
         """Names, sizes and times of change: what a measurement that was stored is checked against."""
         return json.dumps([[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in self._stats(step)])
 
     def release(self, steps: Collection[int] = ()) -> None:
         """Nothing: the files are the user's."""
+
+
+class _Mixed:
+    """Checkpoints of a mapping of which some are on a disk and some on the hub."""
+
+    def __init__(self, folder: _Folder, hub: Hub) -> None:
+        self._folder, self._hub = folder, hub
+        self.places = {**folder.places, **hub.places}
+        self.name, self.cache, self.keep = folder.name, hub.cache, hub.keep
+        self.remote, self.download_to, self.release = hub.remote, hub.download_to, hub.release
+
+    def _at(self, step: int) -> _Folder | Hub:
+        return self._hub if self.remote(step) else self._folder
+
+    def where(self, step: int) -> str:
+        return self._at(step).where(step)
+
+    def config(self, step: int) -> Any:
+        return self._at(step).config(step)
+
+    def files(self, step: int) -> dict[str, int]:
+        return self._at(step).files(step)
+
+    def fetch(self, step: int) -> list[Path]:
+        return self._at(step).fetch(step)
+
+    def sizes(self, step: int) -> dict[str, int]:
+        return self._at(step).sizes(step)
+
+    def fetch_files(self, step: int, wanted: Wanted) -> dict[str, Path]:
+        return self._at(step).fetch_files(step, wanted)
+
+    def fingerprint(self, step: int) -> str:
+        return self._at(step).fingerprint(step)
+
+    @property
+    def hold(self) -> Collection[int]:
+        return self._hub.hold
+
+    @hold.setter
+    def hold(self, steps: Collection[int]) -> None:
+        self._hub.hold = steps
+
+    @property
+    def progress(self) -> Progress:
+        return self._hub.progress
+
+    @progress.setter
+    def progress(self, progress: Progress) -> None:
+        self._hub.progress = progress
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise error  # which os.walk would not tell
 
 
 def _checked_step(step: Any, what: str) -> int:
@@ -129,21 +216,14 @@ def _checked_step(step: Any, what: str) -> int:
     return int(step)
 
 
-def _step_of(name: str) -> int | None:
-    found = _STEP.findall(name)
-    return int(found[-1]) if found else None
-
-
-def _scan(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and places of the checkpoints in a folder, by step and name."""
-    found = []
-    for path in folder.iterdir():
-        if path.name.startswith(".") or not (path.is_dir() or path.suffix in ENDINGS):
-            continue
-        step = _step_of(path.stem if path.is_file() else path.name)
-        if step is not None:
-            found.append((step, path))
-    return sorted(found)
+def _named(folder: Path) -> list[tuple[str, Path]]:
+    """What in a folder may be a checkpoint, by name."""
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [
+        (path.name if path.is_dir() else path.stem, path)
+        for path in paths
+        if path.is_dir() or path.suffix in ENDINGS
+    ]
 
 
 # The series.
@@ -162,12 +242,17 @@ class Checkpoints:
 
     Args:
         source: a run directory or `RunLog`; a folder with files or folders named step1000, step-001000,
-            checkpoint-500, global_step1000, …; {step: file or folder}; or hf://owner/name, a repository on the
-            hub with branches step1000, … (of OLMo's stages the first). A checkpoint is a safetensors file,
-            shards with their index, pytorch_model.bin or its shards, or what torch.save wrote. No code of a file
-            ever runs. The checksums of what torch.save wrote are verified; safetensors and the format of torch
-            before 1.6 have none, so a changed bit among their weights shows at best in the column `note`.
+            checkpoint-500, global_step1000, epoch=0-step=500.ckpt, …; hf://owner/name, a repository on the hub with
+            branches or tags step1000, stage1-step1000-tokens5B, step-001000-2BT, …; or {step: place} for all other
+            names, a place being a file, a folder, or hf://owner/name@revision (without @revision its branch main).
+            A checkpoint is a safetensors file, shards with their index, pytorch_model.bin or its shards, or what
+            torch.save wrote. No code of a file ever runs. The checksums of what torch.save wrote are verified;
+            safetensors and the format of torch before 1.6 have none, so a changed bit among their weights shows at
+            best in the column `note`.
         steps: the steps to take; None for all.
+        stage: which series, where names tell several: "stage2", or a list of stages whose steps go on from each
+            other, ["stage1", "stage2"]. None takes the names without a stage, else the lowest of stage1, stage2, …;
+            a warning says what is left out.
         config: the model's config (of transformers, or a dict), which says how fused matrices are split; None
             looks for it beside the checkpoints.
         rules: {regular expression: component} for names that are not known, as in `naming.describe`.
@@ -179,12 +264,19 @@ class Checkpoints:
             100 kB over all attempts (`files.hub.TIME_LIMIT`, `SLOWEST`); a slower server ends in an error.
         endpoint: address of the hub; None for HF_ENDPOINT or the public one.
 
+    Steps are updates. Where names seem to count checkpoints instead (Amber's ckpt_000, Accelerate's checkpoint_0),
+    a warning says so and `counted` is True: which updates they are must come from elsewhere. Amber's training code
+    saves ckpt_k after k + 1 chunks of 1,706,976 examples, 2,240 an update (LLM360/amber-train, main.py and run.sh),
+    so {762 * (k + 1): f"hf://LLM360/Amber@ckpt_{k:03}" for k in range(359)}, if no chunk was skipped or repeated.
+
     Attributes:
         steps: the steps, ascending; those that were found to be damaged under errors="skip" drop out.
         skipped: {step: what is wrong with it}.
+        counted: whether the steps seem to count checkpoints, not updates.
 
     Raises:
         FileNotFoundError: there is no such source, or nothing in it is a checkpoint.
+        ValueError: there is no such stage, the steps of several do not go on, or which is meant is unknown.
         CheckpointError: two checkpoints of one step, or a step beyond 2^63 - 1 (unless errors="skip").
 
     >>> from safetensors.torch import save_file
@@ -204,6 +296,7 @@ class Checkpoints:
         source: RunLog | str | os.PathLike[str] | Mapping[int, str | os.PathLike[str]],
         steps: Iterable[int] | None = None,
         *,
+        stage: str | Sequence[str] | None = None,
         config: Any = None,
         rules: Mapping[str, str] | None = None,
         errors: Errors = "raise",
@@ -219,8 +312,9 @@ class Checkpoints:
         self.errors = errors
         self.rules = rules
         self.skipped: dict[int, str] = {}
+        self.counted = False
         self._config: list[Any] = [] if config is None else [config]  # once it is known
-        self._store: _Folder | Hub = self._open(source, keep, endpoint)
+        self._store: _Folder | Hub | _Mixed = self._open(source, stage, keep, endpoint)
         self.steps: list[int] = sorted(self._store.places)
         if steps is not None:
             if isinstance(steps, str) or not isinstance(steps, Iterable):
@@ -236,28 +330,30 @@ class Checkpoints:
                 )
             self.steps = wanted
 
-    def _open(self, source: Any, keep: bool, endpoint: str | None) -> _Folder | Hub:
+    def _open(self, source: Any, stage: Any, keep: bool, endpoint: str | None) -> _Folder | Hub | _Mixed:
         if isinstance(source, str) and source.startswith("hf://"):
             repo = source.removeprefix("hf://").strip("/")
-            if repo.count("/") != 1:
-                raise ValueError(f"source must be hf://owner/name, got {source!r}")
-            hub = Hub(repo, keep, endpoint)
+            if "@" in repo:
+                raise ValueError(
+                    f"source must be hf://owner/name, got {source!r}; one revision is {{step: {source!r}}}"
+                )
+            hub = Hub(repo, keep, endpoint, stage)
+            self._remark(hub.name, hub.remarks, hub.counted)
             for step, error in hub.refused:
                 self._fail(step, error, gone=False)
             return hub
         if isinstance(source, Mapping):
-            places = {_checked_step(step, "source"): Path(path) for step, path in source.items()}
-            if not places:
-                raise ValueError("source: the mapping {step: path} is empty")
-            return _Folder(places, "the mapping given as source", None, None)
+            if stage is not None:
+                raise ValueError(f"stage: a mapping says itself which checkpoints it means; got {stage!r}")
+            return self._open_mapping(source, keep, endpoint)
         if isinstance(source, RunLog):
             if source.path is None:
                 raise ValueError("source: a run in memory has no checkpoints; give a run directory")
             source = source.path
         if not isinstance(source, str | os.PathLike) or not str(source):
             raise TypeError(
-                "source must be a run directory or RunLog, a folder of checkpoints, {step: path}, or "
-                f"hf://owner/name; got {source!r}"
+                "source must be a run directory or RunLog, a folder of checkpoints, {step: path or "
+                f"hf://owner/name@revision}}, or hf://owner/name; got {source!r}"
             )
         folder, config, run = Path(source), None, False
         if (folder / "run.json").is_file():
@@ -271,8 +367,18 @@ class Checkpoints:
                 f"source: {folder} {what}; accepted are a run directory, a folder of checkpoints, {{step: path}}, "
                 "and hf://owner/name"
             )
+        names = _named(folder)
+        found = choose_series(names, str(folder), stage)
+        if not found.places:
+            it_has = f"it has {shorten([path.name for _, path in names])}" if names else "it has none at all"
+            raise FileNotFoundError(
+                f"source: no folder and no weight file in {folder} is named like a checkpoint (step1000, "
+                f"step-001000.safetensors, checkpoint-500, global_step1000, …); {it_has}; give {{step: path}} for "
+                "other names"
+            )
+        self._remark(str(folder), found.remarks, found.counted)
         places: dict[int, Path] = {}
-        for step, path in _scan(folder):
+        for step, path in found.places:
             try:
                 _checked_step(step, str(path))
                 if step in places:
@@ -281,12 +387,34 @@ class Checkpoints:
                 self._fail(step, error, gone=False)
             else:
                 places[step] = path
-        if not places:
-            raise FileNotFoundError(
-                f"source: nothing in {folder} is named like a checkpoint (step1000, step-001000.safetensors, "
-                "checkpoint-500, global_step1000, …); give {step: path} for other names"
-            )
         return _Folder(places, str(folder), (folder.parent if run else folder) / "measured", config)
+
+    def _open_mapping(
+        self, source: Mapping[Any, Any], keep: bool, endpoint: str | None
+    ) -> _Folder | Hub | _Mixed:
+        if not source:
+            raise ValueError("source: the mapping {step: path} is empty")
+        local: dict[int, Path] = {}
+        remote: dict[int, str] = {}
+        for step, place in source.items():
+            step = _checked_step(step, "source")
+            if isinstance(place, str) and place.startswith("hf://"):
+                remote[step] = place.removeprefix("hf://")
+            else:
+                local[step] = check_path(
+                    f"source: the place of step {step}", place, "a path or hf://owner/name@revision"
+                )
+        folder = _Folder(local, "the mapping given as source", None, None)
+        if not remote:
+            return folder
+        hub = Hub(remote, keep, endpoint)
+        return _Mixed(folder, hub) if local else hub
+
+    def _remark(self, name: str, remarks: Sequence[str], counted: bool) -> None:
+        """Tell what was noticed about the names of checkpoints."""
+        self.counted = counted
+        for remark in remarks:
+            warnings.warn(f"{name}: {remark}", stacklevel=4)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -316,8 +444,9 @@ class Checkpoints:
         """
         while not self._config:
             try:
-                steps = self.steps if self._store.local else self.steps[:1]
-                found = (self._store.config(step) for step in steps)
+                here = [step for step in self.steps if not self._store.remote(step)]
+                there = [step for step in self.steps if self._store.remote(step)]
+                found = (self._store.config(step) for step in (*here, *there[:1]))
                 self._config.append(next((config for config in found if config is not None), None))
             except RevisionError as error:
                 self._fail(error.step, error)
@@ -352,14 +481,72 @@ class Checkpoints:
             TypeError, ValueError: `step` is no whole number, or `name` no string.
             CheckpointError: the checkpoint is damaged.
         """
-        check_whole("step", step)
         check_text("name", name, "the name of a tensor")
-        if step not in self.steps:
-            raise KeyError(f"step {step} is not in the series; it has {self.steps[:5]} … {self.steps[-1:]}")
+        step = self._known(step)
         found = list_tensors(self._store.fetch(step))
         if name not in found:
             raise KeyError(f"name: step {step} has no tensor {name!r}; it has {list(found)[:5]} …")
         return found[name].read()
+
+    def file_sizes(self, step: int) -> dict[str, int]:
+        """All files of one checkpoint, those of subfolders too: name (with / between folders) -> bytes.
+
+        Nothing but the listing is read. A checkpoint that is a single file has its own name alone.
+
+        Raises:
+            KeyError: there is no such step.
+            TypeError, ValueError: `step` is no whole number.
+            CheckpointError: the checkpoint cannot be listed.
+        """
+        return self._store.sizes(self._known(step))
+
+    def files(self, step: int, wanted: Wanted) -> contextlib.AbstractContextManager[dict[str, Path]]:
+        """Files of one checkpoint, weights or others, on the disk while the `with` lasts.
+
+        From the hub they are downloaded, each checked against its size and digest, and deleted afterwards (unless
+        keep=True); another checkpoint that was there is deleted first. What is asked for inside of another `with`
+        of the same step is added to it. Files of a folder are where they are, and stay.
+
+        Args:
+            step: the step.
+            wanted: names of files as `file_sizes` has them, or a function that takes such a name and returns
+                whether it is wanted.
+
+        Returns:
+            A context: {name: path} of the files that are wanted and there; what the checkpoint lacks is left out.
+            The paths lie under one folder as their names say.
+
+        Raises:
+            KeyError: there is no such step.
+            TypeError, ValueError: `step` is no whole number, `wanted` neither names nor a function.
+            CheckpointError: a file cannot be had, or a name leads out of the checkpoint.
+
+        >>> import json, tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "checkpoint-500"
+        >>> folder.mkdir()
+        >>> _ = (folder / "trainer_state.json").write_text('{"global_step": 500}')
+        >>> series = Checkpoints(folder.parent)
+        >>> with series.files(500, ["trainer_state.json", "optimizer.pt"]) as paths:
+        ...     json.loads(paths["trainer_state.json"].read_text()), list(paths)
+        ({'global_step': 500}, ['trainer_state.json'])
+        """
+        return self._fetched(self._known(step), check_wanted(wanted))
+
+    @contextlib.contextmanager
+    def _fetched(self, step: int, wanted: Wanted) -> Iterator[dict[str, Path]]:
+        before = self._store.hold
+        self._store.hold = {*before, step}
+        try:
+            yield self._store.fetch_files(step, wanted)
+        finally:
+            self._store.hold = before
+            self._store.release(before)
+
+    def _known(self, step: Any) -> int:
+        check_whole("step", step)
+        if step not in self.steps:
+            raise KeyError(f"step {step} is not in the series; it has {self.steps[:5]} … {self.steps[-1:]}")
+        return int(step)
 
     # Measuring.
 
@@ -412,7 +599,7 @@ class Checkpoints:
             with bar, Parallel(n_jobs=n_jobs, prefer="threads") as work:
                 for batch in self._batches(todo, sizes):
                     if gram == "band":
-                        self._store.hold = set([step for step in self.steps if step < batch[0]][-1:])
+                        self._store.hold = [step for step in self.steps if step < batch[0]][-1:]
                     for step, part in self._measured(work, batch, parts, weibull, views):
                         parts[step] = part
                         part.write(folder)
@@ -423,7 +610,7 @@ class Checkpoints:
                     for steps in [self.steps] if self._store.keep else [[step] for step in self.steps]:
                         self._add_dots(work, parts, gram, views, folder, steps, progress)
         finally:
-            self._store.hold = set()
+            self._store.hold = ()
             self._store.release()
         if not self.steps:
             raise self._nothing_left()
@@ -491,10 +678,9 @@ class Checkpoints:
     def _cache_folder(self, cache: str | os.PathLike[str] | bool, views: Views) -> Path | None:
         """Where the measurements of these views lie; None for nowhere."""
         folder = self._store.cache if cache is True else None if cache is False else Path(cache)
-        if folder is not None and isinstance(self._store, Hub):
-            self._store.folder = folder / "download"
         if folder is None:
             return None
+        self._store.download_to(folder / "download")
         config = self.config()
         config = config.to_dict() if hasattr(config, "to_dict") else config
         asked = json.dumps([views, self.rules, config], sort_keys=True, default=str)
@@ -513,9 +699,8 @@ class Checkpoints:
 
     def _sizes(self, steps: Sequence[int]) -> dict[int, int]:
         """Bytes of each step; from the hub, to save requests, the first step's for all."""
-        if not self._store.local and steps:
-            return dict.fromkeys(steps, self._size(steps[0]))
-        return {step: self._size(step) for step in steps}
+        first = next((self._size(step) for step in steps if self._store.remote(step)), 0)
+        return {step: first if self._store.remote(step) else self._size(step) for step in steps}
 
     def _size(self, step: int) -> int:
         try:
@@ -528,7 +713,7 @@ class Checkpoints:
         batch: list[int] = []
         for step in steps:
             batch.append(step)
-            if not self._store.local or sum(sizes[other] for other in batch) >= _BATCH:
+            if self._store.remote(step) or sum(sizes[other] for other in batch) >= _BATCH:
                 yield batch
                 batch = []
         if batch:
@@ -639,7 +824,7 @@ class Checkpoints:
             return
         new = list(missing)
         place = {step: i for i, step in enumerate(needed)}
-        self._store.hold = set(needed)
+        self._store.hold = needed
         found = {step: list_tensors(self._store.fetch(step)) for step in needed}
         layout = layout_of(found[needed[0]])
         rows = self._parts(layout, views)

@@ -1,4 +1,4 @@
-"""Checkpoints in the branches of a repository on the hub: listed, fetched one at a time, checked, deleted.
+"""Checkpoints in the branches of repositories on the hub: listed, fetched one at a time, checked, deleted.
 
 The network fails in passing, so a request is made a bounded number of times; and it may crawl, so each file has
 one time limit over all attempts, `TIME_LIMIT` seconds and one more for each `SLOWEST` bytes. A server that sends
@@ -12,17 +12,20 @@ import contextlib
 import errno
 import hashlib
 import inspect
+import itertools
 import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weightdyn.core.checks import refuse
 from weightdyn.core.progress import Progress, is_watched
 from weightdyn.files.durable import lock_folder
+from weightdyn.files.revisions import choose_series, shorten
 from weightdyn.files.weightfiles import CheckpointError, choose_files, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -40,8 +43,56 @@ SLOWEST = 100_000
 SMALL = 1 << 26
 """Bytes of an index or config beyond which it is not fetched."""
 
+ENTRIES = 20_000
+"""Files and folders of one checkpoint beyond which its listing is refused."""
+
 _WAIT = 1.0  # seconds before the second attempt; doubled each time
-_REVISION = re.compile(r"(?:stage1-)?(?:global_?)?(?:step|checkpoint)[-_]?([0-9]+)(?:-tokens[0-9]+[MB])?")
+
+
+Wanted = Collection[str] | Callable[[str], bool]
+"""Files of a checkpoint that are asked for: their names, or what says of a name whether it is wanted."""
+
+
+def check_inside(name: Any, where: str) -> str:
+    """The name of a file, with / between folders, if it stays inside the folder of its checkpoint.
+
+    Args:
+        name: what an index, a listing or a caller says.
+        where: the checkpoint, for the error.
+
+    Raises:
+        CheckpointError: it is absolute, goes up, or is no name on some system.
+    """
+    parts = name.split("/") if isinstance(name, str) else [""]
+    good = all(part not in ("", ".", "..") for part in parts) and not re.search(
+        r"[\\\x00-\x1f]|^[A-Za-z]:", name
+    )
+    # There the client keeps what it knows of its downloads.
+    if not good or parts[0].lower() == ".cache":
+        raise CheckpointError(
+            f"{where}: {name!r} is no name of a file inside a checkpoint, as optim/0.pt is: it is not followed"
+        )
+    return name
+
+
+def check_wanted(wanted: Any) -> Any:
+    """Return `wanted` if it can say which files are."""
+    if callable(wanted) or (isinstance(wanted, Collection) and not isinstance(wanted, str | bytes)):
+        return wanted
+    raise refuse(
+        "wanted", "names of files, or a function that takes a name and returns True or False", wanted
+    )
+
+
+def choose_wanted(wanted: Wanted, sizes: Mapping[str, int], where: str) -> list[str]:
+    """The names that are wanted of those that a checkpoint has, sorted; names that it lacks are left out.
+
+    Raises:
+        CheckpointError: a name leads out of the checkpoint.
+    """
+    if callable(wanted):
+        return sorted(name for name in sizes if wanted(name))
+    return sorted(name for name in {check_inside(name, where) for name in wanted} if name in sizes)
 
 
 class RevisionError(CheckpointError):
@@ -53,11 +104,23 @@ class RevisionError(CheckpointError):
 
 
 class Hub:
-    """Checkpoints in the branches and tags of a repository on the hub, fetched one at a time."""
+    """Checkpoints on the hub, fetched one at a time: branches and tags of a repository, or of several.
 
-    local = False
+    Args:
+        source: owner/name, of whose branches and tags those are taken that are named like checkpoints; or
+            {step: owner/name@revision}, where no revision is the branch main.
+        keep: leave what is downloaded in the hub's own cache.
+        endpoint: address of the hub; None for HF_ENDPOINT or the public one.
+        stage: as `revisions.choose_series` has it, for owner/name.
+    """
 
-    def __init__(self, repo: str, keep: bool, endpoint: str | None) -> None:
+    def __init__(
+        self,
+        source: str | Mapping[int, str],
+        keep: bool,
+        endpoint: str | None,
+        stage: str | Sequence[str] | None = None,
+    ) -> None:
         try:
             import huggingface_hub
             import huggingface_hub.utils
@@ -65,45 +128,94 @@ class Hub:
             raise ImportError('hf:// needs huggingface_hub: pip install "weightdyn[hf]"') from error
         self._api = huggingface_hub.HfApi(endpoint=endpoint)
         self._hub: Any = huggingface_hub
-        self._endpoint, self.repo, self.keep = endpoint, repo, keep
-        self.name = f"hf://{repo}"
-        self.cache = _user_cache() / repo.replace("/", "--")
-        self.folder = self.cache / "download"
-        self.places: dict[int, _Revision] = {}
+        self._endpoint, self.keep = endpoint, keep
+        self.places: dict[int, Revision] = {}
         self.refused: list[tuple[int, CheckpointError]] = []  # revisions that are left out, and why
-        self.hold: set[int] = set()
+        self.remarks: list[str] = []  # on the names
+        self.counted = False
+        self.hold: Collection[int] = ()
         self.progress: Progress = None
         self._listed: dict[int, dict[str, _Remote]] = {}
+        self._everything: dict[int, dict[str, _Remote]] = {}
         self._chosen: dict[int, dict[str, int]] = {}
         self._here: dict[int, list[Path]] = {}
+        self._whole: dict[int, dict[str, Path]] = {}  # what `fetch_files` fetched
         self._lock: filelock.BaseFileLock | None = None
-        try:
-            refs = self._again(lambda: self._api.list_repo_refs(repo), f"the branches of {self.name}")
-        except self._hub.utils.HFValidationError as error:
-            raise ValueError(f"source must be hf://owner/name, got {self.name}: {error}") from error
-        for ref in (*refs.branches, *refs.tags):
-            match = _REVISION.fullmatch(ref.name)
-            if match is None:
-                continue
-            step = int(match[1]) if len(match[1]) < 99 else 1 << 63
-            if step >= 1 << 63:
-                error = CheckpointError(f"{self.name}@{ref.name}: its step is beyond 2^63 - 1")
-                self.refused.append((step, error))
-            elif step in self.places:
-                error = f"step {step} is there twice, as {self.places[step].name} and {ref.name}"
-                self.refused.append((step, CheckpointError(f"{self.name}: {error}")))
-            else:
-                self.places[step] = _Revision(ref.name, ref.target_commit)
-        if not self.places:
-            names = ", ".join(ref.name for ref in refs.branches[:5])
+        if isinstance(source, str):
+            self.name, own = f"hf://{source}", source.replace("/", "--")
+            self._find(source, stage)
+        else:
+            self.name = "the mapping given as source"
+            repos = sorted({text.partition("@")[0] for text in source.values()})
+            digest = hashlib.sha256("\n".join(repos).encode()).hexdigest()
+            own = repos[0].replace("/", "--") if len(repos) == 1 else f"several-{digest[:12]}"
+            self._look_up(source)
+        self.cache = _user_cache() / own
+        self.folder = self.cache / "download"
+
+    def _find(self, repo: str, stage: str | Sequence[str] | None) -> None:
+        """The checkpoints of one series among the branches and tags of a repository."""
+        refs = self._refs(repo)
+        found = choose_series([(revision.name, revision) for revision in refs], self.name, stage)
+        if not found.places:
             raise FileNotFoundError(
-                f"source: {self.name} has no branch named like a checkpoint (step1000, stage1-step1000-tokens5B); "
-                f"it has {names}"
+                f"source: {self.name} has no branch named like a checkpoint (step1000, "
+                f"stage1-step1000-tokens5B); it has {shorten([revision.name for revision in refs])}; give "
+                "{step: 'hf://owner/name@revision'} for other names"
             )
+        self.remarks, self.counted = found.remarks, found.counted
+        for step, revision in found.places:
+            if step >= 1 << 63:
+                error = CheckpointError(f"{self.name}@{revision.name}: its step is beyond 2^63 - 1")
+                self.refused.append((step, error))
+            elif step not in self.places:
+                self.places[step] = revision
+            elif revision.commit != self.places[step].commit:
+                error = f"step {step} is there twice, as {self.places[step].name} and {revision.name}"
+                self.refused.append((step, CheckpointError(f"{self.name}: {error}")))
+
+    def _look_up(self, source: Mapping[int, str]) -> None:
+        """The revisions that a user named."""
+        refs: dict[str, dict[str, Revision]] = {}
+        for step, text in source.items():
+            repo, mark, name = text.partition("@")
+            if mark and not name:
+                raise ValueError(f"source: hf://{text} names no revision after @; without @ it is main")
+            name = name or "main"
+            if repo not in refs:
+                refs[repo] = {revision.name: revision for revision in self._refs(repo)}
+            if name in refs[repo]:
+                self.places[step] = refs[repo][name]
+            elif re.fullmatch("[0-9a-f]{40}", name):
+                self.places[step] = Revision(repo, name, name)
+            else:
+                raise FileNotFoundError(
+                    f"source: hf://{repo} has no branch or tag {name!r}; it has {shorten(list(refs[repo]))}"
+                )
+
+    def _refs(self, repo: str) -> list[Revision]:
+        """The branches and tags of a repository."""
+        where = f"hf://{repo}"
+        if repo.count("/") != 1 or "@" in repo:
+            raise ValueError(f"source must be hf://owner/name, got {where}")
+        try:
+            refs = self._again(lambda: self._api.list_repo_refs(repo), f"the branches of {where}", repo=where)
+        except self._hub.utils.HFValidationError as error:
+            raise ValueError(f"source must be hf://owner/name, got {where}: {error}") from error
+        return [Revision(repo, ref.name, ref.target_commit) for ref in (*refs.branches, *refs.tags)]
+
+    def remote(self, step: int) -> bool:
+        """Whether a checkpoint is on the hub, and fetched to be read."""
+        return step in self.places
+
+    def download_to(self, folder: Path) -> None:
+        """Put what is downloaded in a folder of its own."""
+        self.folder = folder
 
     def where(self, step: int) -> str:
         """What to call a checkpoint."""
-        return f"{self.name}@{self.places[step].name}"
+        revision = self.places[step]
+        return f"hf://{revision.repo}@{revision.name}"
 
     def config(self, step: int) -> Any:
         """What the checkpoint's config.json holds; None if it has none."""
@@ -122,19 +234,36 @@ class Hub:
             raise RevisionError(str(error), step) from error
 
     def _tree(self, step: int) -> dict[str, _Remote]:
+        """The files of the checkpoint's own folder."""
         if step not in self._listed:
-            commit = self.places[step].commit
-            listed = self._again(
-                lambda: list(self._api.list_repo_tree(self.repo, revision=commit)),
-                f"the files of {self.where(step)}",
-            )
-            self._listed[step] = {
-                entry.path: _Remote(entry.size, entry.lfs.sha256 if entry.lfs else None)
-                for entry in listed
-                # A file, no folder, and of this folder.
-                if isinstance(getattr(entry, "size", None), int) and not re.search(r"[\\/\0]", entry.path)
-            }
+            self._listed[step] = {name: it for name, it in self._list(step).items() if "/" not in name}
         return self._listed[step]
+
+    def _all(self, step: int) -> dict[str, _Remote]:
+        """The same with those of its subfolders."""
+        if step not in self._everything:
+            self._everything[step] = self._list(step, recursive=True)
+        return self._everything[step]
+
+    def _list(self, step: int, recursive: bool = False) -> dict[str, _Remote]:
+        repo, _, commit = self.places[step]
+
+        def listed() -> list[Any]:
+            entries = self._api.list_repo_tree(repo, revision=commit, recursive=recursive)
+            return list(itertools.islice(entries, ENTRIES + 1))
+
+        entries = self._again(listed, f"the files of {self.where(step)}")
+        if len(entries) > ENTRIES:
+            raise CheckpointError(
+                f"{self.where(step)} lists more than {ENTRIES:,} files and folders, which no checkpoint has"
+            )
+        found = {}
+        for entry in entries:
+            if isinstance(getattr(entry, "size", None), int) and entry.size >= 0:  # a file, no folder
+                with contextlib.suppress(CheckpointError):  # what lies outside is never seen again
+                    name = check_inside(entry.path, self.where(step))
+                    found[name] = _Remote(entry.size, entry.lfs.sha256 if entry.lfs else None)
+        return found
 
     def _read(self, step: int, name: str) -> str:
         """The text of a small file."""
@@ -157,9 +286,42 @@ class Hub:
         if step not in self._here:
             self.release(self.hold)
             self._acquire()
-            target = None if self.keep else self.folder / f"step-{step}"
+            with self._of(step):
+                self._check_room(step, sum(self.files(step).values()))
+            target = self._target(step)
             self._here[step] = [self._download(step, name, target) for name in self.files(step)]
         return self._here[step]
+
+    def sizes(self, step: int) -> dict[str, int]:
+        """All files of the checkpoint, of subfolders too: name -> bytes."""
+        with self._of(step):
+            return {name: remote.size for name, remote in self._all(step).items()}
+
+    def fetch_files(self, step: int, wanted: Wanted) -> dict[str, Path]:
+        """Files of the checkpoint on the disk, as `fetch`; beside those that were fetched of it before."""
+        names = choose_wanted(wanted, self.sizes(step), self.where(step))
+        if step not in self._whole:
+            self.release({*self.hold, step})
+            self._acquire()
+        here = self._whole.setdefault(step, {})
+        target = self._target(step)
+        with self._of(step):
+            self._check_room(step, sum(self._all(step)[name].size for name in names if name not in here))
+            for name in names:
+                if name not in here:
+                    here[name] = self._download(step, name, target)
+        return {name: here[name] for name in names}
+
+    def _target(self, step: int) -> Path | None:
+        return None if self.keep else self.folder / f"step-{step}"
+
+    def _check_room(self, step: int, size: int) -> None:
+        """A checkpoint that cannot fit is not begun."""
+        if not self.keep and size > (free := shutil.disk_usage(self.folder).free):
+            raise CheckpointError(
+                f"{self.where(step)} has {size:,} bytes, and the disk of {self.folder} has {free:,} left; give "
+                "cache= a folder on a larger one"
+            )
 
     def fingerprint(self, step: int) -> str:
         """The commit: what a measurement that was stored is checked against."""
@@ -167,12 +329,14 @@ class Hub:
 
     def release(self, steps: Collection[int] = ()) -> None:
         """Delete what was fetched, but the given steps, and what a killed process left."""
-        kept = set(self._here) if self.keep else set(steps)
+        kept = {*self._here, *self._whole} if self.keep else set(steps)
         self._here = {step: paths for step, paths in self._here.items() if step in kept}
+        self._whole = {step: paths for step, paths in self._whole.items() if step in kept}
         if self.folder.is_dir():
+            here = {f"step-{step}" for step in (*self._here, *self._whole)}
             self._acquire()
             for path in self.folder.iterdir():
-                if path.is_dir() and path.name not in {f"step-{step}" for step in self._here}:
+                if path.is_dir() and path.name not in here:
                     shutil.rmtree(path, ignore_errors=True)
         if not steps and self._lock is not None:
             self._lock.release()
@@ -190,16 +354,16 @@ class Hub:
 
     def _download(self, step: int, name: str, folder: Path | None) -> Path:
         """Download a file, whole and sound; a file that is neither is fetched again, a few times."""
-        remote = self._tree(step)[name]
+        remote = (self._everything.get(step) or self._tree(step))[name]
         place = {"local_dir": folder} if folder else {}
         fresh = False
 
         def attempt() -> Path:
             nonlocal fresh
-            commit = self.places[step].commit
+            repo, _, commit = self.places[step]
             path = Path(
                 self._hub.hf_hub_download(
-                    self.repo,
+                    repo,
                     name,
                     revision=commit,
                     endpoint=self._endpoint,
@@ -221,7 +385,7 @@ class Hub:
             raise OSError(fault)
 
         with self._bars():  # here, and not in a thread that may be left behind with them switched off
-            return self._again(attempt, f"{self.where(step)}/{name}", TIME_LIMIT + remote.size / SLOWEST)
+            return self._again(attempt, f"{self.where(step)}/{name}", _limit(remote.size))
 
     def _bounded(self, size: int) -> dict[str, Any]:
         """What makes the client stop when a server sends more than it announced: a bar that counts.
@@ -287,7 +451,9 @@ class Hub:
             return found
         raise found
 
-    def _again(self, call: Callable[[], Any], what: str, limit: float | None = None) -> Any:
+    def _again(
+        self, call: Callable[[], Any], what: str, limit: float | None = None, repo: str | None = None
+    ) -> Any:
         """Call, a bounded number of times and seconds, until no passing fault of the network comes."""
         limit = TIME_LIMIT if limit is None else limit
         end = time.monotonic() + limit
@@ -300,7 +466,8 @@ class Hub:
                 status = getattr(response, "status_code", None)
                 if isinstance(error, self._hub.utils.RepositoryNotFoundError):
                     raise FileNotFoundError(
-                        f"source: there is no repository {self.name}, or it is private (hf auth login): {error}"
+                        f"source: there is no repository {repo or self.name}, or it is private (hf auth login): "
+                        f"{error}"
                     ) from error
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise OSError(
@@ -333,6 +500,10 @@ class Hub:
             attempt += 1
 
 
+def _limit(size: int) -> float:
+    return min(TIME_LIMIT + size / SLOWEST, threading.TIMEOUT_MAX)
+
+
 _LATER = "what was measured before is stored, and a later call goes on from there"
 
 
@@ -344,7 +515,10 @@ class _TooLong(Exception):
     pass
 
 
-class _Revision(NamedTuple):
+class Revision(NamedTuple):
+    """A branch or tag of a repository."""
+
+    repo: str
     name: str
     commit: str
 

@@ -35,7 +35,7 @@ from weightdyn.files.pickles import Object, Saved, read_saved
 MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 """The float types that weights are measured in, and the bits of their mantissas."""
 
-ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """How the names of weight files end."""
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # or their shards, with an index
