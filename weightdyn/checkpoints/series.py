@@ -220,6 +220,9 @@ class Checkpoints:
         self.rules = rules
         self.skipped: dict[int, str] = {}
         self._config: list[Any] = [] if config is None else [config]  # once it is known
+        self._layout: tuple[int, dict[str, tuple[int, ...]]] | None = (
+            None  # of the first that `contents` listed
+        )
         self._store: _Folder | Hub = self._open(source, keep, endpoint)
         self.steps: list[int] = sorted(self._store.places)
         if steps is not None:
@@ -360,6 +363,55 @@ class Checkpoints:
         if name not in found:
             raise KeyError(f"name: step {step} has no tensor {name!r}; it has {list(found)[:5]} …")
         return found[name].read()
+
+    def contents(
+        self, step: int, *, beside: Collection[int] = (), progress: Progress = None
+    ) -> dict[str, Stored] | None:
+        """The tensors of a checkpoint by name, listed and not read: `Stored.read(start, stop)` reads rows.
+
+        From the hub the checkpoint is downloaded, and what was downloaded before is deleted, but the steps `beside`
+        it: two checkpoints that are read together take no more of the disk than two. `release` deletes the last.
+
+        Args:
+            step: one of `steps`.
+            beside: steps whose tensors are still to be read.
+            progress: show the bars of downloads; None: where someone watches.
+
+        Returns:
+            name -> `files.weightfiles.Stored`; None under errors="skip" where the checkpoint is damaged, which is
+            warned of, and the step drops out of `steps`.
+
+        Raises:
+            KeyError: there is no such step.
+            TypeError, ValueError: `step` is no whole number.
+            CheckpointError: the checkpoint is damaged, or has other tensors than the first that was listed.
+
+        >>> from safetensors.torch import save_file
+        >>> import tempfile, torch
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_file({"up_proj.weight": torch.eye(4)}, folder / "step10.safetensors")
+        >>> Checkpoints(folder).contents(10)["up_proj.weight"].read(1, 2).tolist()
+        [[0.0, 1.0, 0.0, 0.0]]
+        """
+        check_whole("step", step)
+        if step not in self.steps:
+            raise KeyError(f"step {step} is not in the series; it has {self.steps[:5]} … {self.steps[-1:]}")
+        self._store.hold = set(beside)
+        self._store.progress = progress
+        try:
+            found = list_tensors(self._store.fetch(step))
+            if self._layout is None:
+                self._layout = step, layout_of(found)
+            check_same(step, found, *self._layout)
+        except (CheckpointError, FileNotFoundError) as error:
+            self._fail(step, error)
+            return None
+        return found
+
+    def release(self) -> None:
+        """Delete what `contents` downloaded; of a folder nothing."""
+        self._store.hold = set()
+        self._store.release()
 
     # Measuring.
 
