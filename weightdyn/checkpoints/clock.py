@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from weightdyn.checkpoints.measure import precision_of
-from weightdyn.checkpoints.series import Checkpoints
+from weightdyn.checkpoints.series import Checkpoints, open_series
 from weightdyn.core.naming import TensorRow, describe
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import CLOCK_TABLE
@@ -104,7 +104,7 @@ def decay_clock(
     >>> table[["step", "rows", "of"]].values.tolist(), table["lr_decay"].round(7).tolist()
     ([[100, 10, 40], [200, 10, 40]], [0.0001, 0.0001])
     """
-    series = series if isinstance(series, Checkpoints) else Checkpoints(series)
+    series = open_series(series)
     if len(series) < 2:
         raise ValueError(
             f"series must have two checkpoints or more, got {len(series)}: the clock reads what lies between"
@@ -150,8 +150,8 @@ def row_motion(
 
     With p = ⟨w_a,w_b⟩/‖w_a‖², what is left is r = w_b − p·w_a. Rounding of stored copies to steps of u makes each
     of its entries ψ(1−ψ)u² in the mean square, ψ the place of p·w_a between two values that the type has. The
-    training's own float32 weights were rounded once per update, by u/√12 each time: after N updates N·u/√12 at most,
-    since what is lost of a small ηλ is nearly the same at every update.
+    training's own float32 weights were rounded once per update, by u/√12 each time: after N updates by N·u/√12 at
+    most, since what is lost of a small ηλ is nearly the same at every update.
 
     Args:
         before: float64 of shape (rows, columns), w_a.
