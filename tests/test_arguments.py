@@ -217,6 +217,10 @@ def calls(g):
                 "eps": 1e-8,
                 "decays": recipes.all_decay,
                 "steps": 10,
+                "batch_tokens": 1e6,
+                "clip": 1.0,
+                "z_loss": 1e-5,
+                "update_scale": 2.0,
             },
         ),
         "Recipe.lr_at": (recipe.lr_at, {"updates": [1, 2]}),
@@ -247,6 +251,9 @@ def calls(g):
             recipes.warmup_stable_decay,
             {"peak": 0.1, "steps": 10, "warmup": 2, "cooldown": 3, "floor": 0.1, "first": 1},
         ),
+        "inverse_sqrt": (recipes.inverse_sqrt, {"peak": 0.1, "warmup": 2, "first": 1}),
+        "pieces": (recipes.pieces, {"parts": [(5, recipes.constant(0.1)), (None, recipes.linear(0.1, 5))]}),
+        "from_a_tenth": (recipes.from_a_tenth, {"schedule": recipes.constant(0.1, 5)}),
         "neox_cosine": (recipes.neox_cosine, {"peak": 0.1, "steps": 10, "warmup": 2, "floor": 0.1}),
         "recover_forces": (
             wd.recover_forces,
@@ -295,6 +302,15 @@ def calls(g):
         "Checkpoints.file_sizes": (wd.Checkpoints(g["folder"]).file_sizes, {"step": 0}),
         "Checkpoints.files": (wd.Checkpoints(g["folder"]).files, {"step": 0, "wanted": []}),
         "Checkpoints.load": (wd.Checkpoints(g["folder"]).load, {"step": 0, "name": "q_proj.weight"}),
+        "Checkpoints.contents": (
+            wd.Checkpoints(g["folder"]).contents,
+            {"step": 0, "beside": (), "progress": False},
+        ),
+        "decay_clock": (wd.decay_clock, {"series": _unused_rows(g), "progress": False}),
+        "plot.decay_clock": (
+            plot.decay_clock,
+            {"table": wd.decay_clock(_unused_rows(g)), "recipe": recipe, "ax": None},
+        ),
         "RunLog": (wd.RunLog, {"path": _run(g)}),
         "RunLog.forces": (wd.RunLog(_run(g)).forces, {"by": "role", "order": "exact", "at": "before"}),
         "ForceLogger": (
@@ -430,6 +446,19 @@ def calls(g):
             },
         ),
     }
+
+
+def _unused_rows(g):
+    """Checkpoints of a matrix of which half the rows are moved by decay alone."""
+    folder = g["tmp"] / "unused"
+    if not folder.exists():
+        folder.mkdir()
+        weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+        for step in (0, 10, 20):
+            save_file({"embed_in.weight": weight.clone()}, folder / f"step{step}.safetensors")
+            weight *= 0.99
+            weight[:8] += 0.5 * weight[:8].flip(0)
+    return folder
 
 
 def _logged(measured):

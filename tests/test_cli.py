@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import weightdyn as wd
 from weightdyn import cli
 from weightdyn.cli import app
 from weightdyn.explain.summary import summarize
@@ -225,15 +226,36 @@ def test_plot_draws_no_drift_of_sums_that_miss_some_of_it(demo, tmp_path):
     assert {path.name for path in (tmp_path / "role").iterdir()} == {*FIGURES}
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A run of four tensors in two layers: a panel for each is drawn quickly."""
+    out = tmp_path_factory.mktemp("runs") / "few"
+    model = torch.nn.ModuleDict()
+    for layer in range(2):
+        model[f"layers_{layer}"] = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(8, 8, bias=False) for name in ("q_proj", "up_proj")}
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    rules = {r"layers_\d\.q_proj": "q", r"layers_\d\.up_proj": "up"}
+    with wd.ForceLogger(optimizer, model, out=out, weibull_every=2, rules=rules) as logger:
+        for _ in range(12):
+            loss = sum(p.pow(2).sum() + p.sum() for p in model.parameters())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            logger.record(loss=loss.detach())
+    return out
+
+
 @pytest.mark.parametrize("by", ["tensor", "layer,role", "component", "model"])
-def test_plot_groups_as_tables_do(demo, tmp_path, monkeypatch, by):
+def test_plot_groups_as_tables_do(few, tmp_path, monkeypatch, by):
     from weightdyn import plot
 
     drawn = []
     budget = plot.force_budget
     monkeypatch.setattr(plot, "force_budget", lambda *a, **k: drawn.append(k["by"]) or budget(*a, **k))
     monkeypatch.setattr(plot.runs, "NAMED_LINES", 99)
-    result = call("plot", demo[0], "--by", by, "--out", tmp_path)
+    result = call("plot", few, "--by", by, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     expected = {"tensor": None, "layer,role": ["layer", "role"]}.get(by, by)
     assert drawn == [expected] * 4

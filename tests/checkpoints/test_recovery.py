@@ -568,6 +568,32 @@ def test_balance_needs_no_more_than_numbers():
 # Figures and the command line
 
 
+def test_forces_of_checkpoints_are_held_against_recovered_single_updates_and_not_against_gaps(adam, run):
+    weights, truth, recipe = adam
+    steps = [0, 100, 200, 300, 400]
+    series = measured(weights, steps)
+    sparse = truth[truth["step"].isin(steps)]
+    with pytest.raises(ValueError, match=r"one of each span, which is no mean .* every=n"):
+        compare_recovery(sparse, recover_forces(series, recipe))
+    single = recover_forces(series, recipe, every=50)
+    found = compare_recovery(sparse, single).set_index("pooling")
+    rows = single.set_index("step")["alignment"] / truth.set_index("step")["alignment"]
+    assert found["intervals"].tolist() == [4, 4]
+    assert found.loc["tensor", "median"] == pytest.approx((1 - rows[steps[1:]]).abs().median())
+    both = truth[truth["step"].isin([*steps, 50])]  # two of the first gap
+    assert compare_recovery(both, recover_forces(series, recipe))["intervals"].tolist() == [1, 1]
+
+    from weightdyn.checkpoints.series import Checkpoints
+    from weightdyn.checkpoints.states import forces_from_states
+
+    recovered = recover_forces(Checkpoints(run.path), Recipe.from_run(run), every=20, progress=False)
+    exact = forces_from_states(run)
+    found = compare_recovery(exact, recovered).set_index("pooling")
+    assert found["intervals"].tolist() == [len(exact), 1]
+    assert found.loc["model", "median"] < 0.2  # a single update
+    assert found["drift_median"].isna().all()
+
+
 @pytest.fixture
 def figures():
     plt = pytest.importorskip("matplotlib.pyplot")

@@ -240,9 +240,9 @@ def check_equal(got, want, given=False):
     left, right = (list_tensors([run.path / "snapshots/step-000004.safetensors"]) for run in (got, want))
     assert [*left] == [*right]
     for name, stored in left.items():
-        torch.testing.assert_close(stored.read(), right[name].read(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(stored.read(), right[name].read(), rtol=1e-6, atol=1e-9)
         last = stored.shape[0] - 1
-        torch.testing.assert_close(stored.read(last), right[name].read(last), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(stored.read(last), right[name].read(last), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("stack", ["megatron", "zero3"])

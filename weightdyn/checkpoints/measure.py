@@ -166,11 +166,22 @@ _SURE = 64
 """Weights with a mantissa whose low bits must all be zero before float32 counts as a copy of something coarser."""
 
 
+def precision_of(dtype: str, low: int, odd: int) -> str:
+    """Float type that the values of a tensor fit into: that of its storage, or what float32 is a copy of.
+
+    Args:
+        dtype: its storage's.
+        low: which of the 16 lowest bits of float32 are set in any weight.
+        odd: weights that are no power of two.
+    """
+    if dtype == "float32" and odd >= _SURE and not low & 0x1FFF:
+        return "float16" if low else "bfloat16"
+    return dtype
+
+
 def table_row(part: TensorRow, sums: Sums, stored: Stored, digest: str) -> dict[str, Any]:
     """The columns of `CHECKPOINT_TABLE` from `tensor` on, without the inner products."""
-    precision = dtype = stored.dtype
-    if dtype == "float32" and sums.odd >= _SURE and not sums.low & 0x1FFF:
-        precision = "float16" if sums.low else "bfloat16"
+    dtype, precision = stored.dtype, precision_of(stored.dtype, sums.low, sums.odd)
     spacing = sums.half_spacing if precision == "float16" else sums.spacing
     fit = fit_weibull(sums.histogram) if sums.histogram is not None else None
     return {

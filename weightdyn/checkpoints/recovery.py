@@ -508,7 +508,7 @@ def _recover(
         raise ValueError(
             f"method={method!r} needs the inner products of checkpoints: measure(gram={wanted.gram!r})"
         )
-    rho = noise_rho(updates, recipe.betas[0])
+    rho = recipe.update_scale**2 * noise_rho(updates, recipe.betas[0])
     lr_sum, lr_sq_sum = np.add.reduceat(lr, starts), np.add.reduceat(lr**2, starts)
     told = np.zeros(len(span), bool)
     if gram is not None:
@@ -602,11 +602,18 @@ def compare_recovery(
 ) -> pd.DataFrame:
     """Accuracy of recovered forces against the logged means over the same updates.
 
+    A single update is no mean over the gap before it: of rows of many updates those are left out of which truth
+    has one. So hold the forces of checkpoints (`forces_from_states`) against recovered single updates,
+    `recover_forces(…, every=n)` with an n that divides the checkpoints' steps: rows of the same update are
+    compared. A single update scatters about its mean by itself, small tensors most, so that there the sum over
+    the model tells more than each tensor does.
+
     Of alignment it is |1 − ratio|. Drift goes through zero, where a ratio means nothing; of drift and of diffusion
     it is |recovered − logged| over the whole logged budget, |drift| + |diffusion| + |decay|.
 
     Args:
-        truth: the log of the same training, a `RunLog` or its force table, best of every update.
+        truth: the log of the same training, a `RunLog` or its force table, best of every update; or the exact
+            forces of its checkpoints.
         recovered: a recovered table, or {name: table} for several methods.
 
     Returns:
@@ -629,7 +636,10 @@ def compare_recovery(
         both = pd.concat([table, _interval_means(log, table, columns).add_prefix("true_")], axis=1)
         both = both[both["true_alignment"].notna()]
         if both.empty:
-            raise ValueError(f"truth has no update of the tensors and spans of recovered ({name})")
+            raise ValueError(
+                f"truth has no update of the tensors and spans of recovered ({name}), or one of each span, which "
+                "is no mean over it: recover_forces(…, every=n), n a divisor of truth's steps, has single updates"
+            )
         summed = [each for each in (*_COMPARED, *(f"true_{each}" for each in columns)) if each in both]
         groups = both.groupby(["step", "span"])
         pooled = groups[summed].sum().where(groups[summed].count().eq(groups.size(), axis=0))
@@ -655,6 +665,7 @@ def compare_recovery(
     return pd.DataFrame(found).reindex(columns=list(ACCURACY_TABLE))
 
 
+_FEWEST = 2  # updates of a span that make a mean over it
 _COMPARED = ("alignment", "injection", "decay", "drift", "memory")
 
 _BOUNDS = ("alignment_low", "alignment_high")
@@ -692,8 +703,8 @@ def interval_means(truth: pd.DataFrame | RunLog, table: pd.DataFrame, name: str 
         name: a column of numbers that the log has of a force table's: "alignment", "drift", "lr", …
 
     Returns:
-        float64 with the index of `table`; NaN where no update of that tensor was logged. Of a log with gaps it
-        is the mean over what was logged.
+        float64 with the index of `table`; NaN where no update of that tensor was logged, or one of a span of many.
+        Of a log with gaps it is the mean over what was logged.
     """
     table = check_force_table(table, argument="table", unique=True)
     check_columns(table, ("tensor",), "force table of tensors", argument="table")
@@ -726,6 +737,8 @@ def _interval_means(log: pd.DataFrame, table: pd.DataFrame, columns: list[str]) 
             count = np.append(0.0, np.cumsum(span))
             last = np.searchsorted(steps, end[places], side="right")
             first = np.searchsorted(steps, start[places], side="right")
+            covered = count[last] - count[first]
+            enough = covered >= np.minimum(end[places] - start[places], _FEWEST)
             with np.errstate(divide="ignore", invalid="ignore"):
-                out[places, i] = (total[last] - total[first]) / (count[last] - count[first])
+                out[places, i] = np.where(enough, (total[last] - total[first]) / covered, np.nan)
     return pd.DataFrame(out, index=table.index, columns=columns)

@@ -314,6 +314,7 @@ class Checkpoints:
         self.skipped: dict[int, str] = {}
         self.counted = False
         self._config: list[Any] = [] if config is None else [config]  # once it is known
+        self._layout: tuple[int, dict[str, tuple[int, ...]]] | None = None  # of the first `contents`
         self._store: _Folder | Hub | _Mixed = self._open(source, stage, keep, endpoint)
         self.steps: list[int] = sorted(self._store.places)
         if steps is not None:
@@ -547,6 +548,55 @@ class Checkpoints:
         if step not in self.steps:
             raise KeyError(f"step {step} is not in the series; it has {self.steps[:5]} … {self.steps[-1:]}")
         return int(step)
+
+    def contents(
+        self, step: int, *, beside: Collection[int] = (), progress: Progress = None
+    ) -> dict[str, Stored] | None:
+        """The tensors of a checkpoint by name, listed and not read: `Stored.read(start, stop)` reads rows.
+
+        From the hub the checkpoint is downloaded, and what was downloaded before is deleted, but the steps `beside`
+        it: two checkpoints that are read together take no more of the disk than two. `release` deletes the last.
+
+        Args:
+            step: one of `steps`.
+            beside: steps whose tensors are still to be read.
+            progress: show the bars of downloads; None: where someone watches.
+
+        Returns:
+            name -> `files.weightfiles.Stored`; None under errors="skip" where the checkpoint is damaged, which is
+            warned of, and the step drops out of `steps`.
+
+        Raises:
+            KeyError: there is no such step.
+            TypeError, ValueError: `step` is no whole number.
+            CheckpointError: the checkpoint is damaged, or has other tensors than the first that was listed.
+
+        >>> from safetensors.torch import save_file
+        >>> import tempfile, torch
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_file({"up_proj.weight": torch.eye(4)}, folder / "step10.safetensors")
+        >>> Checkpoints(folder).contents(10)["up_proj.weight"].read(1, 2).tolist()
+        [[0.0, 1.0, 0.0, 0.0]]
+        """
+        step = self._known(step)
+        if isinstance(beside, str | bytes) or not isinstance(beside, Collection):
+            raise refuse("beside", "step numbers, such as [0]", beside)
+        self._store.hold = {_checked_step(each, "beside") for each in beside}
+        self._store.progress = progress
+        try:
+            found = list_tensors(self._store.fetch(step))
+            if self._layout is None:
+                self._layout = step, layout_of(found)
+            check_same(step, found, *self._layout)
+        except (CheckpointError, FileNotFoundError) as error:
+            self._fail(step, error)
+            return None
+        return found
+
+    def release(self) -> None:
+        """Delete what `contents` downloaded; of a folder nothing."""
+        self._store.hold = set()
+        self._store.release()
 
     # Measuring.
 
@@ -871,3 +921,19 @@ class Checkpoints:
                 )
                 parts[step].dots[other] = (parts[other].fingerprint, dots)
             parts[step].write(folder)
+
+
+def open_series(
+    series: Checkpoints | RunLog | str | os.PathLike[str] | Mapping[int, str | os.PathLike[str]],
+    *,
+    argument: str = "series",
+) -> Checkpoints:
+    """The series itself, or what `Checkpoints` opens; an error names the argument."""
+    if isinstance(series, Checkpoints):
+        return series
+    try:
+        return Checkpoints(series)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{argument}: {error}") from error

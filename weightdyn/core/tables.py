@@ -157,6 +157,23 @@ CHECKPOINT_TABLE = {
 }
 """Columns of a measured series and their meaning."""
 
+CLOCK_TABLE = {
+    "step": "the later checkpoint's",
+    "span": "updates between the two checkpoints",
+    **NAMES,
+    "rows": "rows that decay alone moves, all through the series; 0 where none could be told",
+    "of": "all rows of the tensor",
+    "factor": "mean of ‖w_b‖/‖w_a‖ over these rows: Π (1−ηλ) over the span; NaN where nothing can be said",
+    "factor_low": "factor − 2 standard errors: spread over the rows, or what rounding makes, whichever is larger",
+    "factor_high": "factor + 2 standard errors",
+    "lr_decay": "ηλ per update, 1 − factor^(1/span); NaN where nothing can be said",
+    "lr_decay_low": "lower end: that of the factor's, less 2^-25, what rounding 1 − ηλ to float32 may take",
+    "lr_decay_high": "upper end of it",
+    "precision": "float type that the values of the rows fit into, the coarser of both checkpoints'",
+    "note": "why there is no value, or what it does not say; empty if nothing",
+}
+"""Columns of the table of a decay clock, and their meaning."""
+
 _IDENTITY = {name: NAMES[name] for name in IDENTITY}
 
 BUDGET_TABLE = {

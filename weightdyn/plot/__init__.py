@@ -3,6 +3,7 @@
 pyplot is imported when a figure is drawn: a program that only logs never pays for it.
 """
 
+from weightdyn.plot.clock import decay_clock as decay_clock
 from weightdyn.plot.recovered import METHOD_COLORS as METHOD_COLORS
 from weightdyn.plot.recovered import recovery as recovery
 from weightdyn.plot.runs import force_budget as force_budget
