@@ -226,6 +226,71 @@ def read_resume(folder: Path) -> Any:
     return len(trained(folder, "must").forces())
 
 
+def stepped() -> tuple[Any, Any, Any, Any]:
+    """A model, its optimizer behind two updates, its schedule and its logger's snapshot of the last."""
+    import torch
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3))
+    matrices, rest = ([p for p in net.parameters() if (p.ndim > 1) == one] for one in (True, False))
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
+    return net, adamw, torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 9), lambda: net(torch.randn(4, 6))
+
+
+def make_state(folder: Path) -> None:
+    import torch
+
+    net, adamw, schedule, output = stepped()
+    for _ in range(2):
+        adamw.zero_grad()
+        output().square().sum().backward()
+        adamw.step()
+        schedule.step()
+    states = {"model": net.state_dict(), "optimizer": adamw.state_dict(), "scheduler": schedule.state_dict()}
+    torch.save(states, folder / "ckpt.pt")
+
+
+def make_trainer(folder: Path) -> None:
+    """As transformers' Trainer has it, without what needs transformers."""
+    import torch
+
+    make_state(folder)
+    states = torch.load(folder / "ckpt.pt")
+    (folder / "ckpt.pt").unlink()
+    for key, name in (
+        ("model", "pytorch_model.bin"),
+        ("optimizer", "optimizer.pt"),
+        ("scheduler", "scheduler.pt"),
+    ):
+        torch.save(states[key], folder / name)
+    history = [{"step": 2, "learning_rate": 0.0096984631039295426}]
+    content = {"global_step": 2, "max_steps": 9, "log_history": history}
+    (folder / "trainer_state.json").write_text(json.dumps(content))
+
+
+def make_snapshot(folder: Path) -> None:
+    from weightdyn import ForceLogger
+
+    net, adamw, _, output = stepped()
+    with ForceLogger(adamw, net, out=folder / "run", snapshot_every=1):
+        output().square().sum().backward()
+        adamw.step()
+    shutil.copy(folder / "run" / "snapshots" / "step-000001.safetensors", folder)
+    shutil.rmtree(folder / "run")
+
+
+def read_states(folder: Path) -> Any:
+    from weightdyn import forces_from_states
+
+    files = [path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors")]
+    one = len(files) == 1 and not (folder / "trainer_state.json").exists()
+    table = forces_from_states(files[0] if one else folder, progress=False)
+    if table["alignment"].isna().any():  # which its note and a warning told
+        raise ValueError(f"{folder}: {table['note'].max()}")
+    return table.to_csv()
+
+
 JSON = ("config.json",)
 KINDS = {
     "safetensors": Kind(make_safetensors, read_weights, ("model.safetensors",)),
@@ -238,6 +303,9 @@ KINDS = {
     "trainer_state": Kind(make_trainer_state, read_trainer_state, ("trainer_state.json",)),
     "histogram": Kind(make_histogram, read_histogram, ("histogram.npz",), ("histogram.npz",)),
     "run": Kind(make_run, read_run, ("run.json", "*.parquet"), ("*.parquet",)),
+    "state": Kind(make_state, read_states, ("ckpt.pt",), ("ckpt.pt",)),
+    "trainer": Kind(make_trainer, read_states, ("*.pt", "*.bin", "trainer_state.json"), ("*.pt", "*.bin")),
+    "snapshot": Kind(make_snapshot, read_states, ("*.safetensors",)),
     "resume": Kind(make_resume, read_resume, ("resume.pt",)),
 }
 

@@ -354,6 +354,43 @@ def test_weights_in_bf16_say_so_and_are_near(tmp_path):
     assert 1e-5 < budget_error(table, training.truth) < 3e-2
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_moments_in_8_bits_are_read_where_their_rounding_leaves_u_its_bound(tmp_path, lost):
+    """As bitsandbytes writes them: codes of a map, and a scale for each 256 weights."""
+    training = Training(groups=lambda net: [{"params": net.parameters()}], weight_decay=0.3).run()
+    state = training.state()
+    for kept in state["optimizer"]["state"].values():
+        m, v = kept.pop("exp_avg"), kept.pop("exp_avg_sq")
+        quantized = {}
+        for number, moment, grid in (
+            (1, m, torch.linspace(-1, 1, 256)),
+            (2, v, torch.linspace(0, 1, 256) ** 2),
+        ):
+            blocks = moment.reshape(-1).split(256)
+            scale = torch.stack([block.abs().max() for block in blocks])
+            codes = [(b[:, None] / s - grid).abs().argmin(1) for b, s in zip(blocks, scale, strict=True)]
+            quantized[f"state{number}"] = torch.cat(codes).to(torch.uint8).view(moment.shape)
+            quantized |= {f"qmap{number}": grid, f"absmax{number}": scale}
+        if lost:
+            quantized["state2"].view(-1)[0], quantized["state1"].view(-1)[0] = 0, 255
+        else:  # as fine as the map can tell
+            quantized["state2"].clamp_(min=1)
+        kept["__bnb_optimizer_quant_state__"] = quantized
+    state["optimizer"]["param_groups"] = [
+        {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "params")}
+        for group in state["optimizer"]["param_groups"]
+    ]
+    torch.save(state, file := tmp_path / "ckpt.pt")
+    with pytest.raises(wd.CheckpointError, match='optimizer="AdamW" or "Adam" says'):
+        wd.forces_from_states(file, lr=1e-2)
+    with pytest.warns(UserWarning, match="rounded to nearly 0" if lost else "stored in 8 bits"):
+        table = wd.forces_from_states(file, lr=1e-2, optimizer="AdamW")
+    if lost:
+        assert table[[*FORCES]].isna().all(axis=None)
+    else:
+        assert budget_error(table, training.truth) < 0.1
+
+
 # --- the match --------------------------------------------------------------------------------------------
 
 

@@ -387,7 +387,7 @@ def _update(state: SavedState, step: int | None, asked: _Asked, progress: Progre
 
     book = Book(lambda what, message: warnings.warn(f"{state.place}: {message}", stacklevel=2))
     tensors: list[_Tensor] = []
-    for slot, own in matched:
+    for slot, own in (pair for pair in matched if pair[0].numbers["step"] > 0):
         stored = state.weights[own]
         name = describe(bare[own], stored.shape, config, views=asked.views, rules=asked.rules)
         rows = name.rows(stored.shape)
@@ -414,7 +414,13 @@ def _update(state: SavedState, step: int | None, asked: _Asked, progress: Progre
             int(each.slot.numbers["step"]), rate.source if known else "", "; ".join(filter(None, notes)),
         ]  # fmt: skip
     for chosen, products in _measured(tensors, progress):
-        record.waiting.append(ProductsAfter([row for each in chosen for row in each.rows], products))
+        here = [row for each in chosen for row in each.rows]
+        record.waiting.append(ProductsAfter(here, products))
+        largest = dict(zip(here, products[:, PRODUCTS.index("u_max")].tolist(), strict=True))
+        for each in (each for each in chosen if _coarse(each)):
+            if max(largest[row] for row in each.rows) > _LOOSE * _bound(each.adam):
+                record.lr[each.rows] = math.nan
+                about.loc[[*each.rows], ["lr_from", "note"]] = "", _LOST
     rows = cast(pd.DataFrame, book.take()).reset_index(drop=True)
     rows["tensor"] = rows["tensor"].astype(str)
     odd = [
@@ -423,6 +429,17 @@ def _update(state: SavedState, step: int | None, asked: _Asked, progress: Progre
     ]
     about["note"] = ["; ".join(filter(None, pair)) for pair in zip(about["note"], odd, strict=True)]
     return _Update(number, state.place, pd.concat([rows, about], axis=1), book.labels)
+
+
+_LOOSE = 2.0  # what is coarse may be above the bound by rounding
+_LOST = "some of its v are rounded to nearly 0 in the file, which leaves u without a bound"
+
+
+def _bound(adam: Adam) -> float:
+    """The largest |u| that any gradients make, by Cauchy and Schwarz: where v is kept whole none is above it."""
+    beta1, beta2, _, step = (float(each) for each in adam)
+    squares = (1 - beta1**2 / beta2) * (1 - beta2) if beta1**2 < beta2 else math.nan
+    return (1 - beta1) / math.sqrt(squares) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
 def _moved(slot: Slot, made: int) -> tuple[bool, str]:
