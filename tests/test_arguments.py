@@ -637,9 +637,10 @@ NOT_CALLED_HERE = {
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_a_wrong_argument_is_named_or_the_result_is_right(given, shard, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a wrong path may be one that can be made
     unclear = []
     for name, (function, arguments) in list(calls(given).items())[shard::SHARDS]:
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)  # a wrong path may be one that can be made
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             function(**arguments)  # the call itself is a right one
