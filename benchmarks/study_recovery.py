@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from weightdyn.checkpoints.recovery import (
 from weightdyn.checkpoints.series import Checkpoints
 from weightdyn.core.forces import memory_null, noise_rho
 from weightdyn.record.runlog import RunLog
-from weightdyn.train.trainer import TrainConfig, train
+from weightdyn.train.trainer import DEMO, TrainConfig, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,6 +61,10 @@ TUNING = {
     "T2": config("tiny-llama", 16, 0.999, 0.01, "constant", 800, 12),
     "T3": config("tiny", 16, 0.999, 0.1, "cosine", 800, 13),
     "T4": config("tiny-llama", 4, 0.95, 0.1, "constant", 800, 14, lr=3e-3),
+    "T5": config("tiny", 8, 0.95, 1.0, "cosine", 1200, 15, lr=5e-3),
+    "T6": config("tiny-llama", 8, 0.95, 1.0, "constant", 1200, 16, lr=4e-3),
+    "T7": config("tiny", 16, 0.95, 0.5, "cosine", 1500, 17, lr=8e-3),
+    "T8": config("tiny-llama", 16, 0.999, 0.5, "cosine", 1200, 18, lr=1e-2),
 }
 REPORTING = {
     "R1": config("tiny", 2, 0.95, 0.1, "cosine", 1200, 1),
@@ -70,6 +75,11 @@ REPORTING = {
     "R6": config("tiny-llama", 32, 0.999, 0.1, "cosine", 800, 6),
     "R7": config("tiny", 8, 0.95, 0.1, "cosine", 800, 7, lr=4e-3),
     "R8": config("tiny-llama", 16, 0.95, 0.01, "constant", 800, 8),
+    "N1": config("tiny", 4, 0.95, 1.0, "cosine", 1500, 21, lr=4e-3),
+    "N2": config("tiny", 16, 0.999, 1.0, "constant", 1200, 22, lr=5e-3),
+    "N3": config("tiny-llama", 16, 0.95, 0.5, "cosine", 1500, 23, lr=8e-3),
+    "N4": config("tiny-llama", 4, 0.999, 2.0, "constant", 1200, 24, lr=2.5e-3),
+    "demo": replace(DEMO, device="cpu"),
 }
 LOGGED = ("injection", "decay", "drift", "memory")
 GAPS = ("25", "50", "100", "200", "400", "log")
