@@ -575,6 +575,7 @@ def report(
     own = half[half["method"] == "balance"].set_index("gap")
     everything = table[(table["tensors"] == "all") & (table["run"] == "all") & (table["kind"] == "reporting")]
     tuning = table[(table["tensors"] == "matrices") & (table["run"] == "all") & (table["kind"] == "tuning")]
+    far, demo = rows[rows["kind"] == "long"], rows[rows["kind"] == "demo"]
     head = "| run | model | batch | β₂ | λ | schedule | peak η | updates |\n|---|---|---|---|---|---|---|---|"
     sections = [
         "# Accuracy of forces recovered from checkpoints",
@@ -590,8 +591,8 @@ def report(
         + "\n".join([head, *(describe(n, c) for n, c in REPORTING.items())])
         + "\n\nReporting, with gaps long against τ = 1/(ηλ):\n\n"
         + "\n".join([head, *(describe(n, c) for n, c in (LONG | DEMONSTRATION).items())])
-        + "\n\nThe last is what `weightdyn demo` trains, with sequences of 128 bytes, a warm-up of 100, and its own "
-        "checkpoints: 0, 1, 2, 4 … 1024, and 500, 1000, 1500.\n\n"
+        + "\n\nThe last is what `weightdyn demo` trains, with sequences of 128 bytes, a warm-up of 100, and its "
+        "own checkpoints: 0, 1, 2, 4 … 1024, and 500, 1000, 1500.\n\n"
         "Tuning, to which the constants of ρ, its spread, and the interpolation of ‖W‖² were fitted:\n\n"
         + "\n".join([head, *(describe(n, c) for n, c in (TUNING | LONG_TUNING).items())]),
         "## float32, pooled: median\n\n" + pivot(main, "median", dtype="float32", pooling="model"),
@@ -627,13 +628,13 @@ def report(
         + held(demo, ["step"], "median", "p90", "pooled", "inside", "drift_inside")
         + "\n\nAll:\n\n"
         + held(demo, ["gap"], "median", "p90", "pooled", "pooled_p90", "inside", "drift_inside"),
-        "## ‖w‖² between checkpoints: the tuning runs with a short τ\n\nHow far the recovered decay is off, over "
-        "alignment: median and 90th percentile per tensor; median pooled. The last way was kept. What is left at "
-        "the later gaps is mostly noise along w, which moves ‖w‖² between two checkpoints and leaves no trace in "
+        "## ‖w‖² between checkpoints: the tuning runs with a short τ\n\nHow far the recovered decay is off, "
+        "over alignment: median and 90th percentile per tensor; median pooled. The last was kept. What is left "
+        "at the later gaps is mostly noise along w, which moves ‖w‖² between two checkpoints and leaves no trace in "
         "them (`decay_doubt`).\n\n" + paths,
-        "## The interval\n\nFraction of the rows of balance whose logged alignment lies between `alignment_low` and "
-        "`alignment_high` (95 % aimed at on the tuning runs), and logged drift between `drift_low` and `drift_high` "
-        "(float32).\n\n" + intervals(table),
+        "## The interval\n\nFraction of the rows of balance whose logged alignment lies between `alignment_low` "
+        "and `alignment_high` (95 % aimed at on the tuning runs), and logged drift between `drift_low` and "
+        "`drift_high` (float32).\n\n" + intervals(table),
     ]
     drift = rows[rows["kind"] == "reporting"]
     sections += [

@@ -338,6 +338,17 @@ def test_between_checkpoints_a_pull_that_falls_is_followed_better_than_its_mean(
     assert off.mean() < 0.1 * flat.mean()
 
 
+def test_at_the_start_of_a_training_the_pull_grows_and_later_a_single_gap_has_one_pull():
+    lr = np.full(100, 1e-3)
+    first, later = (
+        np.diff(norm_between(np.array([1.0, 2.0]), np.array([s, s + 100]), lr, 0.0)[0]) for s in (0, 7)
+    )
+    np.testing.assert_allclose(later, 0.01, rtol=1e-9)
+    # From half of the mean to all of it at the middle, level from there, and moved up to the mean: (3/8 + 1/2 = 7/8)
+    np.testing.assert_allclose(first[[0, -1]], [0.01 * (0.5 + 1 / 8), 0.01 * (1 + 1 / 8)], rtol=0.02)
+    assert (np.diff(first) >= -1e-12).all()
+
+
 def test_a_gap_of_a_thousand_timescales_has_a_finite_course():
     course, _ = norm_between(np.array([4.0, 1.0, 1.0]), np.array([9, 5009, 6000]), np.full(5991, 0.4), 0.5)
     assert np.isfinite(course).all()
