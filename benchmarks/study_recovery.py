@@ -93,6 +93,9 @@ DEMONSTRATION = {"demo": replace(DEMO, device="cpu")}
 TAKEN = """What to take from it:
 
 - To be written."""
+DRIFT_TAKEN = """What to take from it:
+
+- To be written."""
 LOGGED = ("injection", "decay", "drift", "memory")
 GAPS = ("25", "50", "100", "200", "400", "log")
 LONG_GAPS = ("τ/2", "τ", "2τ", "log")
@@ -629,9 +632,9 @@ def report(
         + "\n\nAll:\n\n"
         + held(demo, ["gap"], "median", "p90", "pooled", "pooled_p90", "inside", "drift_inside"),
         "## ‖w‖² between checkpoints: the tuning runs with a short τ\n\nHow far the recovered decay is off, "
-        "over alignment: median and 90th percentile per tensor; median pooled. The last was kept. What is left "
-        "at the later gaps is mostly noise along w, which moves ‖w‖² between two checkpoints and leaves no trace in "
-        "them (`decay_doubt`).\n\n" + paths,
+        "over alignment: median and 90th percentile per tensor; median pooled. The last was kept. What is "
+        "left at the later gaps is mostly noise along w, which moves ‖w‖² between two checkpoints and leaves no "
+        "trace in them (`decay_doubt`).\n\n" + paths,
         "## The interval\n\nFraction of the rows of balance whose logged alignment lies between `alignment_low` "
         "and `alignment_high` (95 % aimed at on the tuning runs), and logged drift between `drift_low` and "
         "`drift_high` (float32).\n\n" + intervals(table),
@@ -642,25 +645,7 @@ def report(
         "injection·(1 + `memory_null`), as if noise were white, and drift is what the change of ‖w‖² leaves. Both "
         "are held against the logged means over the same updates; their error is |recovered − logged| over the "
         "logged |drift| + diffusion + |decay|, since drift goes through zero.",
-        "What to take from it:\n\n"
-        "- Diffusion is 19 times injection where η is steady, so what a wrong ρ costs alignment once it "
-        "costs drift 19 times. The drift of all matrices together is within 3.5 to 5.2 % of the budget "
-        "(median) at even gaps, that of one matrix within 10 to 14 %; the guess of no drift errs by 25 to"
-        " 31 %. With log-spaced checkpoints it is 8 and 14 %.\n"
-        "- Its sign is right in 83 to 95 % of the even gaps for all matrices together and in 80 to 87 % "
-        "for one. Where the interval leaves zero out (29 to 51 % of the even gaps) the sign is right in "
-        "98 to 100 % up to gaps of 100, in 94 and 91 % at 200 and 400. The interval holds the logged "
-        "drift in 93 to 84 %, less the longer the gap.\n"
-        "- Embeddings fail: three fifths of their rows, bytes that the text lacks, get no gradient; the "
-        "displacement makes up for a part of that, diffusion still comes out half too large, and the sign "
-        "of their drift is wrong more often than right, even where it is told. Of the unembedding memory "
-        "is larger than white noise's (diffusion a quarter too small), so its interval is too narrow; but "
-        "nearly all of its budget is drift, and its sign is right.\n"
-        "- At 400 the displacement makes diffusion a fifth too large, and theory alone is better there "
-        "(11 % against 14 % per matrix; on the tuning runs they were level, so nothing was changed).\n"
-        "- The spline with the same diffusion gives the same drift, for its forces add up as those of the"
-        " budget do. Two points do not, and their drift is of no use.\n\n"
-        "![Drift, recovered against logged](recovery_drift.png)",
+        DRIFT_TAKEN + "\n\n![Drift, recovered against logged](recovery_drift.png)",
         "### Drift, pooled: median\n\n" + pivot(main, "drift_median", dtype="float32", pooling="model"),
         "### Drift, pooled: 90th percentile\n\n" + pivot(main, "drift_p90", dtype="float32", pooling="model"),
         "### Drift, per tensor: median\n\n" + pivot(main, "drift_median", dtype="float32", pooling="tensor"),

@@ -344,7 +344,7 @@ def test_at_the_start_of_a_training_the_pull_grows_and_later_a_single_gap_has_on
         np.diff(norm_between(np.array([1.0, 2.0]), np.array([s, s + 100]), lr, 0.0)[0]) for s in (0, 7)
     )
     np.testing.assert_allclose(later, 0.01, rtol=1e-9)
-    # From half of the mean to all of it at the middle, level from there, and moved up to the mean: (3/8 + 1/2 = 7/8)
+    # From half of the mean to all of it at the middle, level from there, and moved up by an eighth to the mean.
     np.testing.assert_allclose(first[[0, -1]], [0.01 * (0.5 + 1 / 8), 0.01 * (1 + 1 / 8)], rtol=0.02)
     assert (np.diff(first) >= -1e-12).all()
 
