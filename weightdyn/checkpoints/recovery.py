@@ -245,8 +245,8 @@ def balance_forces(
     decay makes it), level before the first and behind the last; in a training's first updates it grows, to that of
     the first gap from half of it. δ is a constant of each gap that takes the curve through the checkpoints, hence
     each gap's forces add up to its measured change whatever the curve does between. With η constant P_t is the
-    change that ‖w‖² would have without decay; η^½ lies between what diffusion and what drift goes with, and fits
-    best. Over gaps short against 1/(ηλ) all that is a smooth curve through the checkpoints.
+    change that ‖w‖² would have without decay; η^½ lies between what diffusion and what drift goes with, and served
+    best on the tuning runs. Over gaps short against 1/(ηλ) all that is a smooth curve through the checkpoints.
 
     Args:
         norm_sq: ‖W‖² at K checkpoints.
