@@ -92,10 +92,33 @@ LONG = {
 DEMONSTRATION = {"demo": replace(DEMO, device="cpu")}
 TAKEN = """What to take from it:
 
-- To be written."""
+- Balance is within 0.6 % pooled and 0.7 % per tensor (medians) at every even gap from 25 to 400, and within 0.4 and
+  0.5 % with log-spaced checkpoints, whose first gaps the part of a gradient that lasts explains.
+- β₂ decides how good it is. With 0.95 the runs lie at 0.06 to 0.34 % pooled and 0.2 to 0.6 % per tensor. With 0.999
+  (R2, R4, R6) √v̂ remembers more updates than these trainings have, and pooled errors are 0.5 to 1.1 %: diffusion of
+  all matrices comes out a tenth to a fifth too small, and the sum does not average that out. Per tensor the
+  displacement beats theory alone in every run; pooled and at gaps of 100 and more, theory alone is as good or better,
+  in the median and the 90th percentile.
+- Where a gap is long against τ, alignment is known as well as decay is: within 1.5 % per tensor at τ/2, 2.1 % at τ
+  and 3.4 % at 2τ (medians; pooled 0.8, 0.9 and 2.4 %), and worst in the first gap, if it holds all of the growth.
+- The interval holds the logged alignment in 95 to 99 % of the rows, whatever the gap, and the logged drift in 92 to
+  96 %; without displacements in 88 to 95 %.
+- The spline's alignment is too large, about by the injection that a smooth path lacks.
+- The alignment of these reporting runs was recovered once, with the law as it stands. The forces of R1 to R8 had
+  been seen in a report of an earlier one, and the logged ρ of R1 and R5 before that."""
 DRIFT_TAKEN = """What to take from it:
 
-- To be written."""
+- Diffusion is 19 times injection where η is steady, so what a wrong ρ costs alignment once it costs drift 19 times.
+  The drift of all matrices together is within 4 to 6 % of the budget (median) at even gaps, that of one matrix
+  within 8 to 13 %; the guess of no drift errs by 26 to 31 %. With log-spaced checkpoints it is 7 and 12 %.
+- Its sign is right in 83 to 91 % of the even gaps for all matrices together and in 83 to 86 % for one. Where the
+  interval leaves zero out (25 to 40 % of the even gaps) the sign is right in 96 to 100 %.
+- Embeddings fail: three fifths of their rows, bytes that the text lacks, get no gradient; the displacement makes up
+  for a small part of that, diffusion comes out nearly twice too large, and the sign of their drift is wrong more
+  often than right, even where it is told. Of the unembedding memory is larger than white noise's (diffusion a third
+  too small), so its interval is too narrow; but nearly all of its budget is drift, and its sign is right.
+- The spline with the same diffusion gives the same drift, for its forces add up as those of the budget do. Two
+  points do not, and their drift is of no use."""
 LOGGED = ("injection", "decay", "drift", "memory")
 GAPS = ("25", "50", "100", "200", "400", "log")
 LONG_GAPS = ("τ/2", "τ", "2τ", "log")
@@ -701,7 +724,7 @@ def figure(table: pd.DataFrame, path: Path) -> None:
                     line = {"color": color, "ls": dashes, "lw": 1.1, "label": method.replace("_", " ")}
                     ax.plot(place[:-1], own["median"].iloc[:-1], **line)
                 ax.plot(place, own["median"], marker, mfc=face, mec=color, ms=3.5, mew=0.8)
-        target = 0.005 if pooling == "model" else 0.015
+        target = 0.003 if pooling == "model" else 0.008
         ax.axhline(target, color="#808080", lw=0.6, ls="--", zorder=0)
         ax.annotate(f"aim {target:.1%}", (0.01, target), xycoords=("axes fraction", "data"), va="bottom",
                     fontsize=6.5, color="#808080")  # fmt: skip
