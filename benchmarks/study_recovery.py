@@ -97,8 +97,8 @@ TAKEN = """What to take from it:
 - β₂ decides how good it is. With 0.95 the runs lie at 0.06 to 0.34 % pooled and 0.2 to 0.6 % per tensor. With 0.999
   (R2, R4, R6) √v̂ remembers more updates than these trainings have, and pooled errors are 0.5 to 1.1 %: diffusion of
   all matrices comes out a tenth to a fifth too small, and the sum does not average that out. Per tensor the
-  displacement beats theory alone in every run; pooled and at gaps of 100 and more, theory alone is as good or better,
-  in the median and the 90th percentile.
+  displacement beats theory alone in every run; pooled and at gaps of 100 and more, theory alone is as good or
+  better, in the median and the 90th percentile.
 - Where a gap is long against τ, alignment is known as well as decay is: within 1.5 % per tensor at τ/2, 2.1 % at τ
   and 3.4 % at 2τ (medians; pooled 0.8, 0.9 and 2.4 %), and worst in the first gap, if it holds all of the growth.
 - The interval holds the logged alignment in 95 to 99 % of the rows, whatever the gap, and the logged drift in 92 to
