@@ -10,10 +10,11 @@ from weightdyn import plot
 from weightdyn.checkpoints import recovery
 from weightdyn.checkpoints.recipe import Recipe
 from weightdyn.checkpoints.recovery import (
-    DIFFUSION_RANGE,
+    DIFFUSION_SPREAD,
     METHODS,
     NOISE_ALONG,
     compare_recovery,
+    decay_doubt,
     drift_noise,
     interval_means,
     recover_forces,
@@ -156,8 +157,13 @@ def test_the_interval_is_diffusion_at_the_ends_of_its_range_and_chance_as_indepe
     lr = np.array([recipe.lr_at(np.arange(a + 1, b + 1)).mean() for a, b in itertools.pairwise(steps)])
     chance = 2 * drift_noise(w_sq[:-1], lr, 50, BETA1)
     blur = 2 * np.sqrt(4 * 3 * (w_sq[1:] + w_sq[:-1]) * rounding / N) / 50  # a kurtosis of 3
-    chance = np.sqrt(chance**2 + blur**2)[gap]
-    low, high = DIFFUSION_RANGE["displacement" if dots else "noise"]
+    rates = recipe.lr_at(np.arange(steps[0] + 1, steps[-1] + 1))
+    doubt = decay_doubt(w_sq, steps, rates, DECAY) + 2.0**-24 * w_sq[:-1]
+    chance = np.sqrt(chance**2 + blur**2 + doubt**2)[gap]
+    window = 1 / (1 - BETA2)
+    spread = DIFFUSION_SPREAD["displacement" if dots else "noise"]
+    high = np.exp(spread * (window / (window + (steps[1:] + steps[:-1]) / 2)) ** (1 / 6))[gap]
+    low = 1 / high
     diffusion = table["injection"] + table["memory"]
     below = np.sqrt(((high - 1) * diffusion) ** 2 + chance**2)
     above = np.sqrt(((1 - low) * diffusion) ** 2 + chance**2)

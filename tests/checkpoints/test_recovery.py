@@ -16,13 +16,17 @@ from weightdyn.checkpoints.published import NUMEL, read_published_forces, read_p
 from weightdyn.checkpoints.recipe import Recipe, all_decay
 from weightdyn.checkpoints.recovery import (
     METHODS,
-    RHO_RANGE,
+    NOISE_ALONG,
+    RHO_SPREAD,
     Course,
     Method,
     balance_forces,
     compare_recovery,
+    decay_doubt,
     injection_scale,
     interval_means,
+    noise_walk,
+    norm_between,
     recover_forces,
     spline_forces,
     two_point_forces,
@@ -226,21 +230,143 @@ def test_rho_of_noise_is_the_sum_of_squares_of_the_weights_of_a_bias_corrected_m
     assert noise_rho(t, beta1) == pytest.approx((weights**2).sum(), rel=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 50])
-def test_displacements_of_pure_noise_speak_for_no_factor_but_what_cancels(count):
-    # Var(Σu) over N updates by the covariances themselves, β₁^|i−j|.
-    beta1, numel, lr = 0.9, 1000, 1e-3
-    rho = float(noise_rho(1000, beta1))
-    lags = np.abs(np.subtract.outer(np.arange(count), np.arange(count)))
-    moved_sq = numel * lr**2 * rho * (beta1**lags).sum()
-    factor = injection_scale(moved_sq, numel, count * lr, count * lr**2, rho, beta1)
-    expected = np.exp(0.75 * (count - 1) / (count + 31) / np.sqrt(1 + (count - 1) / 32))
-    assert factor == pytest.approx(expected, rel=1e-6)
+def covariance(updates, beta1):
+    """Of u_s and u_t, bias-corrected means of independent gradients of mean square 1: the sum over gradients."""
+    gradients = np.arange(1, updates[-1] + 1)
+    ages = updates[:, None] - gradients
+    weights = np.where(ages >= 0, (1 - beta1) * beta1 ** np.maximum(ages, 0.0), 0.0)
+    weights = weights / (1 - beta1 ** updates[:, None])
+    return weights @ weights.T
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("steps", [[0, 1, 2, 4, 60], [3, 10, 11], [200, 240, 400]])
+def test_the_walk_of_noise_is_the_sum_over_its_covariances_with_what_decay_leaves(steps, beta1):
+    steps, decay = np.array(steps), 5.0
+    lr = 1e-2 * np.random.default_rng(0).uniform(0.5, 1.5, steps[-1] - steps[0])
+    walk = noise_walk(lr, steps, (beta1, 0.95), decay)
+    for i, (a, b) in enumerate(itertools.pairwise(steps)):
+        own = lr[a - steps[0] : b - steps[0]]
+        rate = np.array([eta * np.prod(1 - own[j + 1 :] * decay) for j, eta in enumerate(own)])
+        found = covariance(np.arange(a + 1, b + 1), beta1)
+        assert walk.noise[i] == pytest.approx(rate @ found @ rate, rel=1e-9)
+        assert walk.lr_sum[i] == pytest.approx(rate.sum(), rel=1e-12)
+        assert walk.lr_sq_sum[i] == pytest.approx((rate**2).sum(), rel=1e-12)
+        assert walk.rho[i] == pytest.approx((rate**2 * found.diagonal()).sum() / (rate**2).sum(), rel=1e-9)
+        assert walk.stale[i] == pytest.approx(20 / (20 + (a + b) / 2))
+
+
+def walk_of(first, count, lr=1e-3, betas=BETAS):
+    return noise_walk(np.full(count, lr), np.array([first, first + count]), betas, 0.0)
+
+
+@pytest.mark.parametrize("first", [0, 1, 500])
+@pytest.mark.parametrize("rho", [0.01, 0.3, 1.0])
+def test_over_one_update_the_displacement_is_rho_itself(first, rho):
+    walk, numel = walk_of(first, 1), 1000
+    for norm_sq in (1e-6, 1e6):  # whether the weights have moved or not
+        factor = injection_scale(numel * 1e-6 * rho, norm_sq, numel, walk, BETAS[0])
+        assert factor * walk.rho == pytest.approx(rho, rel=1e-9 if first or rho == 1 else 1)
+
+
+@pytest.mark.parametrize(("first", "count"), [(2, 2), (8, 8), (0, 5)])
+def test_a_gradient_that_lasts_is_told_from_its_noise_while_the_weights_have_hardly_moved(first, count):
+    # u = √s·(what lasts) + √(1−s)·(noise): both parts of ‖u‖² and of ‖Σu‖² add.
+    walk, numel, share = walk_of(first, count), 1000, 0.2
+    moved_sq = numel * (share * (count * 1e-3) ** 2 + (1 - share) * walk.noise)
+    factor = injection_scale(moved_sq, 1e9, numel, walk, BETAS[0])
+    assert factor * walk.rho == pytest.approx(share + (1 - share) * walk.rho, rel=1e-9)
+
+
+@pytest.mark.parametrize("first", [0, 30, 3000])
+def test_the_displacement_of_noise_after_a_long_way_speaks_for_no_factor_but_what_cancels(first):
+    for count in (1, 2, 7, 50, 900):
+        walk = walk_of(first, count)
+        factor = injection_scale(1000 * walk.noise, 1e-9, 1000, walk, BETAS[0])
+        stale = 20 / (20 + first + count / 2)
+        cancelled = 0.24 * (count - 1) / (count + 9) / np.sqrt(1 + (count - 1) / (660 * stale))
+        assert np.log(factor) == pytest.approx(cancelled, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("norm_sq", [1e-9, 1e9])
+def test_the_more_updates_a_gap_has_the_less_its_displacement_says(norm_sq):
+    told = []
+    for count in (2, 10, 100, 1000):
+        walk = walk_of(2000, count)
+        low, high = (injection_scale(1000 * c * walk.noise, norm_sq, 1000, walk, 0.9) for c in (0.5, 0.25))
+        told.append((np.log(low / high) / np.log(2)).item())
+    assert told == sorted(told, reverse=True)
+    assert told[0] > 0.85
+    assert told[-1] < 0.15
 
 
 def test_a_displacement_that_says_nothing_leaves_rho_alone():
-    assert injection_scale([0.0, -1.0, np.nan], 10, 1e-2, 1e-5, 0.05, 0.9).tolist() == [1, 1, 1]
-    assert injection_scale(1.0, 10, 0.0, 0.0, 0.05, 0.9) == 1
+    walk = noise_walk(np.full(30, 1e-3), np.array([0, 10, 20, 30]), BETAS, 0.0)
+    assert injection_scale(np.array([0.0, -1.0, np.nan]), 1.0, 10, walk, 0.9).tolist() == [1, 1, 1]
+    still = noise_walk(np.zeros(5), np.array([10, 15]), BETAS, 0.1)
+    assert injection_scale(1.0, 1.0, 10, still, 0.9).tolist() == [1]
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("ends", [[0, 3, 100, 101, 500], [50, 80, 400]])
+def test_a_pull_that_goes_with_the_root_of_the_rate_is_followed_exactly_through_any_gap(ends, constant):
+    # The loop itself: steady pull, decay of many τ.
+    updates = np.arange(1, 501)
+    lr = np.full(500, 2e-3) if constant else 4e-3 * np.cos(np.pi * updates / 1100)
+    path = [30.0]
+    for eta in lr:
+        path.append((1 - eta * 5.0) ** 2 * path[-1] + 800.0 * eta**1.5)
+    path, steps = np.array(path), np.array(ends)
+    found, bend = norm_between(path[steps], steps, lr[steps[0] : steps[-1]], 5.0)
+    expected = path[steps[0] : steps[-1] + 1]
+    assert (found[steps - steps[0]] == path[steps]).all()
+    first = (
+        steps[1] - steps[0] if steps[0] == 0 else 0
+    )  # at the start of a training the pull is taken to grow
+    np.testing.assert_allclose(found[first:], expected[first:], rtol=1e-9)
+    np.testing.assert_allclose((found - bend), expected, rtol=1e-9)
+
+
+def test_between_checkpoints_a_pull_that_falls_is_followed_better_than_its_mean():
+    pull, lr = 800.0 * np.linspace(1.5, 0.5, 900), np.full(900, 2e-3)
+    path = [30.0]
+    for eta, one in zip(lr, pull, strict=True):
+        path.append((1 - eta * 0.5) ** 2 * path[-1] + one * eta**1.5)
+    path, steps = np.array(path)[100:], np.array([100, 300, 500, 700, 900])
+    found, bend = norm_between(path[steps - 100], steps, lr[100:], 0.5)
+    off, flat = np.abs(found - path)[200:600], np.abs(found - bend - path)[200:600]
+    assert off.mean() < 0.1 * flat.mean()
+
+
+def test_at_the_start_of_a_training_the_pull_grows_and_later_a_single_gap_has_one_pull():
+    lr = np.full(100, 1e-3)
+    first, later = (
+        np.diff(norm_between(np.array([1.0, 2.0]), np.array([s, s + 100]), lr, 0.0)[0]) for s in (0, 7)
+    )
+    np.testing.assert_allclose(later, 0.01, rtol=1e-9)
+    # From half of the mean to all of it at the middle, level from there, and moved up by an eighth to the mean.
+    np.testing.assert_allclose(first[[0, -1]], [0.01 * (0.5 + 1 / 8), 0.01 * (1 + 1 / 8)], rtol=0.02)
+    assert (np.diff(first) >= -1e-12).all()
+
+
+def test_a_gap_of_a_thousand_timescales_has_a_finite_course():
+    course, _ = norm_between(np.array([4.0, 1.0, 1.0]), np.array([9, 5009, 6000]), np.full(5991, 0.4), 0.5)
+    assert np.isfinite(course).all()
+    np.testing.assert_allclose(course[200:5000], 1.0, rtol=1e-9)
+
+
+def test_the_doubt_of_decay_is_that_of_the_mean_of_a_noisy_walk_between_known_ends():
+    # ‖w‖² as a walk of known steps: its mean over a gap, less that of the straight line between its ends.
+    rng, span, eta, decay, norm_sq = np.random.default_rng(1), 100, 1e-3, 0.01, 50.0
+    step = NOISE_ALONG * 2 * eta * np.sqrt(norm_sq)
+    walks = np.cumsum(rng.normal(0, step, (2000, span)), axis=1)
+    bridge = walks - walks[:, -1:] * np.arange(1, span + 1) / span
+    expected = 2 * 2 * eta * decay * bridge.mean(axis=1).std()
+    steps = np.array([1000, 1000 + span])
+    found = decay_doubt(np.full(2, norm_sq), steps, np.full(span, eta), decay)
+    assert found == pytest.approx(expected, rel=0.06)
+    assert decay_doubt(np.array([50.0, 60.0]), steps, np.full(span, eta), 0.0) == 0
+    assert decay_doubt(np.array([50.0, 60.0]), np.array([7, 8]), np.array([eta]), decay) == 0
 
 
 def test_a_sparse_tensor_injects_less_and_its_displacement_tells(adam):
@@ -725,10 +851,13 @@ def test_alignment_of_pythia_stays_positive_only_with_the_decay_of_its_configura
 
 
 @pytest.mark.parametrize("every", [None, 1])
-def test_the_interval_is_the_budget_with_the_injection_at_both_ends_of_its_range(every):
-    measured = pd.DataFrame({"step": [0, 10], "tensor": "w", "numel": 100, "norm_sq": [4.0, 4.1]})
-    table = recover_forces(measured, Recipe(lr=1e-2, weight_decay=0.1), every=every)
-    low, high = RHO_RANGE["noise"]
+def test_the_interval_is_the_budget_with_the_injection_at_both_ends_of_its_spread(every):
+    norm_sq, steps, lr = np.array([4.0, 4.1]), np.array([90, 100]), np.full(10, 1e-2)
+    measured = pd.DataFrame({"step": steps, "tensor": "w", "numel": 100, "norm_sq": norm_sq})
+    table = recover_forces(measured, Recipe(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95)), every=every)
+    spread = np.exp(RHO_SPREAD["noise"] * (20 / (20 + 95)) ** (1 / 3))
     change = table["alignment"] + table["injection"] + table["decay"]
-    for end, rho in (("alignment_low", high), ("alignment_high", low)):
-        np.testing.assert_allclose(table[end], change - rho * table["injection"] - table["decay"], rtol=1e-12)
+    doubt = decay_doubt(norm_sq, steps, lr, 0.1).item() + 2.0**-24 * 4.0
+    for end, rho, sign in (("alignment_low", spread, -1), ("alignment_high", 1 / spread, 1)):
+        expected = change - rho * table["injection"] - table["decay"] + sign * doubt
+        np.testing.assert_allclose(table[end], expected, rtol=1e-12)

@@ -53,16 +53,19 @@ if TYPE_CHECKING:
     from weightdyn.record.runlog import RunLog
 
 
-RHO_RANGE = {"displacement": (0.55, 1.65), "noise": (0.45, 3.35)}
-"""Where ρ lies in logged runs, as multiples of the estimate that knows the displacements and of the one that does
-not: the 5th and 95th percentile over the weight matrices of four runs, at the gaps where they are widest."""
+RHO_SPREAD = {"displacement": 0.95, "noise": 1.65}
+"""How far ln ρ lies from the estimate that knows the displacements and from the one that does not, at most, for
+95 % of the gaps of the weight matrices of eight logged runs: times φ^⅓ (`Walk.stale`; where √v̂ is up to date all
+updates are of a size), and the first times m of `injection_scale` too (over one update it is exact)."""
 
-DIFFUSION_RANGE = {"displacement": (0.58, 1.37), "noise": (0.64, 2.38)}
-"""Where diffusion lies in logged runs, as multiples of both estimates: the 5th and 95th percentile over the same
-matrices at gaps of 400 updates, where what a log holds by chance (`drift_noise`) is least. It is no wider than that
-of ρ, for where updates are larger than noise makes them they share less of it: κ is below 1."""
+DIFFUSION_SPREAD = {"displacement": 0.75, "noise": 1.1}
+"""The same of ln diffusion, for 90 to 95 % of the gaps, times φ^⅙: beside ρ it holds how far noise is from white,
+and where updates are larger than noise makes them they share less of it."""
 
-_CANCEL, _CANCEL_AT, _FADE = 0.75, 32.0, 32.0  # of `injection_scale`
+_CANCEL, _FADE, _TURN = 0.24, 660.0, 0.28  # of `injection_scale`
+
+_FLOAT32 = 2.0**-24
+"""Of ‖w‖², how far the decay of an update may be off: optimizers multiply by 1−ηλ, and that is a float32."""
 
 _KURTOSIS = 3.0
 """Of the weights: a float's rounding error grows with the weight, so large weights carry more of it."""
@@ -80,41 +83,122 @@ class Course(NamedTuple):
 # --- how large an update is --------------------------------------------------------------------------------
 
 
-def injection_scale(
-    displacement_sq: Any, numel: Any, lr_sum: Any, lr_sq_sum: Any, rho: Any, beta1: float
-) -> Any:
+class Walk(NamedTuple):
+    """What the updates of each gap come to, with what decay leaves of each until the gap ends: η̃ = η·Π(1−ηλ).
+
+    Attributes:
+        lr_sum, lr_sq_sum: Ση̃ and Ση̃².
+        rho: mean ρ of noise (`noise_rho`), weighted by η̃².
+        noise: E‖d‖²/n of the displacement d = −Ση̃u that noise alone makes.
+        stale: φ = V/(V+t), V = 1/(1−β₂), t the middle of the gap: how old the gradients are that √v̂ remembers,
+            beside the age of the training.
+    """
+
+    lr_sum: Any
+    lr_sq_sum: Any
+    rho: Any
+    noise: Any
+    stale: Any
+
+
+def noise_walk(lr: np.ndarray, steps: np.ndarray, betas: tuple[float, float], weight_decay: float) -> Walk:
+    """The walk that white gradient noise makes of Adam's updates, gap by gap.
+
+        E‖d‖²/n = Σ_t η̃_t²·ρ_t + 2·Σ_{s<t} η̃_s·η̃_t·C_st,      C_st = ρ·β₁^{t−s}·(1+β₁ˢ)/(1−β₁ᵗ)
+        ρ = (1−β₁)/(1+β₁)
+
+    Args:
+        lr: η of the updates steps[0]+1 … steps[-1].
+        steps: steps of K checkpoints, ascending; the gaps lie between them.
+        betas: (β₁, β₂).
+        weight_decay: decoupled decay λ.
+
+    Returns:
+        A `Walk` of float64 arrays (K−1,).
+
+    Source: the covariance of bias-corrected exponential means of white noise.
+
+    >>> walk = noise_walk(np.full(3, 0.1), np.array([0, 1, 3]), (0.9, 0.95), 0.0)
+    >>> walk.noise.round(6).tolist(), walk.rho.round(4).tolist()  # the first update is ±η
+    ([0.01, 0.014699], [1.0, 0.4186])
+    """
+    beta1, beta2 = betas
+    starts, gap = steps[:-1] - steps[0], np.repeat(np.arange(len(steps) - 1), np.diff(steps))
+    updates = np.arange(steps[0] + 1, steps[-1] + 1)
+    kept = np.cumsum(np.log1p(-np.minimum(lr * weight_decay, 0.999)))  # 1 would erase the weights
+    rate = lr * np.exp(kept[steps[1:] - steps[0] - 1][gap] - kept)
+    rho, left = noise_rho(updates, beta1), beta1 ** updates.astype(float)
+    first = np.isin(np.arange(len(lr)), starts)
+    # Σ_{s≤t} of what an update leaves to those behind it; to itself it is ρ_t.
+    past = _carried(np.where(first, 0.0, beta1), rate * (1 + left)) - rate * (1 + left)
+    common = rate * (1 - beta1) / (1 + beta1) / (1 - left) * past
+    lr_sum, lr_sq_sum, own, shared = (
+        np.add.reduceat(each, starts) for each in (rate, rate**2, rate**2 * rho, common)
+    )
+    memory, middle = 1 / (1 - beta2), (steps[1:] + steps[:-1]) / 2
+    mean = np.divide(own, lr_sq_sum, out=np.ones_like(own), where=lr_sq_sum > 0)
+    return Walk(lr_sum, lr_sq_sum, mean, own + 2 * shared, memory / (memory + middle))
+
+
+def _carried(keep: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """x_t = keep_t·x_{t−1} + added_t from x = 0 on: (T,) or (T, m)."""
+    from scipy.linalg import solve_banded  # here: it takes a tenth of a second to import
+
+    bands = np.ones((2, len(keep)))
+    bands[1, :-1] = -keep[1:]
+    return solve_banded((1, 0), bands, added)
+
+
+def _beyond(walk: Walk, beta1: float) -> tuple[np.ndarray, np.ndarray]:
+    """N, and how far a gap of N updates reaches beyond the memory of momentum: 0 for one update, to 1."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        count = np.fmax(np.asarray(walk.lr_sum) ** 2 / walk.lr_sq_sum, 1.0)
+    return count, (count - 1) / (count - 1 + 1 / (1 - beta1))
+
+
+def injection_scale(displacement_sq: Any, norm_sq: Any, numel: Any, walk: Walk, beta1: float) -> np.ndarray:
     """Factor on ρ that the displacement between two checkpoints speaks for.
 
-        factor = (q/(q₀·c))^γ,      q = ‖W_b − Π(1−ηλ)·W_a‖² / (n·Ση²),     N = (Ση)²/Ση²
+        q = ‖W_b − Π(1−ηλ)·W_a‖²/n,      q₀ = `Walk.noise`,      N = (Ση̃)²/Ση̃²,      m = (N−1)/(N−1+1/(1−β₁))
 
-    q₀ is q for noise: ρ at N = 1, near ρ·(1+β₁)/(1−β₁) from N ≈ 50 on. Over one update q is ρ itself, and the
-    factor puts it there. Over more of them gradients that pull back and forth cancel, ln c = −0.75·(N−1)/(N+31),
-    and persistent ones add up, so that the displacement says less and less: γ = 1/√(1+(N−1)/32). The three
-    constants were fitted to four logged runs, and measured on eight others (benchmarks/study_recovery.py --fit).
+        lasting:  f₁ = 1 + s·(1/ρ−1),  s = (q−q₀)/((Ση̃)²−q₀)  where q ≥ q₀,    (q/q₀)^(1−m)  where it is not
+        passing:  f₂ = (q/q₀·e^(0.24·m))^γ,      γ = 1/√(1+(N−1)/(660·φ)),  φ = `Walk.stale`
+        factor = f₁ᵃ·f₂¹⁻ᵃ,      a = 1/(1+(θ/0.28)²),      θ = ‖W_b − Π(1−ηλ)·W_a‖/‖W_a‖
+
+    While the weights have hardly moved (θ small: the first updates of a training, above all) a gradient lasts, and
+    the part s of an update that all of the gap have in common tells how large they are. Later gradients answer to
+    what the weights did: those that pull back and forth cancel, persistent ones add up, so that the displacement
+    says less and less, and theory the rest. It also has less to tell where √v̂ is up to date, for that makes all
+    updates of a size (φ small). Over one update q is ρ itself, and the factor puts it there. The three constants
+    were fitted to eight logged runs, and measured on others (benchmarks/study_recovery.py --fit).
 
     Args:
         displacement_sq: ‖W_b − Π(1−ηλ)·W_a‖², what is left of the way when decay is taken out; ≤ 0 gives 1.
+        norm_sq: ‖W_a‖².
         numel: weights n.
-        lr_sum, lr_sq_sum: Ση and Ση² over the updates between.
-        rho: the ρ that is multiplied, as `noise_rho` has it, its mean over the updates between.
+        walk: `noise_walk` of the gap.
         beta1: β₁ of the first moment.
 
-    >>> factor = injection_scale(1e-4, numel=1000, lr_sum=1e-3, lr_sq_sum=1e-6, rho=0.05, beta1=0.9)
-    >>> round(float(factor), 9)  # one update, ρ = 0.1
-    2.0
+    >>> walk = noise_walk(np.array([1e-3]), np.array([500, 501]), (0.9, 0.95), 0.0)
+    >>> factor = injection_scale(1e-4, norm_sq=0.4, numel=1000, walk=walk, beta1=0.9)
+    >>> (factor * walk.rho).round(9).tolist()  # one update, ρ = 0.1
+    [0.1]
     """
+    count, beyond = _beyond(walk, beta1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        count = np.maximum(np.asarray(lr_sum) ** 2 / lr_sq_sum, 1.0)
-        q = np.asarray(displacement_sq) / (numel * np.asarray(lr_sq_sum))
-        kept = (1 + beta1) / (1 - beta1) - 2 * beta1 * (1 - beta1**count) / (count * (1 - beta1) ** 2)
-        cancelled = np.exp(-_CANCEL * (count - 1) / (count - 1 + _CANCEL_AT))
-        factor = (q / (rho * kept * cancelled)) ** (1 / np.sqrt(1 + (count - 1) / _FADE))
+        q = np.asarray(displacement_sq) / numel
+        said = np.log(q / walk.noise)
+        common = np.clip((q - walk.noise) / (walk.lr_sum**2 - walk.noise), 0.0, 1.0)
+        lasting = np.where(said > 0, np.log1p(common * (1 / walk.rho - 1)), said * (1 - beyond))
+        passing = (said + _CANCEL * beyond) / np.sqrt(1 + (count - 1) / (_FADE * walk.stale))
+        moved = np.asarray(displacement_sq) / (norm_sq * _TURN**2)
+        factor = np.exp(passing + (lasting - passing) / (1 + moved))
     return np.where(np.isfinite(factor) & (q > 0), factor, 1.0)
 
 
-NOISE_ALONG = 5.5
+NOISE_ALONG = 5.9
 """Gradient noise along w, in units of what noise alike in all directions has there: the median over the weight
-matrices of four runs, from 0.2 (an embedding) to 18 (an unembedding)."""
+matrices of eight runs, from 0.2 (an embedding) to 38 (an unembedding)."""
 
 
 def drift_noise(norm_sq: Any, lr: Any, span: Any, beta1: float) -> Any:
@@ -152,10 +236,17 @@ def balance_forces(
 
         injection_t = η²·ρ_t·n       decay_t = −(2ηλ−η²λ²)·‖w_{t−1}‖²       alignment_t = the rest of the change
 
-    ‖w‖² between checkpoints is a monotone cubic (PCHIP) through the measured values, over the sum of η instead of
-    the update: alignment and decay both go with η, so that is the clock by which ‖w‖² runs smoothly, and decay
-    comes out twice as precise as on a straight line. The curve passes through the checkpoints, hence each gap's
-    forces add up to its measured change whatever it does between.
+    ‖w‖² between checkpoints follows from what drives it: decay, which is known, and the pull of alignment and
+    injection, of which each gap tells one mean,
+
+        ‖w_t‖² = (1−ηλ)²·‖w_{t−1}‖² + η^{3/2}·P_t,      P_t = P(Ση) + δ
+
+    P(Ση) runs straight from the mean of one gap to that of the next, each where its weight lies in Ση (as late as
+    decay makes it), level before the first and behind the last; in a training's first updates it grows, to that of
+    the first gap from half of it. δ is a constant of each gap that takes the curve through the checkpoints, hence
+    each gap's forces add up to its measured change whatever the curve does between. With η constant P_t is the
+    change that ‖w‖² would have without decay; η^½ lies between what diffusion and what drift goes with, and served
+    best on the tuning runs. Over gaps short against 1/(ηλ) all that is a smooth curve through the checkpoints.
 
     Args:
         norm_sq: ‖W‖² at K checkpoints.
@@ -165,25 +256,72 @@ def balance_forces(
         numel: weights n.
         rho: ρ = ‖u‖²/n, a number or one for each update.
 
-    >>> course = balance_forces(np.array([4.0, 4.2]), np.array([0, 2]), np.array([0.1, 0.1]), 0.0, 10, 0.5)
+    >>> course = balance_forces(np.array([4.0, 4.2]), np.array([8, 10]), np.array([0.1, 0.1]), 0.0, 10, 0.5)
     >>> course.alignment.round(6).tolist(), course.injection.round(6).tolist()
     ([0.05, 0.05], [0.05, 0.05])
     """
-    course = _norm_between(norm_sq, steps, lr)
+    course, _ = norm_between(norm_sq, steps, lr, weight_decay)
     known = forces_from_products(0.0, np.broadcast_to(rho, lr.shape) * numel, course[:-1], lr, weight_decay)
     return Course(course[:-1], np.diff(course) - known.injection - known.decay, known.injection, known.decay)
 
 
-def _norm_between(norm_sq: np.ndarray, steps: np.ndarray, lr: np.ndarray) -> np.ndarray:
-    """‖w‖² after 0, 1, 2, … updates from the first checkpoint on."""
-    from scipy.interpolate import PchipInterpolator  # here: it takes a tenth of a second to import
+def norm_between(
+    norm_sq: np.ndarray, steps: np.ndarray, lr: np.ndarray, weight_decay: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """‖w‖² after 0, 1, 2, … updates from the first checkpoint on, as `balance_forces` has it, and its bend.
 
-    clock = np.append(0.0, np.cumsum(lr))
-    knots = clock[steps - steps[0]]
-    moved = np.append(True, np.diff(knots) > 0)  # nothing happens while η is 0
-    if moved.sum() == 1:
-        return np.full(len(clock), float(norm_sq[0]))
-    return PchipInterpolator(knots[moved], np.asarray(norm_sq, float)[moved])(clock)
+    Returns:
+        The curve (T+1,) for T updates, and how far it lies above the one whose pull keeps to the mean of its gap.
+
+    >>> path, _ = norm_between(np.array([4.0, 1.0]), np.array([9, 13]), np.full(4, 0.5), 0.25)
+    >>> path.round(3).tolist()
+    [4.0, 2.929, 2.109, 1.481, 1.0]
+    """
+    starts, ends = steps[:-1] - steps[0], steps[1:] - steps[0] - 1
+    gap = np.repeat(np.arange(len(starts)), np.diff(steps))
+    keep, clock, rate = (1 - lr * weight_decay) ** 2, np.cumsum(lr) - lr / 2, lr**1.5
+    first = np.isin(np.arange(len(lr)), starts)
+    start = np.where(first, keep * norm_sq[gap], 0.0)
+    keep = np.where(first, 0.0, keep)  # each gap starts from its own checkpoint
+    decayed, unit, late = _carried(keep, np.stack([start, rate, rate * clock], axis=1)).T
+    moves = unit[ends] > 0  # nothing does while η is 0
+    weight = np.where(moves, unit[ends], 1.0)
+    pull, centre = (norm_sq[1:] - decayed[ends]) / weight, late[ends] / weight
+    knots, values = centre[moves], pull[moves]
+    if steps[0] == 0 and moves.any():
+        knots, values = np.append(0.0, knots), np.append(values[0] / 2, values)
+    bend = np.zeros(len(lr))
+    if moves.any():
+        pulled = _carried(keep, rate * np.interp(clock, knots, values))
+        bend = np.where(moves[gap], pulled - (pulled[ends] / weight)[gap] * unit, 0.0)
+        bend[ends] = 0.0
+    course = decayed + pull[gap] * unit + bend
+    course[ends] = norm_sq[1:]
+    return np.append(norm_sq[0], course), np.append(0.0, bend)
+
+
+def decay_doubt(norm_sq: np.ndarray, steps: np.ndarray, lr: np.ndarray, weight_decay: float) -> np.ndarray:
+    """How far the mean decay of a gap may be off, for ‖w‖² is known at its ends alone: two standard deviations.
+
+        1.5·2λ·|Σ(η·bend)|/N + 2·(2λη)·(c·2η‖w‖)·√(M/12),      c = `NOISE_ALONG`,   M = min(N, 1/(ηλ))
+
+    The first term is one and a half times what the change of the pull makes of the curve (`norm_between`); the
+    second is what noise makes of the mean of a walk between two known ends, over no more updates than decay lets
+    it remember.
+
+    Args:
+        norm_sq, steps, lr, weight_decay: as in `balance_forces`.
+
+    Returns:
+        float64, one for each gap; 0 without decay.
+    """
+    starts, span = steps[:-1] - steps[0], np.diff(steps)
+    _, bend = norm_between(norm_sq, steps, lr, weight_decay)
+    bent = 3 * weight_decay * np.abs(np.add.reduceat(lr * bend[:-1], starts)) / span
+    mean = np.add.reduceat(lr, starts) / span
+    count = np.minimum(span, 1 / np.maximum(mean * weight_decay, 1e-300))
+    walked = NOISE_ALONG * 2 * mean * np.sqrt(norm_sq[:-1] * count / 12)
+    return bent + 2 * (2 * mean * weight_decay) * np.where(span > 1, walked, 0.0)
 
 
 def spline_forces(gram: np.ndarray, steps: np.ndarray, lr: np.ndarray, weight_decay: float) -> Course:
@@ -354,10 +492,12 @@ def recover_forces(
         that is `memory_null`). `signal` is NaN. Behind its columns stand
 
         alignment_low, alignment_high   where the budget puts the true alignment, whatever the method: with ρ
-                      at both ends of `RHO_RANGE`, and ‖W‖² off by two standard deviations of its rounding
+                      at both ends of its spread (`RHO_SPREAD`), decay off by `decay_doubt` and by a float32's
+                      rounding of 1−ηλ, and ‖W‖² by two standard deviations of its rounding
         drift_low, drift_high   where it puts the drift that a log would show, whatever the method: the root of
-                      the sum of the squares of how far diffusion is from both ends of `DIFFUSION_RANGE`, and of
-                      two standard deviations of ‖W‖²'s rounding and of `drift_noise` (of the mean over the gap)
+                      the sum of the squares of how far diffusion is from both ends of its spread
+                      (`DIFFUSION_SPREAD`), of the same doubts of decay and of ‖W‖², and of two standard deviations
+                      of `drift_noise` (all of the mean over the gap)
         split         "white noise", for that is what memory is assumed to be of
         flag          "rounding": this alignment is smaller than what rounding of the stored weights leaves
                       open; "identical": both checkpoints hold the same weights though η was not 0; else ""
@@ -508,8 +648,10 @@ def _recover(
         raise ValueError(
             f"method={method!r} needs the inner products of checkpoints: measure(gram={wanted.gram!r})"
         )
-    rho = recipe.update_scale**2 * noise_rho(updates, recipe.betas[0])
-    lr_sum, lr_sq_sum = np.add.reduceat(lr, starts), np.add.reduceat(lr**2, starts)
+    scale_sq = recipe.update_scale**2
+    rho = scale_sq * noise_rho(updates, recipe.betas[0])
+    lr_sum = np.add.reduceat(lr, starts)
+    walk = noise_walk(lr, steps, recipe.betas, weight_decay)
     told = np.zeros(len(span), bool)
     if gram is not None:
         shrink = np.exp(np.add.reduceat(np.log1p(-lr * weight_decay), starts))
@@ -518,8 +660,9 @@ def _recover(
         # Below twice its rounding a displacement tells nothing of the updates.
         told = moved_sq > 2 * noise
         moved_sq = np.where(told, moved_sq - noise, 0.0)
-        mean = np.add.reduceat(lr**2 * rho, starts) / np.where(lr_sq_sum > 0, lr_sq_sum, np.inf)
-        rho = rho * injection_scale(moved_sq, numel, lr_sum, lr_sq_sum, mean, recipe.betas[0])[gap]
+        # In units of the scale of u, updates are as those of any Adam.
+        scaled = moved_sq / scale_sq, norm_sq[:-1] / scale_sq
+        rho = rho * injection_scale(*scaled, numel, walk, recipe.betas[0])[gap]
     known = Known(norm_sq, gram, steps, lr, weight_decay, numel, rho)
     balance = METHODS["balance"].forces(known)
     course = balance if method == "balance" else wanted.forces(known)
@@ -529,7 +672,7 @@ def _recover(
     # Stored weights are w + e: ‖W‖² is off by 2⟨w,e⟩, of variance 4·Σw²e² = 4·kurtosis·‖w‖²·‖e‖²/n.
     variance = 4 * _KURTOSIS * norm_sq * rounding / numel
     blur = 2 * np.sqrt(variance[1:] + variance[:-1]) / span
-    late = 2 * drift_noise(norm_sq[:-1], lr_sum / span, span, recipe.betas[0])
+    late = 2 * drift_noise(norm_sq[:-1], recipe.update_scale * lr_sum / span, span, recipe.betas[0])
     if every is None:
         of = np.arange(len(span))
         columns, budget = (
@@ -546,7 +689,10 @@ def _recover(
         )
         after = pd.Series(norm_sq, index=steps).reindex(updates[pick]).to_numpy()
         columns |= {"norm_sq_after": after, "step": updates[pick], "span": 1, "lr": lr[pick]}
-    blur, chance = blur[of], np.hypot(blur, late)[of]
+    doubt = decay_doubt(norm_sq, steps, lr, weight_decay)
+    doubt = doubt + np.where(lr_sum * weight_decay > 0, _FLOAT32, 0.0) * norm_sq[:-1]
+    open_, chance = (blur + doubt)[of], np.sqrt(blur**2 + late**2 + doubt**2)[of]
+    blur = blur[of]
     flag = np.where(np.abs(columns["alignment"]) < blur, "rounding", "")
     if "hash" in rows:
         hashes = rows["hash"].to_numpy()
@@ -555,7 +701,12 @@ def _recover(
     spread = diffusion(budget)
     gained = budget["alignment"] + budget["injection"]  # what decay leaves of the change
     memory = spread - columns["injection"]
-    (rho_low, rho_high), (low, high) = (_range(each, told)[:, of] for each in (RHO_RANGE, DIFFUSION_RANGE))
+    _, beyond = _beyond(walk, recipe.betas[0])
+    rho_spread = np.where(told, RHO_SPREAD["displacement"] * beyond, RHO_SPREAD["noise"]) * np.cbrt(
+        walk.stale
+    )
+    spread_of = np.where(told, *DIFFUSION_SPREAD.values()) * walk.stale ** (1 / 6)
+    rho_low, rho_high, low, high = np.exp([-rho_spread, rho_spread, -spread_of, spread_of])[:, of]
     return pd.DataFrame(
         {
             **columns,
@@ -565,8 +716,8 @@ def _recover(
             **{name: first[name] for name in IDENTITY},
             "numel": numel,
             "weight_decay": weight_decay,
-            "alignment_low": gained - rho_high * budget["injection"] - blur,
-            "alignment_high": gained - rho_low * budget["injection"] + blur,
+            "alignment_low": gained - rho_high * budget["injection"] - open_,
+            "alignment_high": gained - rho_low * budget["injection"] + open_,
             "drift_low": gained - spread - np.hypot((high - 1) * spread, chance),
             "drift_high": gained - spread + np.hypot((1 - low) * spread, chance),
             "split": WHITE_NOISE,
@@ -574,11 +725,6 @@ def _recover(
             "place": place,
         }
     )
-
-
-def _range(ranges: Mapping[str, tuple[float, float]], told: np.ndarray) -> np.ndarray:
-    """Both ends of a range for each gap (2, gaps), by whether the displacement told anything."""
-    return np.where(told, np.array([ranges["displacement"]]).T, np.array([ranges["noise"]]).T)
 
 
 def _gram(rows: pd.DataFrame, full: bool) -> np.ndarray | None:
