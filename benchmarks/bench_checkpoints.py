@@ -149,7 +149,7 @@ def decay_table() -> None:
     print(
         f"{'':>12} {'peak lr':>8} {'τ at 0.1':>10} {'T/τ':>6} {'τ at 0.01':>10} {'T/τ':>6} {'Σηλ':>6} {'Σηλ':>6}"
     )
-    for name in [name for name in PRESETS if name.startswith("pythia") and "deduped" not in name]:
+    for name in [name for name in PRESETS if name.startswith("pythia") and name.count("-") == 1]:
         true, paper = Recipe.preset(name), Recipe.preset(name, weight_decay=0.01)
         lr = true.lr_at(np.arange(1, 143_001))
         total = [float(lr.sum()) * recipe.weight_decay for recipe in (true, paper)]

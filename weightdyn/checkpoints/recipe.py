@@ -2,24 +2,35 @@
 
 A checkpoint says where the weights were; turning the course of ‖w‖² into forces takes η and λ at every update in
 between. A `Recipe` holds them. Published models have theirs here under their names, taken from the configuration
-files that they were trained with and not from the papers, which differ from these in places.
+files and the code that they were trained with and not from the papers, which differ from these in places.
 
-Every schedule counts updates from 1: checkpoint t holds the weights after update t. Trainers differ in what they
-read from their schedule at the first update, its value at 1 or at 0; `first` says which.
+The schedules stand in `schedules` and are names of this module too: `wd.recipe.cosine(…)`.
 """
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
+from weightdyn.checkpoints.schedules import MAX_UPDATES as MAX_UPDATES
+from weightdyn.checkpoints.schedules import LearningRate as LearningRate
+from weightdyn.checkpoints.schedules import constant as constant
+from weightdyn.checkpoints.schedules import cosine as cosine
+from weightdyn.checkpoints.schedules import from_a_tenth as from_a_tenth
+from weightdyn.checkpoints.schedules import inverse_sqrt as inverse_sqrt
+from weightdyn.checkpoints.schedules import linear as linear
+from weightdyn.checkpoints.schedules import neox_cosine as neox_cosine
+from weightdyn.checkpoints.schedules import pieces as pieces
+from weightdyn.checkpoints.schedules import warmup_stable_decay as warmup_stable_decay
 from weightdyn.core.checks import (
     check_betas,
     check_choice,
@@ -34,175 +45,6 @@ from weightdyn.core.checks import (
 from weightdyn.core.forces import timescale
 from weightdyn.files.weightfiles import parse_json, read_text
 from weightdyn.record.runlog import RunLog
-
-LearningRate = Callable[[np.ndarray], np.ndarray]
-"""η of each update, as a function of their 1-based numbers."""
-
-MAX_UPDATES = 100_000_000
-"""Updates that a training can have here: far more than any had, and few enough for one number each."""
-
-
-# Schedules.
-
-
-def constant(peak: float, warmup: int = 0, *, first: int = 1) -> LearningRate:
-    """Linear warm-up over `warmup` updates, then `peak` for ever.
-
-        η(n) = peak · min(n/warmup, 1)        n = update − 1 + first
-
-    Args:
-        peak: the largest learning rate.
-        warmup: length of the warm-up, in updates; 0 for none.
-        first: what the schedule's counter n shows at update 1: 1, as in `weightdyn train`, or 0 in trainers that
-            take their first update before the schedule's first step, as transformers' and GPT-NeoX do.
-
-    Returns:
-        A function of update numbers (an integer array), for `Recipe(lr=…)`; so do all schedules here.
-
-    >>> constant(1.0, warmup=4)(np.array([1, 4, 100])).tolist()
-    [0.25, 1.0, 1.0]
-    """
-    shape = _Shape(check_number("peak", peak, 0), warmup=check_whole("warmup", warmup, 0))
-    return partial(_scheduled, _flat, shape, check_whole("first", first, 0, 1))
-
-
-def linear(peak: float, steps: int, warmup: int = 0, floor: float = 0.0, *, first: int = 1) -> LearningRate:
-    """Linear warm-up, then a straight line down to `floor·peak` at n = steps, where it stays.
-
-        η(n) = peak · (floor + (1 − floor) · (steps − n)/(steps − warmup))
-
-    Args:
-        peak: the largest learning rate.
-        steps: updates of the whole schedule, warm-up included.
-        warmup: length of the warm-up, in updates.
-        floor: the end, as a fraction of `peak`.
-        first: as in `constant`.
-
-    >>> linear(1.0, steps=10, floor=0.5)(np.array([5, 10, 11])).tolist()
-    [0.75, 0.5, 0.5]
-    """
-    return partial(_scheduled, _line, _shape(peak, steps, warmup, floor), check_whole("first", first, 0, 1))
-
-
-def cosine(peak: float, steps: int, warmup: int = 0, floor: float = 0.0, *, first: int = 1) -> LearningRate:
-    """Linear warm-up, then half a cosine down to `floor·peak` at n = steps, where it stays.
-
-        η(n) = peak · (floor + (1 − floor) · ½(1 + cos(π (n − warmup)/(steps − warmup))))
-
-    Arguments as in `linear`.
-
-    >>> cosine(1.0, steps=100, warmup=10, floor=0.2)(np.array([1, 10, 55, 100])).round(3).tolist()
-    [0.1, 1.0, 0.6, 0.2]
-    """
-    return partial(
-        _scheduled, _half_cosine, _shape(peak, steps, warmup, floor), check_whole("first", first, 0, 1)
-    )
-
-
-def warmup_stable_decay(
-    peak: float, steps: int, warmup: int, cooldown: int, floor: float = 0.0, *, first: int = 1
-) -> LearningRate:
-    """Linear warm-up, then `peak`, then over the last `cooldown` updates a straight line to `floor·peak`.
-
-    Args:
-        peak: the largest learning rate.
-        steps: updates of the whole schedule.
-        warmup: length of the warm-up, in updates.
-        cooldown: length of the final decay, in updates; warmup + cooldown <= steps.
-        floor: the end, as a fraction of `peak`.
-        first: as in `constant`.
-
-    Source: arXiv 2405.18392 and 2404.06395 (there "WSD").
-
-    >>> warmup_stable_decay(1.0, steps=100, warmup=10, cooldown=20)(np.array([5, 50, 90, 100])).tolist()
-    [0.5, 1.0, 0.5, 0.0]
-    """
-    shape = _shape(peak, steps, warmup, floor)
-    if not 0 < check_whole("cooldown", cooldown) <= steps - warmup:
-        raise ValueError(
-            f"cooldown must be from 1 to steps - warmup = {steps - warmup}, got {cooldown!r}; "
-            "constant() is the schedule without one"
-        )
-    return partial(_scheduled, _stable, replace(shape, cooldown=cooldown), check_whole("first", first, 0, 1))
-
-
-def neox_cosine(peak: float, steps: int, warmup: int, floor: float) -> LearningRate:
-    """The cosine that GPT-NeoX ran until 2023, and that Pythia was trained with.
-
-        n ≤ warmup:  η(n) = peak · n/warmup
-        then:        η(n) = max(floor·peak, peak/2 · (1 + cos(π (min(n, steps − warmup) − warmup)/steps)))
-
-    and update k takes η(k − 1), so the first update moves nothing and step1 equals step0. Its period is `steps`
-    and not steps − warmup, and the floor is a maximum and not the cosine's end: with a floor of a tenth, η is
-    flat over the last fifth of the training.
-
-    Args:
-        peak: the largest learning rate ("lr" in the configuration).
-        steps: "lr-decay-iters", or "train-iters".
-        warmup: updates of the warm-up: "warmup" times steps.
-        floor: "min_lr" as a fraction of peak.
-
-    Source: GPT-NeoX, megatron/learning_rates.py; changed by its pull requests 1008 (the floor) and 1379 (the
-    first update).
-
-    >>> lr = neox_cosine(1e-3, steps=143_000, warmup=1430, floor=0.1)
-    >>> lr(np.array([1, 1431, 143_000])).tolist()
-    [0.0, 0.001, 0.0001]
-    """
-    return partial(_scheduled, _neox, _shape(peak, steps, warmup, floor), 0)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    peak: float
-    steps: int = 0
-    warmup: int = 0
-    floor: float = 0.0
-    cooldown: int = 0
-    start: float = 0.0  # of the warm-up, as a fraction of peak
-
-
-def _shape(peak: float, steps: int, warmup: int, floor: float) -> _Shape:
-    peak, steps = check_number("peak", peak, 0), check_whole("steps", steps, 1, MAX_UPDATES)
-    if check_whole("warmup", warmup) >= steps:
-        raise ValueError(f"warmup must be from 0 to steps - 1 = {steps - 1}, got {warmup!r}")
-    return _Shape(peak, steps, warmup, check_number("floor", floor, 0, 1))
-
-
-def _scheduled(
-    after: Callable[[np.ndarray, _Shape], np.ndarray], shape: _Shape, first: int, updates: np.ndarray
-) -> np.ndarray:
-    """η at the updates: the warm-up, and what comes `after` it, in units of the peak."""
-    n = np.asarray(updates, dtype=np.float64) - 1 + first
-    rising = shape.start + (1 - shape.start) * n / max(shape.warmup, 1)
-    return shape.peak * np.where(n < shape.warmup, rising, after(np.maximum(n, shape.warmup), shape))
-
-
-def _flat(n: np.ndarray, shape: _Shape) -> np.ndarray:
-    return np.ones_like(n)
-
-
-def _turn(n: np.ndarray, shape: _Shape) -> np.ndarray:
-    return np.minimum((n - shape.warmup) / (shape.steps - shape.warmup), 1)
-
-
-def _line(n: np.ndarray, shape: _Shape) -> np.ndarray:
-    return shape.floor + (1 - shape.floor) * (1 - _turn(n, shape))
-
-
-def _half_cosine(n: np.ndarray, shape: _Shape) -> np.ndarray:
-    return shape.floor + (1 - shape.floor) * (1 + np.cos(np.pi * _turn(n, shape))) / 2
-
-
-def _stable(n: np.ndarray, shape: _Shape) -> np.ndarray:
-    left = np.clip((shape.steps - n) / shape.cooldown, 0, 1)
-    return shape.floor + (1 - shape.floor) * left
-
-
-def _neox(n: np.ndarray, shape: _Shape) -> np.ndarray:
-    turn = (np.minimum(n, shape.steps - shape.warmup) - shape.warmup) / shape.steps
-    return np.maximum(shape.floor, (1 + np.cos(np.pi * turn)) / 2)
-
 
 # Which tensors decay.
 
@@ -227,14 +69,14 @@ def all_but_embeddings_decay(component: str, name: str) -> bool:
     return component != "embed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     """The hyperparameters that turn a course of ‖w‖² into forces.
 
     Args:
         lr: learning rate η: a number, an array (entry i is that of update i + 1), or a function of an integer
-            array of 1-based update numbers, such as `constant`, `linear`, `cosine`, `warmup_stable_decay` and
-            `neox_cosine` make.
+            array of 1-based update numbers, such as `constant`, `linear`, `cosine`, `inverse_sqrt`,
+            `warmup_stable_decay` and `neox_cosine` make, and `pieces` of several.
         weight_decay: decoupled decay λ of the tensors that decay; 0 for none.
         betas: (β₁, β₂) of Adam's moments.
         eps: Adam's ε.
@@ -242,6 +84,14 @@ class Recipe:
             `naming.COMPONENTS`. `matrices_decay` (all but norms and biases), `all_decay`,
             `hidden_matrices_decay`, `all_but_embeddings_decay`, or your own.
         steps: updates of the whole training, where it is known.
+        batch_tokens: tokens of an update, where it is known: steps × batch_tokens are those of the training.
+        clip: largest norm of the gradient, to which a larger one is scaled down; None where it is not clipped or
+            not known. It describes the training: Adam divides a factor that all gradients share out again.
+        z_loss: coefficient of the loss on the logits' normalizer, (log Z)²; None where there is none or it is not
+            known. It describes the training too: its gradient is part of `alignment`.
+        update_scale: factor s on Adam's update u, for optimizers that take larger or smaller ones:
+            w' = (1−ηλ)w − η·s·u, so injection is s²η²‖u‖² and decay stays. A counter of bias corrections that
+            stays at 1 makes s = √(1−β₂)/(1−β₁), 2.24 for betas (0.9, 0.95).
 
     Raises:
         TypeError, ValueError: an argument is out of its range; the message names it.
@@ -257,6 +107,10 @@ class Recipe:
     eps: float = 1e-8
     decays: Callable[[str, str], bool] = matrices_decay
     steps: int | None = None
+    batch_tokens: float | None = None
+    clip: float | None = None
+    z_loss: float | None = None
+    update_scale: float = 1.0
 
     def __post_init__(self):
         if not callable(self.lr):
@@ -279,6 +133,22 @@ class Recipe:
                 f"recipe.all_decay; got {shown(self.decays)}"
             )
         check_whole("steps", self.steps, 1, MAX_UPDATES, none="not known")
+        for name, none in [("batch_tokens", "not known"), ("clip", "none"), ("z_loss", "none")]:
+            value = check_number(name, getattr(self, name), 0, open_low=True, none=none)
+            object.__setattr__(self, name, value)
+        object.__setattr__(
+            self, "update_scale", check_number("update_scale", self.update_scale, 0, open_low=True)
+        )
+
+    def __repr__(self) -> str:
+        words = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                words.append(f"{field.name}={shown(value)}")
+            elif value != field.default:
+                words.append(f"{field.name}={getattr(value, '__name__', repr(value))}")
+        return f"Recipe({', '.join(words)})"
 
     def lr_at(self, updates: Any) -> np.ndarray:
         """Learning rate η of updates.
@@ -354,19 +224,29 @@ class Recipe:
 
         Args:
             name: a name of `PRESETS`, in any case, with or without its organisation: "pythia-70m",
-                "EleutherAI/pythia-1.4b-deduped", "allenai/OLMo-2-1124-7B".
+                "EleutherAI/pythia-1.4b-deduped", "allenai/OLMo-2-1124-7B"; so are those of the repositories that
+                hold the same model's checkpoints, which end in "-hf", "-checkpoints" or
+                "-intermediate-checkpoints".
             changes: fields to replace. weight_decay=0.01 is what the Pythia paper's table says.
 
         Raises:
             ValueError: there is no preset of that name; the message lists those there are.
 
+        Source: data/presets.md has the file that says so for each number.
+
         >>> recipe = Recipe.preset("pythia-70m")
         >>> recipe.weight_decay, round(recipe.tau), Recipe.preset("pythia-70m", weight_decay=0.01).weight_decay
         (0.1, 10000, 0.01)
         """
-        key = check_text("name", name, "the name of a preset").rpartition("/")[2].lower()
+        given = check_text("name", name, "the name of a preset").rpartition("/")[2].lower()
+        key = re.sub(r"(-hf|(-intermediate)?-checkpoints)$", "", given)
         if key not in PRESETS:
-            raise ValueError(f"name must be one of {', '.join(PRESETS)}; got {name!r}")
+            near = difflib.get_close_matches(key, PRESETS, n=1)
+            told = ", ".join(name for name in PRESETS if "-seed" not in name)
+            raise ValueError(
+                f"name must be one of {told} (of pythia-14m to pythia-410m with -seed1 to -seed9 too); got {name!r}"
+                + (f"; the nearest is {near[0]!r}" if near else "")
+            )
         return replace(PRESETS[key], **changes)
 
     @classmethod
@@ -499,11 +379,8 @@ def _between(known: np.ndarray, rates: np.ndarray, steps: int, updates: np.ndarr
 
 # Published models.
 
-
-def _pythia(peak: float) -> Recipe:
-    lr = neox_cosine(peak, steps=143_000, warmup=1430, floor=0.1)
-    return Recipe(lr, 0.1, (0.9, 0.95), 1e-8, matrices_decay, 143_000)
-
+_TOKENS = 2_097_152
+"""1024 sequences of 2048, the batch of Pythia and of others."""
 
 _PYTHIA = {
     "14m": 1e-3,
@@ -519,38 +396,110 @@ _PYTHIA = {
 }
 
 
-def _olmo(lr: LearningRate, steps: int, eps: float, decays: Callable[[str, str], bool]) -> Recipe:
-    return Recipe(lr, 0.1, (0.9, 0.95), eps, decays, steps)
+def _pythia(peak: float) -> Recipe:
+    lr = neox_cosine(peak, steps=143_000, warmup=1430, floor=0.1)
+    return Recipe(lr, 0.1, (0.9, 0.95), 1e-8, matrices_decay, 143_000, _TOKENS, clip=1.0)
 
 
-def _from_a_tenth(lr: Any) -> LearningRate:
-    """The schedule with a warm-up that starts at a tenth of the peak, as OLMo-1's does."""
-    after, shape, first = lr.args
-    return partial(_scheduled, after, replace(shape, start=0.1), first)
+def _olmo(lr: LearningRate, steps: int, decays: Callable[[str, str], bool], sequences: int = 1024) -> Recipe:
+    """OLMo-1: ε is 1e-5, and there are no gains or biases of norms."""
+    return Recipe(lr, 0.1, (0.9, 0.95), 1e-5, decays, steps, sequences * 4096, clip=1.0)
+
+
+def _olmo_7b_1_7(until: int, left: float, steps: int) -> Recipe:
+    """OLMo-1.7-7B: 3e12 tokens of cosine, left at an update for a line to zero over 50e9 tokens."""
+    lr = from_a_tenth(cosine(3e-4, 715_256, 2500, 0.1))
+    return _olmo(pieces([(until, lr), (None, linear(left, 11_921))]), steps, all_decay)
+
+
+def _olmo2(peak: float, schedule: int, warmup: int, steps: int, sequences: int) -> Recipe:
+    """OLMo-2's first stage, or its second where there is no warm-up."""
+    lr = cosine(peak, schedule, warmup, 0.1) if warmup else linear(peak, schedule)
+    return Recipe(
+        lr, 0.1, (0.9, 0.95), 1e-8, all_but_embeddings_decay, steps, sequences * 4096, clip=1.0, z_loss=1e-5
+    )
+
+
+def _smollm2(peak: float, steps: int, cooldown: int, tokens: int) -> Recipe:
+    lr = warmup_stable_decay(peak, steps, 2000, cooldown, first=0)
+    return Recipe(lr, 0.01, (0.9, 0.95), 1e-8, all_decay, steps, tokens, clip=1.0)
 
 
 PRESETS: dict[str, Recipe] = {
     **{f"pythia-{size}{twin}": _pythia(peak) for size, peak in _PYTHIA.items() for twin in ("", "-deduped")},
-    "olmo-1b": _olmo(_from_a_tenth(cosine(4e-4, 739_328, 2000, 0.1)), 739_328, 1e-5, hidden_matrices_decay),
-    "olmo-7b": _olmo(_from_a_tenth(linear(3e-4, 476_837, 5000, 0.1)), 476_837, 1e-5, hidden_matrices_decay),
-    "olmo-2-0425-1b": _olmo(cosine(4e-4, 2_384_186, 4000, 0.1), 1_907_349, 1e-8, all_but_embeddings_decay),
-    "olmo-2-1124-7b": _olmo(cosine(3e-4, 1_192_093, 2000, 0.1), 928_646, 1e-8, all_but_embeddings_decay),
+    **{
+        f"pythia-{size}-seed{seed}": _pythia(_PYTHIA[size])
+        for size in ("14m", "31m", "70m", "160m", "410m")
+        for seed in range(1, 10)
+    },
+    "amber": Recipe(
+        cosine(3e-4, 274_320, 2000, 0.1, first=0),
+        0.1,
+        (0.9, 0.95),
+        1e-8,
+        all_decay,
+        274_320,
+        2240 * 2048,
+        clip=1.0,
+    ),
+    "olmo-1b": _olmo(from_a_tenth(cosine(4e-4, 739_328, 2000, 0.1)), 739_328, hidden_matrices_decay),
+    "olmo-7b": _olmo(
+        pieces(
+            [
+                (501_000, from_a_tenth(linear(3e-4, 476_837, 5000, 0.1))),
+                (556_000, linear(3e-5, 199_000, floor=0.1)),
+                (None, linear(2.3e-5, 1000, floor=0.001)),
+            ]
+        ),
+        557_000,
+        hidden_matrices_decay,
+        sequences=1080,
+    ),
+    "olmo-7b-0424": _olmo_7b_1_7(477_000, 9.785e-5, 489_000),
+    "olmo-7b-0724": _olmo_7b_1_7(639_650, 3.743e-5, 651_581),
+    "olmoe-1b-7b-0924": Recipe(
+        from_a_tenth(cosine(4e-4, 1_192_093, 2500, 0.1)),
+        0.1,
+        (0.9, 0.95),
+        1e-8,
+        all_decay,
+        1_220_000,
+        1024 * 4096,
+        clip=1.0,
+    ),
+    "olmo-2-0425-1b": _olmo2(4e-4, 2_384_186, 4000, 1_907_359, 512),
+    "olmo-2-0425-1b-stage2": _olmo2(7.4487e-5, 23_842, 0, 23_852, 512),
+    "olmo-2-1124-7b": _olmo2(3e-4, 1_192_093, 2000, 928_646, 1024),
+    "olmo-2-1124-7b-stage2": _olmo2(6.1499e-5, 11_921, 0, 11_931, 1024),
+    "olmo-2-1124-13b": _olmo2(9e-4, 596_046, 1000, 596_057, 2048),
+    "olmo-2-1124-13b-stage2": _olmo2(9e-5, 11_921, 0, 11_931, 2048),
+    "olmo-2-1124-13b-stage2-300b": _olmo2(9e-5, 35_763, 0, 35_773, 2048),
+    "olmo-2-0325-32b": _olmo2(6e-4, 774_861, 2000, 721_901, 2048),
+    "olmo-2-0325-32b-stage2": _olmo2(6.62323e-5, 11_921, 0, 11_921, 2048),
+    "olmo-2-0325-32b-stage2-300b": _olmo2(6.62323e-5, 35_763, 0, 35_763, 2048),
+    "smollm2-135m": _smollm2(3e-3, 2_000_000, 400_000, 64 * 8 * 2048),
+    "smollm2-360m": _smollm2(3e-3, 2_600_000, 520_000, 128 * 6 * 2048),
+    "smollm2-1.7b": _smollm2(5e-4, 5_240_000, 524_000, 256 * 4 * 2048),
+    "smollm3-3b": Recipe(
+        warmup_stable_decay(2e-4, 4_720_001, 2000, 522_000, first=0),
+        0.1,
+        (0.9, 0.95),
+        1e-8,
+        all_but_embeddings_decay,
+        4_720_000,
+        192 * 3 * 4096,
+        clip=1.0,
+    ),
 }
-"""Recipes of published models, by name.
+"""Recipes of published models, by name; `data/presets.md` has the public file behind each number.
 
-Pythia, and its deduplicated twins: `models/<size>/pythia-<size>.yml` in github.com/EleutherAI/pythia. Peak of
-14m, 31m and 70m 1e-3, 160m 6e-4, 410m 3e-4, 1b 2.5e-4 (its README says 3e-4), 1.4b 2e-4, 2.8b 1.6e-4, 6.9b
-and 12b 1.2e-4; `neox_cosine` over 143,000 updates with 1,430 of warm-up and a floor of a tenth; betas (0.9, 0.95),
-eps 1e-8. Decay is 0.1 in the files; the paper's table says 0.01, an error by its maintainers' own word (issue 132
-there). Matrices and embeddings decay, norms and biases do not.
+Updates are those of the names of the published checkpoints, so a stage whose checkpoints count from 1 again (the
+second of OLMo-2) is a preset of its own, and one that goes on (SmolLM3's three, OLMo-1.7's line to zero) is not.
+Pythia's seeds have the recipe of their size. Amber's checkpoint `ckpt_j` is that of update 762·(j+1).
 
-OLMo-1: `configs/official/OLMo-1B.yaml` and `OLMo-7B.yaml` in github.com/allenai/OLMo. 1B: peak 4e-4, cosine to a
-tenth over 739,328 updates; 7B: peak 3e-4, a line to a tenth over 2e12 tokens in batches of 2048 x 2048 (its
-checkpoints go on behind the end of that file's schedule, where this recipe stays at the floor). The warm-up of
-2,000 and 5,000 updates starts at a tenth of the peak; betas (0.9, 0.95), eps 1e-5 and decay 0.1 on the matrices of
-the blocks (there are no norm gains or biases). OLMo-2, first stage: `configs/official-0425/OLMo2-1B-stage1.yaml`
-and `configs/official-1124/OLMo2-7B-stage1.yaml` there. Peaks 4e-4 and 3e-4, cosine to a tenth over 5e12 tokens in
-batches of 512 and 1024 x 4096, though both stop before its end (7B at update 928,646, its last checkpoint);
-warm-up over 8,388,608,000 tokens; betas (0.9,
-0.95), eps 1e-8, decay 0.1 on everything, norms too, but the embedding.
+What to know of them: Pythia's decay is 0.1 in its files and 0.01 in its paper, an error by its maintainers' own
+word. OLMo-2-13B's file says a peak of 3e-4, its launch script 9e-4, a tenth of which its second stage starts from.
+The optimizer of OLMo-2-32B did not count its updates, which would make `update_scale` 2.24 if it had made the first
+ones; it took over before update 80,788 (the first that it left out, of 156 or more) from one that did count, so
+the factor is 1 here. That is inferred: hold it against the weights, or give update_scale=5**0.5.
 """

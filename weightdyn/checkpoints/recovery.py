@@ -503,7 +503,7 @@ def _recover(
         raise ValueError(
             f"method={method!r} needs the inner products of checkpoints: measure(gram={wanted.gram!r})"
         )
-    rho = noise_rho(updates, recipe.betas[0])
+    rho = recipe.update_scale**2 * noise_rho(updates, recipe.betas[0])
     lr_sum, lr_sq_sum = np.add.reduceat(lr, starts), np.add.reduceat(lr**2, starts)
     told = np.zeros(len(span), bool)
     if gram is not None:
