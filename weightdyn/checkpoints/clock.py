@@ -39,11 +39,13 @@ SURE = 6.0
 
 _PIECE = 1 << 20  # weights that are compared at a time, in float64
 _WITNESSES = 64  # rows of a tensor that moved, and are looked at to know how far rows move
+_FEW = 3  # of them, below which other tensors tell
 _OTHERS = 8  # tensors without a row that counts in which such rows are looked at
 _ASTRAY = 3  # checkpoints in a row that may be none of this training
 _DISAGREE = 0.1  # share of rows that may shrink differently, and are left out
 _ALIKE = 0.2  # mean cosine between rows from which on they are not rows of an initialization
 _ONE_GRADIENT = 5.8  # Σ of Adam's updates after one gradient among none, in η: Σ 0.1·0.9ᵏ/√(0.05·0.95ᵏ)
+_SOME = 3  # events that may be there where none was seen
 _HALF_STEP = 2.0**-25  # largest rounding of 1 − ηλ to float32
 _SMALLEST = {
     "float16": -14,
@@ -121,16 +123,20 @@ class Motion(NamedTuple):
     """How rows move from one checkpoint to the next; arrays with an entry for each row.
 
     Attributes:
+        size: rms of the entries of w_a.
         ratio: ‖w_b‖/‖w_a‖.
         variance: of it, by rounding alone.
+        grain: mean square of what one entry of a coarse type makes of it when it passes to the next value.
         turned: rms per entry of what is left beside a multiple of w_a, less what rounding explains.
         least: rms per entry that would have been seen.
         keeps: whether what is left is within rounding: the row keeps its direction.
         equal: whether nothing changed, bit by bit.
     """
 
+    size: np.ndarray
     ratio: np.ndarray
     variance: np.ndarray
+    grain: np.ndarray
     turned: np.ndarray
     least: np.ndarray
     keeps: np.ndarray
@@ -144,8 +150,8 @@ def row_motion(
 
     With p = ⟨w_a,w_b⟩/‖w_a‖², what is left is r = w_b − p·w_a. Rounding of stored copies to steps of u makes each
     of its entries ψ(1−ψ)u² in the mean square, ψ the place of p·w_a between two values that the type has. The
-    training's own float32 weights were rounded once per update, which adds up as a walk, N·u²/12 after N updates;
-    or straight, as long as w·ηλ is the same number of steps and a fraction: for 1/((ηλ)²·2^23) updates.
+    training's own float32 weights were rounded once per update, by u/√12 each time: after N updates N·u/√12 at most,
+    since what is lost of a small ηλ is nearly the same at every update.
 
     Args:
         before: float64 of shape (rows, columns), w_a.
@@ -164,25 +170,37 @@ def row_motion(
         p = np.einsum("ij,ij->i", before, after) / squares
         left = after - p[:, None] * before
         error = np.einsum("ij,ij->i", left, left)
-        moves = np.clip(-np.log(np.where(p > 0, p, 1)) / span, 0, None)
-        walk = span * np.clip(1 / (moves**2 * 2.0**23), 1, span) / 12
+        walk = span**2 / 12
         # More than rounding can make of any row: those beyond need no closer look.
         coarse = max(4.0 ** -MANTISSA[name] for name in precision)
         bound = (squares + squares_after) * (coarse + walk * 4.0**-23) + columns * _tiny(precision)
         near = np.flatnonzero(error <= 2 * SURE * bound)
-        variance, least = np.full(len(p), np.nan), np.full(len(p), np.nan)
+        variance, grain, least = (np.full(len(p), np.nan) for _ in range(3))
         keeps, turned = np.zeros(len(p), bool), np.sqrt(error / columns)
         if len(near):
             x, y = before[near], after[near]
-            expected, spread, slack = _rounding(x, y, p[near, None], precision, walk[near, None])
+            expected, spread, slack = _rounding(x, y, p[near, None], precision, walk)
             allowed = SURE * np.sqrt(spread.sum(1))
             mean = expected.sum(1)
             keeps[near] = (error[near] <= mean + allowed) & (p[near] > 0)
             turned[near] = np.sqrt(np.clip(error[near] - mean, 0, None) / columns)
             least[near] = np.sqrt((allowed + slack.sum(1)) / columns)
             variance[near] = np.einsum("ij,ij->i", x * x, expected) / squares[near] ** 2
+            if min(MANTISSA[name] for name in precision) < MANTISSA["float32"]:
+                step, x = _steps(y, min(precision, key=MANTISSA.__getitem__)), np.abs(x)
+                # What decays by a part of a step passes one as often as that part is large.
+                grain[near] = (x**3 * step).sum(1) / (x / step).sum(1) / squares[near] ** 2
+            else:
+                grain[near] = 0.0
         return Motion(
-            np.sqrt(squares_after / squares), variance, turned, least, keeps, (before == after).all(1)
+            np.sqrt(squares / columns),
+            np.sqrt(squares_after / squares),
+            variance,
+            grain,
+            turned,
+            least,
+            keeps,
+            (before == after).all(1),
         )
 
 
@@ -198,7 +216,7 @@ def _steps(x: np.ndarray, precision: str) -> np.ndarray:
 
 
 def _rounding(
-    x: np.ndarray, y: np.ndarray, p: np.ndarray, precision: tuple[str, str], walk: np.ndarray
+    x: np.ndarray, y: np.ndarray, p: np.ndarray, precision: tuple[str, str], walk: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean and variance of the square that rounding leaves of each entry; of the mean, the part that is a bound.
 
@@ -216,7 +234,7 @@ def _rounding(
         two = psi * (1 - psi)
         mean = np.where(same, two * steps[1] ** 2, mean)
         spread = np.where(same, two * (psi**3 + (1 - psi) ** 3 - two) * steps[1] ** 4, spread)
-    walked = walk * _steps(y, "float32") ** 2
+    walked = walk * _steps(np.maximum(np.abs(x), np.abs(y)), "float32") ** 2
     return mean + walked, spread + 2 * walked**2 + 4 * mean * walked, walked
 
 
@@ -511,10 +529,15 @@ def _clock_rows(
 
 def _is_clear(tensor: _Followed, gap: _Gap, motion: Motion) -> bool:
     """Whether one gradient in the gap would have been seen in a row that counts."""
-    own, count = gap.moved.get(tensor.name, (0.0, 0))
-    moved = own if count >= 10 else float(np.median([rms for rms, _ in gap.moved.values()] or [0.0]))
-    one = moved * min(1.0, _ONE_GRADIENT / math.sqrt(gap.step - gap.start))
-    return one >= 2 * float(np.median(motion.least)) and one > 0
+    least = 2 * float(np.median(motion.least))
+    moved, count = gap.moved.get(tensor.name, (0.0, 0))
+    if count < _FEW:
+        # Other tensors tell how far rows move, and may do so at another learning rate. But what gradients move,
+        # they move further than decay does.
+        moved = float(np.median([rms for rms, _ in gap.moved.values()] or [0.0]))
+        if float(np.median((1 - motion.ratio) * motion.size)) < least:
+            return False
+    return moved * min(1.0, _ONE_GRADIENT / math.sqrt(gap.step - gap.start)) >= max(least, 1e-300)
 
 
 def _alike(direction: np.ndarray, count: int) -> bool:
@@ -532,7 +555,8 @@ def _value(motion: Motion, span: int, precision: str, same: bool) -> dict[str, A
     # The mean: of coarse types in short gaps most rows are bitwise equal, and with them the median.
     factor = float(motion.ratio.mean())
     spread = float(motion.ratio.std(ddof=1)) if count > 1 else 0.0
-    rounding = math.sqrt(float(motion.variance.mean()))
+    # Of a few entries that passed a step, the number may have been some more.
+    rounding = math.sqrt(float(motion.variance.mean() + _SOME * motion.grain.mean() / count))
     half = 2 * max(spread, rounding) / math.sqrt(count)
     ends = {"factor": factor, "factor_low": factor - half, "factor_high": factor + half}
     if same:

@@ -72,7 +72,8 @@ def decay_clock(table: pd.DataFrame, recipe: Recipe | None = None, *, ax: Axes |
         )
         ax.fill_between(step, low, high, color=color, alpha=0.2, linewidth=0)
         label = "the weights" if len(names) == 1 else name
-        ax.plot(step, value, color=color, linestyle=DASHES[i % len(DASHES)], linewidth=1.8, label=label)
+        style = {"linestyle": DASHES[i % len(DASHES)], "linewidth": 1.8, "solid_capstyle": "butt"}
+        ax.plot(step, value, color=color, label=label, **style)
     if recipe is not None:
         first, last = int((table["step"] - table["span"]).min()) + 1, int(table["step"].max())
         updates = np.unique(np.linspace(first, last, min(_POINTS, last - first + 1)).astype(np.int64))
@@ -84,6 +85,8 @@ def decay_clock(table: pd.DataFrame, recipe: Recipe | None = None, *, ax: Axes |
             label = "the recipe" if len(decays) == 1 else f"the recipe, λ = {decay:g}"
             style = {"color": DARK, "linewidth": 0.9, "linestyle": DASHES[i % len(DASHES)]}
             ax.plot(updates, recipe.lr_at(updates) * decay, label=label, zorder=3, **style)
+    if table["lr_decay_low"].min() >= 0:
+        ax.set_ylim(bottom=0)
     _scale(ax)
     legend_above(ax)
     return ax
