@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,9 @@ from weightdyn.explain.trajectory import closure
 from weightdyn.record.runlog import RunLog
 from weightdyn.train.models import MODELS
 from weightdyn.train.trainer import DEMO, TrainConfig, train
+
+if TYPE_CHECKING:
+    from weightdyn.checkpoints.recipe import Recipe
 
 app = typer.Typer(
     help="Why the weights of a network grow, overshoot and relax, in numbers.",
@@ -420,6 +423,16 @@ def wisca_rescale(
         typer.echo(out)
 
 
+def _recipe(source: str, name: str | None, weight_decay: float | None) -> Recipe:
+    """The recipe of that name, or the run's own, with another decay if one is given."""
+    from weightdyn.checkpoints.recipe import Recipe
+
+    if name is None and not (Path(source) / "run.json").is_file():
+        raise ValueError(f"--recipe is needed, such as pythia-70m: {source} is no run that knows its own")
+    recipe = Recipe.from_run(source) if name is None else Recipe.preset(name)
+    return recipe if weight_decay is None else replace(recipe, weight_decay=weight_decay)
+
+
 @app.command()
 def recover(
     source: Annotated[str, typer.Argument(help="Run directory, folder of checkpoints, or hf://owner/name.")],
@@ -449,7 +462,6 @@ def recover(
     ] = False,
 ) -> None:
     """Recover the forces of a training that nobody logged, from its checkpoints and its recipe."""
-    from weightdyn.checkpoints.recipe import Recipe
     from weightdyn.checkpoints.recovery import METHODS, recover_forces
     from weightdyn.checkpoints.series import Checkpoints
     from weightdyn.core.tables import budget, diffusion
@@ -460,11 +472,7 @@ def recover(
         _check_file("--out", out, ".parquet")
         _check_file("--figure", figure, ".png", ".pdf", ".svg")
         wanted = _steps(steps)
-        if recipe is None and not (Path(source) / "run.json").is_file():
-            raise ValueError(f"--recipe is needed, such as pythia-70m: {source} is no run that knows its own")
-        hyperparameters = Recipe.from_run(source) if recipe is None else Recipe.preset(recipe)
-        if weight_decay is not None:
-            hyperparameters = replace(hyperparameters, weight_decay=weight_decay)
+        hyperparameters = _recipe(source, recipe, weight_decay)
         series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
         if dry_run:
             plan = series.plan(METHODS[method].gram, False, _views(views), cache=cache or True)
@@ -499,6 +507,58 @@ def recover(
         for file in (out, figure):
             if file is not None:
                 typer.echo(file)
+
+
+@app.command()
+def audit(
+    source: Annotated[str, typer.Argument(help="Run directory, folder of checkpoints, or hf://owner/name.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Published recipe, such as pythia-70m. [default: the run's own, from its run.json]"
+        ),
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decay in place of the recipe's.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for what is measured. [default: beside the checkpoints]")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Keep what is downloaded in the hub's cache.")] = False,
+    skip: Annotated[bool, typer.Option(help="Leave out damaged checkpoints instead of stopping.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="Address of the hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the table of findings.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Image of ηλ, the weights' and the recipe's.")] = None,
+) -> None:
+    """Hold a recipe against the weights: ηλ, size of updates, what decays, copied or swapped checkpoints.
+
+    Exit code: 1 if the weights contradict the recipe, 0 if nothing does (or nothing is told), 2 for errors.
+    """
+    from weightdyn.checkpoints.audit import audit_recipe
+    from weightdyn.checkpoints.series import Checkpoints
+
+    with _told():
+        _check_file("--out", out, ".parquet")
+        _check_file("--figure", figure, ".png", ".pdf", ".svg")
+        wanted = _steps(steps)
+        hyperparameters = _recipe(source, recipe, weight_decay)
+        series = Checkpoints(source, wanted, errors="skip" if skip else "raise", keep=keep, endpoint=endpoint)
+        found = audit_recipe(series, hyperparameters, cache=cache or True)
+        typer.echo(found)
+        if out is not None:
+            found.table.to_parquet(out)
+            typer.echo(out)
+        if figure is not None and found.clock is not None and found.clock["lr_decay"].notna().any():
+            import matplotlib
+
+            matplotlib.use("Agg")
+            from weightdyn import plot
+
+            cast(Any, plot.decay_clock(found.clock, hyperparameters)).get_figure().savefig(figure)
+            typer.echo(figure)
+        elif figure is not None:
+            typer.echo(f"{figure}: not drawn, for the clock tells nothing")
+    if found.verdict == "contradicts":
+        raise typer.Exit(1)
 
 
 @wisca.command(name="compare")
