@@ -284,6 +284,15 @@ def calls(g):
             {"gram": "none", "weibull": False, "views": True, "n_jobs": 1, "cache": False, "progress": False},
         ),
         "Checkpoints.load": (wd.Checkpoints(g["folder"]).load, {"step": 0, "name": "q_proj.weight"}),
+        "Checkpoints.contents": (
+            wd.Checkpoints(g["folder"]).contents,
+            {"step": 0, "beside": (), "progress": False},
+        ),
+        "decay_clock": (wd.decay_clock, {"series": _unused_rows(g), "progress": False}),
+        "plot.decay_clock": (
+            plot.decay_clock,
+            {"table": wd.decay_clock(_unused_rows(g)), "recipe": recipe, "ax": None},
+        ),
         "RunLog": (wd.RunLog, {"path": _run(g)}),
         "RunLog.forces": (wd.RunLog(_run(g)).forces, {"by": "role", "order": "exact", "at": "before"}),
         "ForceLogger": (
@@ -419,6 +428,19 @@ def calls(g):
             },
         ),
     }
+
+
+def _unused_rows(g):
+    """Checkpoints of a matrix of which half the rows are moved by decay alone."""
+    folder = g["tmp"] / "unused"
+    if not folder.exists():
+        folder.mkdir()
+        weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+        for step in (0, 10, 20):
+            save_file({"embed_in.weight": weight.clone()}, folder / f"step{step}.safetensors")
+            weight *= 0.99
+            weight[:8] += 0.5 * weight[:8].flip(0)
+    return folder
 
 
 def _logged(measured):

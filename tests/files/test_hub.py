@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
+from weightdyn.checkpoints.clock import decay_clock
 from weightdyn.checkpoints.series import Checkpoints
 from weightdyn.cli import app
 from weightdyn.files import hub as hub_module
@@ -519,6 +520,25 @@ def test_neighbours_on_the_hub_are_multiplied_with_two_checkpoints_on_the_disk(h
     assert len(downloads) == len(set(downloads)), "nothing is downloaded twice"
     with pytest.raises(ValueError, match=r"keep=True"):
         series(hub).measure("full", cache=cache)
+
+
+def test_the_decay_clock_reads_a_hub_with_two_checkpoints_on_the_disk_and_over_a_foreign_one(hub, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(60, 32, generator=generator)
+    for step in range(0, 70, 10):
+        given = torch.randn(60, 32) if step == 30 else weight.clone()
+        hub.add(f"step{step}", {"model.safetensors": safetensors.torch.save({"embed_in.weight": given})})
+        weight = weight * 0.999
+        weight[:40] += 0.1 * torch.randn(40, 32, generator=generator)
+    seen = []
+    hub.watch = lambda: seen.append(len({p.parent.name for p in weight_files(tmp_path) if "step-" in str(p)}))
+    table = decay_clock(series(hub), progress=False)
+    assert table["rows"].tolist() == [20, 20, 0, 20, 20, 20]
+    np.testing.assert_allclose(table["factor"].dropna(), [0.999, 0.999, 0.999**2, 0.999, 0.999], rtol=1e-6)
+    downloads = [entry for entry in hub.served if not entry[1].endswith("json")]
+    assert len(downloads) == len(set(downloads)) == 7, "nothing is downloaded twice"
+    assert max(seen) == 2
+    assert not weight_files(tmp_path)
 
 
 def test_what_is_kept_is_downloaded_once_for_all_inner_products(hub, tmp_path):

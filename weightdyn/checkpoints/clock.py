@@ -18,13 +18,14 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from weightdyn.checkpoints.measure import precision_of
-from weightdyn.checkpoints.series import Checkpoints
+from weightdyn.checkpoints.series import Checkpoints, open_series
 from weightdyn.core.naming import TensorRow, describe
 from weightdyn.core.progress import Progress, progress_bar
 from weightdyn.core.tables import CLOCK_TABLE
@@ -47,6 +48,9 @@ _ALIKE = 0.2  # mean cosine between rows from which on they are not rows of an i
 _ONE_GRADIENT = 5.8  # Σ of Adam's updates after one gradient among none, in η: Σ 0.1·0.9ᵏ/√(0.05·0.95ᵏ)
 _SOME = 3  # events that may be there where none was seen
 _HALF_STEP = 2.0**-25  # largest rounding of 1 − ηλ to float32
+_HIDDEN = (
+    "too coarse for the gap: what one gradient moves would not be seen, so rows of rare tokens may be there"
+)
 _SMALLEST = {
     "float16": -14,
     "bfloat16": -126,
@@ -80,6 +84,10 @@ def decay_clock(
         not decayed: lr_decay is 0. In bfloat16 and float16 that may also be a decay that rounds away at each
         update, so lr_decay is NaN, and its ends are what it can be.
 
+        Single gradients are seen where the type is fine enough, and `note` says where it is not. In bfloat16 a token
+        that occurs first in the last few updates of the series may count: its row has moved by less than rounding
+        hides, and shifts the factor by less than its interval.
+
         To hold a recipe against it, compare −ln(factor) with Σ −ln(1−ηₜλ): lr_decay is the constant ηλ that makes
         the same factor, above the mean by half the variance of ηλ in the gap. It is of what acted. A trainer that
         multiplies by 1 − ηλ in float32 rounds it, by 2^-25 at most, 3 % of an ηλ of 1e-6; `lr_decay_low` and
@@ -104,7 +112,7 @@ def decay_clock(
     >>> table[["step", "rows", "of"]].values.tolist(), table["lr_decay"].round(7).tolist()
     ([[100, 10, 40], [200, 10, 40]], [0.0001, 0.0001])
     """
-    series = series if isinstance(series, Checkpoints) else Checkpoints(series)
+    series = open_series(series)
     if len(series) < 2:
         raise ValueError(
             f"series must have two checkpoints or more, got {len(series)}: the clock reads what lies between"
@@ -113,6 +121,8 @@ def decay_clock(
         tensors, gaps = _follow(series, progress)
     finally:
         series.release()
+    if not gaps:
+        raise ValueError(f"series has fewer than two checkpoints that are sound: {series.skipped}")
     return _table(series, tensors, gaps)
 
 
@@ -150,8 +160,8 @@ def row_motion(
 
     With p = ⟨w_a,w_b⟩/‖w_a‖², what is left is r = w_b − p·w_a. Rounding of stored copies to steps of u makes each
     of its entries ψ(1−ψ)u² in the mean square, ψ the place of p·w_a between two values that the type has. The
-    training's own float32 weights were rounded once per update, by u/√12 each time: after N updates N·u/√12 at most,
-    since what is lost of a small ηλ is nearly the same at every update.
+    training's own float32 weights were rounded once per update, by u/√12 each time: after N updates by N·u/√12 at
+    most, since what is lost of a small ηλ is nearly the same at every update.
 
     Args:
         before: float64 of shape (rows, columns), w_a.
@@ -179,12 +189,13 @@ def row_motion(
         keeps, turned = np.zeros(len(p), bool), np.sqrt(error / columns)
         if len(near):
             x, y = before[near], after[near]
-            expected, spread, slack = _rounding(x, y, p[near, None], precision, walk)
+            expected, spread, usual = _rounding(x, y, p[near, None], precision, walk)
             allowed = SURE * np.sqrt(spread.sum(1))
             mean = expected.sum(1)
             keeps[near] = (error[near] <= mean + allowed) & (p[near] > 0)
             turned[near] = np.sqrt(np.clip(error[near] - mean, 0, None) / columns)
-            least[near] = np.sqrt((allowed + slack.sum(1)) / columns)
+            # Where nothing passes a step, rounding hides what does not either.
+            least[near] = np.sqrt(np.maximum(allowed, usual.sum(1)) / columns)
             variance[near] = np.einsum("ij,ij->i", x * x, expected) / squares[near] ** 2
             if min(MANTISSA[name] for name in precision) < MANTISSA["float32"]:
                 step, x = _steps(y, min(precision, key=MANTISSA.__getitem__)), np.abs(x)
@@ -218,7 +229,7 @@ def _steps(x: np.ndarray, precision: str) -> np.ndarray:
 def _rounding(
     x: np.ndarray, y: np.ndarray, p: np.ndarray, precision: tuple[str, str], walk: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and variance of the square that rounding leaves of each entry; of the mean, the part that is a bound.
+    """Mean and variance of the square that rounding leaves of each entry, and its mean where ψ is anything.
 
     Weights stored in float32 are taken for those of the training, and so for exact.
     """
@@ -226,7 +237,7 @@ def _rounding(
         np.zeros_like(w) if MANTISSA[name] >= 23 else _steps(w, name)
         for w, name in zip((x, y), precision, strict=True)
     ]
-    mean = ((p * steps[0]) ** 2 + steps[1] ** 2) / 12
+    mean = usual = ((p * steps[0]) ** 2 + steps[1] ** 2) / 12
     spread = 1.4 * mean**2
     same = (steps[0] == steps[1]) & (steps[1] > 0)
     if same.any():
@@ -235,7 +246,7 @@ def _rounding(
         mean = np.where(same, two * steps[1] ** 2, mean)
         spread = np.where(same, two * (psi**3 + (1 - psi) ** 3 - two) * steps[1] ** 4, spread)
     walked = walk * _steps(np.maximum(np.abs(x), np.abs(y)), "float32") ** 2
-    return mean + walked, spread + 2 * walked**2 + 4 * mean * walked, walked
+    return mean + walked, spread + 2 * walked**2 + 4 * mean * walked, usual + walked
 
 
 # Rows through the series.
@@ -252,7 +263,7 @@ class _Followed:
         self.zero = np.zeros(self.of, bool)
         self.motions: dict[
             int, tuple[np.ndarray, Motion]
-        ] = {}  # later step -> the rows kept until it, and how
+        ] = {}  # step -> rows kept until then, and how they move
         self.direction = np.zeros(self.columns)  # sum of their unit vectors
 
     def looked_at(self) -> np.ndarray:
@@ -273,9 +284,11 @@ class _Gap(NamedTuple):
     step: int
     moved: dict[
         str, tuple[float, int]
-    ]  # tensor -> median rms that its rows which moved did, and their number
+    ]  # tensor -> rms that its rows which moved did (median), and their number
     same: bool  # whether all rows that were looked at are bitwise equal
-    precision: dict[str, str]
+    precision: dict[
+        str, tuple[str, str]
+    ]  # tensor -> float types that the values of both checkpoints fit into
     astray: bool = False  # no row of the later checkpoint is one of the earlier
 
 
@@ -283,40 +296,35 @@ def _follow(series: Checkpoints, progress: Progress) -> tuple[list[_Followed], l
     """Go through the series with the rows that keep their direction."""
     tensors: list[_Followed] = []
     gaps: list[_Gap] = []
-    start = contents = None
-    precision: dict[str, str] = {}
+    start, before = -1, None
+    known: dict[str, str] = {}
     with progress_bar(list(series.steps), progress=progress, unit="checkpoint", desc="clock") as bar:
         for step in bar:
-            after = series.contents(step, beside=[] if start is None else [start], progress=False)
+            after = series.contents(step, beside=() if before is None else (start,), progress=False)
             if after is None:
                 continue
-            if start is None or contents is None:
-                start, contents = step, after
+            if before is None:
+                start, before = step, after
                 tensors = _matrices(series, after)
                 continue
-            found: dict[str, str] = {}
-            gap, kept = _between(tensors, start, contents, step, after, precision, found)
-            astray = sum(1 for _ in _last_astray(gaps))
-            if not any(rows.any() for rows in kept.values()):
-                gaps.append(gap._replace(astray=True))
-                if astray + 1 >= _ASTRAY:
+            gap, kept = _between(tensors, (start, step), (before, after), known)
+            gaps.append(gap)
+            if gap.astray:  # the next one is held against the last that was sound
+                if len(_last_astray(gaps)) == _ASTRAY:
                     break
                 continue
             for tensor in tensors:
-                if tensor.name in kept:
-                    tensor.kept = kept[tensor.name]
-            gaps.append(gap)
-            start, contents, precision = step, after, found
-    if start is None:
+                tensor.kept = kept.get(tensor.name, tensor.kept)
+            start, before = step, after
+            known = {name: both[1] for name, both in gap.precision.items()}
+    if not tensors:
         series.tensors()  # raises what is wrong with all of them
     return tensors, gaps
 
 
-def _last_astray(gaps: list[_Gap]) -> Iterator[_Gap]:
-    for gap in reversed(gaps):
-        if not gap.astray:
-            return
-        yield gap
+def _last_astray(gaps: list[_Gap]) -> list[_Gap]:
+    """The gaps at the end in which no row kept its direction."""
+    return gaps[max((i + 1 for i, gap in enumerate(gaps) if not gap.astray), default=0) :]
 
 
 def _matrices(series: Checkpoints, contents: Mapping[str, Stored]) -> list[_Followed]:
@@ -336,17 +344,22 @@ def _matrices(series: Checkpoints, contents: Mapping[str, Stored]) -> list[_Foll
 
 def _between(
     tensors: list[_Followed],
-    start: int,
-    before: Mapping[str, Stored],
-    step: int,
-    after: Mapping[str, Stored],
-    known: dict[str, str],
-    found: dict[str, str],
+    steps: tuple[int, int],
+    contents: tuple[Mapping[str, Stored], Mapping[str, Stored]],
+    known: Mapping[str, str],
 ) -> tuple[_Gap, dict[str, np.ndarray]]:
-    """How the rows of one gap move, and which of those kept so far keep their direction here too."""
+    """How the rows of one gap move, and which of those kept so far keep their direction here too.
+
+    Args:
+        tensors: what is followed; how their rows move is noted there.
+        steps, contents: of both checkpoints.
+        known: tensor -> float type that the values of the earlier fit into, where it was found before.
+    """
+    before, after = contents
+    start, step = steps
     kept: dict[str, np.ndarray] = {}
     moved: dict[str, tuple[float, int]] = {}
-    coarser: dict[str, str] = {}
+    precision: dict[str, tuple[str, str]] = {}
     same = True
     idle = [tensor for tensor in tensors if not tensor.kept.any()]
     shown = idle[:: max(1, len(idle) // _OTHERS)][:_OTHERS]
@@ -355,8 +368,7 @@ def _between(
             continue
         name = tensor.name
         both = known.get(name) or _precision(before[name]), _precision(after[name])
-        found[name] = both[1]
-        coarser[name] = min(both, key=MANTISSA.__getitem__)
+        precision[name] = both
         asked = tensor.looked_at()
         motions, directions = [], np.zeros(tensor.columns)
         for rows, x, y in _rows_of(before[name], after[name], asked):
@@ -380,7 +392,8 @@ def _between(
         if good.any():
             tensor.motions[step] = rows[good], Motion(*(each[good] for each in motion))
             tensor.direction = directions
-    return _Gap(start, step, moved, same, coarser), kept
+    astray = not any(rows.any() for rows in kept.values())
+    return _Gap(start, step, moved, same, precision, astray), kept
 
 
 def _rows_of(
@@ -424,17 +437,15 @@ def _precision(stored: Stored) -> str:
 
 def _table(series: Checkpoints, tensors: list[_Followed], gaps: list[_Gap]) -> pd.DataFrame:
     rows = []
-    lost = next(iter(reversed(list(_last_astray(gaps)))), None)  # from here on no row came back
+    lost = next(iter(_last_astray(gaps)), None)  # from here on no row came back
     told = [tensor for tensor in tensors if tensor.kept.any() and lost is None]
     shown = [tensor for tensor in tensors if tensor in told or tensor.row.component == "embed"] or tensors
     for tensor in shown:
-        rows += _clock_rows(tensor, gaps, series.steps, lost) if tensor in told else []
-        if tensor not in told:
-            note = _why_none(tensor, lost)
-            rows += [
-                _row(tensor, step, step - start, note=note)
-                for start, step in zip(series.steps, series.steps[1:], strict=False)
-            ]
+        if tensor in told:
+            rows += _clock_rows(tensor, gaps)
+            continue
+        note = _why_none(tensor, lost)
+        rows += [_row(tensor, step, step - start, note=note) for start, step in pairwise(series.steps)]
     table = pd.DataFrame(rows, columns=list(CLOCK_TABLE)).sort_values(
         "step", kind="stable", ignore_index=True
     )
@@ -472,9 +483,7 @@ def _why_none(tensor: _Followed, lost: _Gap | None) -> str:
     return "no row keeps its direction: all get gradients, as those of tied embeddings do from the softmax"
 
 
-def _clock_rows(
-    tensor: _Followed, gaps: list[_Gap], steps: list[int], lost: _Gap | None
-) -> Iterator[dict[str, Any]]:
+def _clock_rows(tensor: _Followed, gaps: list[_Gap]) -> Iterator[dict[str, Any]]:
     """The rows of the table of one tensor."""
     final = np.flatnonzero(tensor.kept)
     motions: dict[int, Motion] = {}
@@ -497,7 +506,7 @@ def _clock_rows(
     if still and count + tensor.zero.sum() == tensor.of:
         whole = "no row of the tensor moves: it is frozen, or gets no gradient and is not decayed"
     elif not share:
-        whole = "the gaps are too short for the precision: what one gradient moves would not be seen"
+        whole = f"no gap is told from rounding: {_HIDDEN}"
     elif (~good).mean() > _DISAGREE:
         whole = (
             f"{count} rows keep their direction and shrink differently: it is not decay alone that moves them"
@@ -514,15 +523,14 @@ def _clock_rows(
             )
             yield _row(tensor, gap.step, span, note=note)
             continue
-        precision = gap.precision[tensor.name]
+        precision = min(gap.precision[tensor.name], key=MANTISSA.__getitem__)
         if whole:
             yield _row(tensor, gap.step, span, precision=precision, note=whole)
             continue
         motion = Motion(*(each[good] for each in motions[gap.step]))
         told = {"rows": int(good.sum()), "precision": precision}
         if not clear[gap.step] and share < 0.5:
-            note = "too short for the precision: what one gradient moves would not be seen"
-            yield _row(tensor, gap.step, span, **told, note=note)
+            yield _row(tensor, gap.step, span, **told, note=_HIDDEN)
             continue
         yield _row(tensor, gap.step, span, **told, **_value(motion, span, precision, gap.same))
 

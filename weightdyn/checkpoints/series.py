@@ -401,7 +401,9 @@ class Checkpoints:
         check_whole("step", step)
         if step not in self.steps:
             raise KeyError(f"step {step} is not in the series; it has {self.steps[:5]} … {self.steps[-1:]}")
-        self._store.hold = set(beside)
+        if isinstance(beside, str | bytes) or not isinstance(beside, Collection):
+            raise refuse("beside", "step numbers, such as [0]", beside)
+        self._store.hold = {_checked_step(each, "beside") for each in beside}
         self._store.progress = progress
         try:
             found = list_tensors(self._store.fetch(step))
@@ -729,3 +731,19 @@ class Checkpoints:
                 )
                 parts[step].dots[other] = (parts[other].fingerprint, dots)
             parts[step].write(folder)
+
+
+def open_series(
+    series: Checkpoints | RunLog | str | os.PathLike[str] | Mapping[int, str | os.PathLike[str]],
+    *,
+    argument: str = "series",
+) -> Checkpoints:
+    """The series itself, or what `Checkpoints` opens; an error names the argument."""
+    if isinstance(series, Checkpoints):
+        return series
+    try:
+        return Checkpoints(series)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{argument}: {error}") from error
