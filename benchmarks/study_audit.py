@@ -107,7 +107,8 @@ def audits(
         sizes = found.table[found.table["check"] == "update size"]["measured"]
         own = said[said["check"] == check]["sentence"]
         return {
-            "run": name, "kind": kind, "gap": gap, "dtype": dtype, "contradictions": len(said), "found": len(own) > 0,
+            "run": name, "kind": kind, "gap": gap, "dtype": dtype, "contradictions": len(said),
+            "found": len(own) > 0,
             "named": own.str.contains(words, regex=False).any(), "size": sizes.median(), "verdict": found.verdict,
             "said": " | ".join(said["sentence"]),
         }  # fmt: skip
@@ -155,8 +156,9 @@ def report(rows: pd.DataFrame) -> str:
     )
     sizes = right[(right["dtype"] == "float32") & (right["gap"] != "log")]
     lines.append(
-        f"## The size of updates\n\n‖W_b − ΠW_a‖² over that of white noise, the median over the gaps of a series, from "
-        f"the least to the largest over the runs, right recipes, float32. Accepted are {STEADY[0]} to {STEADY[1]}.\n\n"
+        "## The size of updates\n\n‖W_b − ΠW_a‖² over that of white noise, the median over the gaps of a "
+        "series, from the least to the largest over the runs, right recipes, float32. "
+        f"Accepted are {STEADY[0]} to {STEADY[1]}.\n\n"
         "| gap | tuning | reporting |\n|---|---|---|"
     )
     for gap in sorted(set(sizes["gap"]), key=int):

@@ -42,7 +42,7 @@ from weightdyn.checkpoints.distances import (
 from weightdyn.checkpoints.findings import AGREES, CONTRADICTS, UNKNOWN, Finding, number, untold
 from weightdyn.checkpoints.measure import identical_steps, pieces_of
 from weightdyn.checkpoints.rates import decay_rate, decayed_tensors
-from weightdyn.checkpoints.recipe import Recipe
+from weightdyn.checkpoints.recipe import MAX_UPDATES, Recipe
 from weightdyn.checkpoints.series import Checkpoints
 from weightdyn.core.checks import check_instance
 from weightdyn.core.naming import split_label
@@ -201,12 +201,20 @@ def _checked_table(source: pd.DataFrame) -> pd.DataFrame:
     check_columns(
         source, ("step", "tensor", "numel", "norm_sq"), "table of Checkpoints.measure", argument="source"
     )
-    norms = source["norm_sq"].to_numpy(float, na_value=np.nan)
-    if len(bad := source[~(np.isfinite(norms) & (norms >= 0))]):
-        one = bad.iloc[0]
+    for name, accepted, good in (
+        ("step", "a whole number >= 0", lambda x: (x >= 0) & (x <= MAX_UPDATES) & (x == np.floor(x))),
+        ("numel", "a whole number >= 1", lambda x: (x >= 1) & (x == np.floor(x))),
+        ("norm_sq", "a finite ‖W‖² >= 0", lambda x: (x >= 0) & np.isfinite(x)),
+    ):
+        if len(bad := source[~good(source[name].to_numpy(float, na_value=np.nan))]):
+            one = bad.iloc[0]
+            raise ValueError(
+                f"source: {name} must be {accepted}; that of {one['tensor']} at step {one['step']} is {one[name]}; "
+                "leave that checkpoint out"
+            )
+    if source["tensor"].isna().any():
         raise ValueError(
-            f"source: norm_sq must be a finite ‖W‖² >= 0; that of {one['tensor']} at step {one['step']} is "
-            f"{one['norm_sq']}; leave that checkpoint out"
+            "source: a row of the column tensor is missing; give each row the name of its tensor"
         )
     if source["step"].nunique() < 2:
         raise ValueError(

@@ -1,6 +1,6 @@
 """How far weights came between checkpoints, against what a recipe's updates can make of them, and what noise makes.
 
-Adam divides by the gradient's own size, so an update is η times much the same number whatever the model: ±1 at first,
+Adam divides by the gradient's own size, so an update is η times much the same number in any model: ±1 at first,
 never more than `largest_update`; and many add up as white noise does, within a factor that logged trainings tell.
 """
 
@@ -49,7 +49,7 @@ def largest_update(betas: tuple[float, float]) -> float:
         |m̂|/√v̂ ≤ (1−β₁)/√((1−β₂)(1−β₁²/β₂))       1 at the first update; inf for β₁² ≥ β₂
 
     >>> round(largest_update((0.9, 0.95)), 3), round(largest_update((0.9, 0.999)), 2)
-    (1.164, 7.27)
+    (1.165, 7.27)
     """
     beta1, beta2 = betas
     if beta1 == 0:
@@ -77,7 +77,7 @@ def noise_displacement(lr: np.ndarray, beta1: float, weight_decay: float = 0.0, 
         weight_decay: decoupled decay λ.
         start: a, updates before the gap.
 
-    >>> noise_displacement(np.array([0.1]), beta1=0.9)  # the first update is η
+    >>> round(noise_displacement(np.array([0.1]), beta1=0.9), 9)  # the first update is η
     0.01
     >>> round(noise_displacement(np.full(1000, 0.1), beta1=0.9, start=10**6), 2)  # far on, η² for each
     9.91
