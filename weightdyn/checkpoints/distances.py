@@ -342,10 +342,9 @@ def bound(gaps: pd.DataFrame, recipe: Recipe) -> Finding:
     norms = np.sqrt(gaps["before"]), np.sqrt(gaps["after"])
     apart = (norms[1] - gaps["keep"] * norms[0]).abs()
     way = np.sqrt(gaps["way_sq"]).fillna(apart)
-    # The training's own float32 rounds at every update, and inner products at the end.
-    slack = 2 * np.sqrt(gaps["rounding"]) + (2e-7 + (gaps["step"] - gaps["start"]) * 2.0**-24) * np.maximum(
-        *norms
-    )
+    # Weights are rounded where they are stored, and at every update: to float32, or to what they are stored in.
+    span = gaps["step"] - gaps["start"]
+    slack = (2 + span) * np.sqrt(gaps["rounding"]) + (2e-7 + span * 2.0**-24) * np.maximum(*norms)
     bound = np.sqrt(gaps["numel"]) * gaps["most"]
     rows = gaps.assign(way=way / np.sqrt(gaps["numel"]), over=way > 1.001 * bound + slack, share=way / bound)
     worst = rows.sort_values("share").groupby(["start", "step"], as_index=False).last()
