@@ -84,9 +84,9 @@ def decay_clock(
         not decayed: lr_decay is 0. In bfloat16 and float16 that may also be a decay that rounds away at each
         update, so lr_decay is NaN, and its ends are what it can be.
 
-        Single gradients are seen where the type is fine enough, and `note` says where it is not. In bfloat16 a token
-        that occurs first in the last few updates of the series may count: its row has moved by less than rounding
-        hides, and shifts the factor by less than its interval.
+        Single gradients are seen where the type is fine enough, and `note` says where it is not. In bfloat16 a
+        token that occurs first in the last few updates of the series may count: its row has moved by less than
+        rounding hides, and shifts the factor by less than its interval.
 
         To hold a recipe against it, compare −ln(factor) with Σ −ln(1−ηₜλ): lr_decay is the constant ηλ that makes
         the same factor, above the mean by half the variance of ηλ in the gap. It is of what acted. A trainer that
