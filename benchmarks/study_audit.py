@@ -52,7 +52,7 @@ def faults(config: TrainConfig) -> dict[str, tuple[Recipe, str, str]]:
             "update size",
             "ηλ is the recipe's",
         ),
-        "update scale 2.24": (replace(right, update_scale=2.24), "update size", "times as far²"),
+        "update scale 2.24": (replace(right, update_scale=2.24), "update size", "squared displacements"),
         "one update early": (replace(right, lr=np.append(lr[1:], lr[-1])), "decay rate", "1 update later"),
         "one update late": (replace(right, lr=np.append(0.0, lr[:-1])), "decay rate", "1 update earlier"),
         "embeddings not decayed": (replace(right, decays=all_but_embeddings_decay), "decayed", "shrink"),

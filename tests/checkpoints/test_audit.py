@@ -289,6 +289,13 @@ def test_a_checkpoint_of_another_training_is_told(runs):
     assert len(found.contradictions) == 1
 
 
+def test_a_checkpoint_of_another_training_is_told_by_its_rows_where_distances_cannot(runs):
+    stranger = series(runs["neox"], [0, 120, 240], step120=place(runs, 120, "frozen"))
+    found = audit(stranger, RECIPES["neox"])
+    assert "at step 120 no row without gradient has the direction" in sentence(found, "order")
+    assert len(found.contradictions) == 1
+
+
 def test_a_checkpoint_of_another_step_is_dated_by_the_clock(runs):
     found = audit(series(runs["neox"], step120=place(runs, 125)), RECIPES["neox"])
     assert "that checkpoint's weights are of about step 125" in sentence(found, "decay rate")
@@ -376,7 +383,7 @@ def test_recovery_warns_where_the_recipe_is_wrong_and_not_where_it_is_right(runs
     measured = few.measure("band", weibull=False, cache=False, progress=False)
     recover_forces(measured, RECIPES["neox"])
     lr = RECIPES["neox"].lr_at(np.arange(1, UPDATES + 1))
-    with pytest.warns(UserWarning, match="times as far² as white noise does at the recipe's η"):
+    with pytest.warns(UserWarning, match="of what white noise makes at the recipe's η"):
         recover_forces(measured, wrong("neox", lr=2 * lr, weight_decay=0.25))
     with pytest.warns(UserWarning, match="weights came farther than any gradients take them"):
         recover_forces(measured.drop(columns=["dots", "dot_steps"]), wrong("neox", lr=lr / 100))

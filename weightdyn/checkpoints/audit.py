@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from weightdyn.checkpoints.clock import decay_clock
+from weightdyn.checkpoints.clock import ASTRAY, decay_clock
 from weightdyn.checkpoints.distances import (
     BLOCK,
     Far,
@@ -319,6 +319,15 @@ def _order(
             )
             row = number(CONTRADICTS, here, here - steps[i - 1], measured=min(around), expected=across)
             findings.append(Finding(check, sentence, [row]))
+    strange = [] if clock is None else sorted(set(clock.loc[clock["note"] == ASTRAY, "step"].astype(int)))
+    for here in strange:
+        if here not in suspects:
+            suspects.add(here)
+            sentence = (
+                f"at step {here} no row without gradient has the direction that it has before and after, so its "
+                "weights are another training's"
+            )
+            findings.append(Finding(check, sentence, [number(CONTRADICTS, here)]))
     for i in range(len(steps) - 1):
         a, b = steps[i], steps[i + 1]
         if a in suspects or b in suspects:

@@ -261,7 +261,7 @@ def update_size(gaps: pd.DataFrame, recipe: Recipe, first: Size, far: Far | None
     low = low if recipe.eps <= _EPS else 0.0
     if middle > high and (reason := _persistent(steady, far)):
         return Size(
-            untold(check, f"updates moved weights {middle:.3g} times as far² as white noise does, {reason}"),
+            untold(check, f"squared displacements are {middle:.3g} of white noise's, {reason}"),
             UNKNOWN,
         )
     verdict = AGREES if low <= middle <= high else CONTRADICTS
@@ -283,7 +283,7 @@ def update_size(gaps: pd.DataFrame, recipe: Recipe, first: Size, far: Far | None
         return Size(
             Finding(
                 check,
-                f"updates moved weights {middle:.2f} times as far² as white noise does at the recipe's η ({of}); "
+                f"squared displacements are {middle:.2f} of what white noise makes at the recipe's η ({of}); "
                 f"logged trainings have {low:g} to {high:g}",
                 rows,
             ),
@@ -295,7 +295,7 @@ def update_size(gaps: pd.DataFrame, recipe: Recipe, first: Size, far: Far | None
         else f"under {ends[1]:.2g} of"
     )
     sentence = (
-        f"updates moved weights {middle:.3g} times as far² as white noise does at the recipe's η ({of}), where "
+        f"squared displacements are {middle:.3g} of what white noise makes at the recipe's η ({of}), where "
         f"logged trainings have {low:g} to {high:g}: η times the update's scale is {about} the recipe's"
     )
     frozen = math.sqrt(1 - recipe.betas[1]) / (1 - recipe.betas[0])
