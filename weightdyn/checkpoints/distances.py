@@ -20,8 +20,8 @@ from weightdyn.core.naming import split_label
 
 STEADY = (0.33, 1.4)
 """Where ‖W_b − ΠW_a‖² lies as a multiple of what white gradient noise makes: the median over gaps of that over the
-blocks' matrices. In twelve trainings it lay from 0.37 to 1.02 at gaps of 25 to 200 updates (data/audit.md), in those
-of a tenth of the size that the tests make up to 1.24; here is an eighth more on either side. Twice the η is a factor of 4."""
+blocks' matrices. In twelve trainings it lay from 0.37 to 1.02 at gaps of 25 to 200 updates (data/audit.md), in the
+smaller ones that the tests make up to 1.24; here is an eighth more on either side. Twice the η is a factor of 4."""
 
 FIRST = (0.9, 1.02)
 """The same of the first update alone, where u is ±1 but for Adam's ε: logged, 0.998 to 1.000."""
