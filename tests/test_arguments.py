@@ -306,6 +306,11 @@ def calls(g):
             wd.Checkpoints(g["folder"]).contents,
             {"step": 0, "beside": (), "progress": False},
         ),
+        "audit_recipe": (
+            wd.audit_recipe,
+            {"source": _unused_rows(g), "recipe": recipe, "cache": False, "progress": False},
+        ),
+        "audit_recipe of a table": (wd.audit_recipe, {"source": M, "recipe": recipe}),
         "decay_clock": (wd.decay_clock, {"series": _unused_rows(g), "progress": False}),
         "plot.decay_clock": (
             plot.decay_clock,
@@ -623,6 +628,7 @@ SHARDS = 4
 NOT_CALLED_HERE = {
     "CheckpointError": "an exception",
     "RunLogError": "an exception",
+    "Audit": "made by audit_recipe",
     "Comparison": "made by compare",
     "WeibullFit": "made by fit_weibull",
     "Diagnosis": "made by diagnose",

@@ -262,7 +262,7 @@ def test_plot_groups_as_tables_do(few, tmp_path, monkeypatch, by):
     assert sorted(path.name for path in tmp_path.iterdir()) == FIGURES
 
 
-COMMANDS = [["train"], ["demo"], ["plot"], ["fit"], ["diagnose"], ["measure"], ["recover"], ["wisca"],
+COMMANDS = [["train"], ["demo"], ["plot"], ["fit"], ["diagnose"], ["measure"], ["recover"], ["audit"], ["wisca"],
             ["wisca", "rescale"], ["wisca", "compare"]]  # fmt: skip
 
 

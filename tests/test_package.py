@@ -13,9 +13,9 @@ import pytest
 import weightdyn as wd
 
 TABLES = {
-    "ACCURACY_TABLE", "BUDGET_TABLE", "CHECKPOINT_TABLE", "CLOCK_TABLE", "CLOSURE_TABLE", "FIT_TABLE",
-    "FORCE_TABLE", "INTEGRAL_TABLE", "LOG_TABLE", "PHASE_TABLE", "RECOVERY_TABLE", "RESCALE_TABLE", "SHAPE_TABLE",
-    "SHIFT_TABLE", "SMOOTH_TABLE", "STATE_TABLE", "SUMMARY_TABLE", "WEIBULL_TABLE",
+    "ACCURACY_TABLE", "AUDIT_TABLE", "BUDGET_TABLE", "CHECKPOINT_TABLE", "CLOCK_TABLE", "CLOSURE_TABLE",
+    "FIT_TABLE", "FORCE_TABLE", "INTEGRAL_TABLE", "LOG_TABLE", "PHASE_TABLE", "RECOVERY_TABLE", "RESCALE_TABLE",
+    "SHAPE_TABLE", "SHIFT_TABLE", "SMOOTH_TABLE", "STATE_TABLE", "SUMMARY_TABLE", "WEIBULL_TABLE",
 }  # fmt: skip
 NAMES = TABLES | {
     # rooms of their own
@@ -32,7 +32,8 @@ NAMES = TABLES | {
     "Diagnosis", "MagnitudeHistogram", "Tails", "WeibullFit", "classify", "diagnose", "fit_weibull", "fit_weights",
     "rank_laws", "shape_drift", "tails",
     # checkpoints
-    "CheckpointError", "Checkpoints", "Recipe", "compare_recovery", "decay_clock", "forces_from_states",
+    "Audit", "CheckpointError", "Checkpoints", "Recipe", "audit_recipe", "compare_recovery", "decay_clock",
+    "forces_from_states",
     "interval_means", "read_published_forces", "read_published_recovery", "read_published_trajectory",
     "recover_forces",
 }  # fmt: skip

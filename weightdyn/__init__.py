@@ -9,6 +9,8 @@ published models from their checkpoints, and measures what an output-preserving 
 from weightdyn import plot as plot
 from weightdyn import wisca as wisca
 from weightdyn.checkpoints import recipe as recipe
+from weightdyn.checkpoints.audit import Audit as Audit
+from weightdyn.checkpoints.audit import audit_recipe as audit_recipe
 from weightdyn.checkpoints.clock import decay_clock as decay_clock
 from weightdyn.checkpoints.published import read_published_forces as read_published_forces
 from weightdyn.checkpoints.published import read_published_recovery as read_published_recovery
@@ -32,6 +34,7 @@ from weightdyn.core.naming import TensorName as TensorName
 from weightdyn.core.naming import View as View
 from weightdyn.core.naming import describe as describe
 from weightdyn.core.tables import ACCURACY_TABLE as ACCURACY_TABLE
+from weightdyn.core.tables import AUDIT_TABLE as AUDIT_TABLE
 from weightdyn.core.tables import BUDGET_TABLE as BUDGET_TABLE
 from weightdyn.core.tables import CHECKPOINT_TABLE as CHECKPOINT_TABLE
 from weightdyn.core.tables import CLOCK_TABLE as CLOCK_TABLE

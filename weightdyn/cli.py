@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,10 @@ from weightdyn.explain.trajectory import closure
 from weightdyn.record.runlog import RunLog
 from weightdyn.train.models import MODELS
 from weightdyn.train.trainer import DEMO, TrainConfig, train
+
+if TYPE_CHECKING:
+    from weightdyn.checkpoints.recipe import Recipe
+    from weightdyn.checkpoints.series import Checkpoints
 
 app = typer.Typer(
     help="Why the weights of a network grow, overshoot and relax, in numbers.",
@@ -366,19 +370,10 @@ def measure(
     ] = False,
 ) -> None:
     """Measure a series of checkpoints, each once: norms, Weibull fits, rounding, inner products."""
-    from weightdyn.checkpoints.series import Checkpoints
 
     with _told():
         _check_file("--out", out, ".parquet")
-        wanted = _steps(steps)
-        series = Checkpoints(
-            source,
-            wanted,
-            stage=_stages(stage),
-            errors="skip" if skip else "raise",
-            keep=keep,
-            endpoint=endpoint,
-        )
+        series = _series(source, steps, stage, skip, keep, endpoint)
         place = cache or True
         if dry_run:
             plan = series.plan(cast(Any, gram), weibull, _views(views), cache=place)
@@ -489,6 +484,28 @@ def forces_command(
             typer.echo(f"{out}: {len(table)} rows")
 
 
+def _series(
+    source: str, steps: str | None, stage: str | None, skip: bool, keep: bool, endpoint: str | None
+) -> Checkpoints:
+    """The series that a command's options say."""
+    from weightdyn.checkpoints.series import Checkpoints
+
+    errors = "skip" if skip else "raise"
+    return Checkpoints(
+        source, _steps(steps), stage=_stages(stage), errors=errors, keep=keep, endpoint=endpoint
+    )
+
+
+def _recipe(source: str, name: str | None, weight_decay: float | None) -> Recipe:
+    """The recipe of that name, or the run's own, with another decay if one is given."""
+    from weightdyn.checkpoints.recipe import Recipe
+
+    if name is None and not (Path(source) / "run.json").is_file():
+        raise ValueError(f"--recipe is needed, such as pythia-70m: {source} is no run that knows its own")
+    recipe = Recipe.from_run(source) if name is None else Recipe.preset(name)
+    return recipe if weight_decay is None else replace(recipe, weight_decay=weight_decay)
+
+
 @app.command()
 def recover(
     source: Annotated[str, typer.Argument(help="Run directory, folder of checkpoints, or hf://owner/name.")],
@@ -519,9 +536,7 @@ def recover(
     ] = False,
 ) -> None:
     """Recover the forces of a training that nobody logged, from its checkpoints and its recipe."""
-    from weightdyn.checkpoints.recipe import Recipe
     from weightdyn.checkpoints.recovery import METHODS, recover_forces
-    from weightdyn.checkpoints.series import Checkpoints
     from weightdyn.core.tables import budget, diffusion
 
     with _told():
@@ -529,20 +544,8 @@ def recover(
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         _check_file("--out", out, ".parquet")
         _check_file("--figure", figure, ".png", ".pdf", ".svg")
-        wanted = _steps(steps)
-        if recipe is None and not (Path(source) / "run.json").is_file():
-            raise ValueError(f"--recipe is needed, such as pythia-70m: {source} is no run that knows its own")
-        hyperparameters = Recipe.from_run(source) if recipe is None else Recipe.preset(recipe)
-        if weight_decay is not None:
-            hyperparameters = replace(hyperparameters, weight_decay=weight_decay)
-        series = Checkpoints(
-            source,
-            wanted,
-            stage=_stages(stage),
-            errors="skip" if skip else "raise",
-            keep=keep,
-            endpoint=endpoint,
-        )
+        hyperparameters = _recipe(source, recipe, weight_decay)
+        series = _series(source, steps, stage, skip, keep, endpoint)
         if dry_run:
             plan = series.plan(METHODS[method].gram, False, _views(views), cache=cache or True)
             left = plan[~plan["measured"]]
@@ -576,6 +579,57 @@ def recover(
         for file in (out, figure):
             if file is not None:
                 typer.echo(file)
+
+
+@app.command()
+def audit(
+    source: Annotated[str, typer.Argument(help="Run directory, folder of checkpoints, or hf://owner/name.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Published recipe, such as pythia-70m. [default: the run's own, from its run.json]"
+        ),
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Decay in place of the recipe's.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Steps to take, as 0,1000,2000. [default: all]")] = None,
+    stage: Annotated[str | None, typer.Option(help=_STAGE)] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for what is measured. [default: beside the checkpoints]")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Keep what is downloaded in the hub's cache.")] = False,
+    skip: Annotated[bool, typer.Option(help="Leave out damaged checkpoints instead of stopping.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="Address of the hub.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the table of findings.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Image of ηλ, the weights' and the recipe's.")] = None,
+) -> None:
+    """Hold a recipe against the weights: ηλ, size of updates, what decays, copied or swapped checkpoints.
+
+    Exit code: 1 if the weights contradict the recipe, 0 if nothing does (or nothing is told), 2 for errors.
+    """
+    from weightdyn.checkpoints.audit import audit_recipe
+
+    with _told():
+        _check_file("--out", out, ".parquet")
+        _check_file("--figure", figure, ".png", ".pdf", ".svg")
+        hyperparameters = _recipe(source, recipe, weight_decay)
+        series = _series(source, steps, stage, skip, keep, endpoint)
+        found = audit_recipe(series, hyperparameters, cache=cache or True)
+        typer.echo(found)
+        if out is not None:
+            found.table.to_parquet(out)
+            typer.echo(out)
+        if figure is not None and found.clock is not None and found.clock["lr_decay"].notna().any():
+            import matplotlib
+
+            matplotlib.use("Agg")
+            from weightdyn import plot
+
+            cast(Any, plot.decay_clock(found.clock, hyperparameters)).get_figure().savefig(figure)
+            typer.echo(figure)
+        elif figure is not None:
+            typer.echo(f"{figure}: not drawn, for the clock tells nothing")
+    if found.verdict == "contradicts":
+        raise typer.Exit(1)
 
 
 @wisca.command(name="compare")

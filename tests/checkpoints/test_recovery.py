@@ -469,7 +469,8 @@ def test_identical_checkpoints_under_two_steps_are_flagged(adam):
     weights, _, recipe = adam
     series = measured(weights[[0, 100, 100, 300]], [0, 1, 2, 3]).assign(step=[0, 100, 200, 300])
     series["hash"] = ["a", "b", "b", "c"]
-    table = recover_forces(series, recipe)
+    with pytest.warns(UserWarning, match="steps 100, 200 hold the same weights"):
+        table = recover_forces(series, recipe)
     assert table["flag"].tolist() == ["", "identical", ""]
 
 
@@ -777,7 +778,9 @@ def test_the_command_recovers_prints_draws_and_stores(run, tmp_path):
     assert sorted(stored["step"].unique()) == [40, 80, 120]
     assert figure.stat().st_size > 1000
     folder = run.path / "checkpoints"
-    done = call(folder, "--recipe", "pythia-70m", "--weight-decay", 0.01, "--method", "spline", "--out", out)
+    arguments = (folder, "--recipe", "pythia-70m", "--weight-decay", 0.01, "--method", "spline", "--out", out)
+    with pytest.warns(UserWarning, match="the weights contradict the recipe"):
+        done = call(*arguments)
     assert done.exit_code == 0, done.output
     assert "τ = 1/(ηλ) = 100,000 updates" in done.output
     assert pd.read_parquet(out)["weight_decay"].max() == 0.01

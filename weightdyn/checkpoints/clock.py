@@ -38,6 +38,9 @@ COLUMNS = 16
 SURE = 6.0
 """Standard deviations of rounding within which a row keeps its direction, and agrees with the others."""
 
+ASTRAY = "no row keeps its direction here, and they are back later: the weights of another training?"
+"""What `note` says of a checkpoint that is none of the series'."""
+
 _PIECE = 1 << 20  # weights that are compared at a time, in float64
 _WITNESSES = 64  # rows of a tensor that moved, and are looked at to know how far rows move
 _FEW = 3  # of them, below which other tensors tell
@@ -518,10 +521,7 @@ def _clock_rows(tensor: _Followed, gaps: list[_Gap]) -> Iterator[dict[str, Any]]
     for gap in gaps:
         span = gap.step - gap.start
         if gap.astray:
-            note = (
-                "no row keeps its direction here, and they are back later: the weights of another training?"
-            )
-            yield _row(tensor, gap.step, span, note=note)
+            yield _row(tensor, gap.step, span, note=ASTRAY)
             continue
         precision = min(gap.precision[tensor.name], key=MANTISSA.__getitem__)
         if whole:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from weightdyn.checkpoints.audit import warn_of_contradictions
 from weightdyn.checkpoints.recipe import MAX_UPDATES, Recipe
 from weightdyn.core.checks import check_choice, check_whole, shown
 from weightdyn.core.forces import forces_from_products, memory_null, noise_rho
@@ -484,6 +485,10 @@ def recover_forces(
     of a matrix was off by a tenth of the budget (median), and that of embeddings, many of whose rows get no
     gradient, had the wrong sign more often than not (data/recovery.md).
 
+    Where the weights contradict the recipe, a UserWarning says what does, by that part of `audit_recipe` that is
+    cheap: distances, norms and equal hashes of what was measured, and of checkpoints on a disk the decay clock. A
+    decay that is a fifth of the true one, or twice the η, make a third or more of alignment wrong.
+
     Returns:
         A force table, sorted by step, then in the order of the tensors. `lr` is the mean over the span,
         `norm_sq` and `norm_sq_after` are measured (with `every`: interpolated, and only known at a checkpoint).
@@ -533,6 +538,7 @@ def recover_forces(
     if not tables:
         steps = sorted(measured["step"].unique().tolist())
         raise ValueError(f"source must have at least two checkpoints, got the steps {steps}")
+    warn_of_contradictions(source, measured, recipe)
     table = pd.concat(tables, ignore_index=True).sort_values(["step", "place"], ignore_index=True)
     table["layer"] = table["layer"].astype("Int64")
     kinds = dict.fromkeys(("tensor", "stack", "component", "role", "split", "flag"), "category")

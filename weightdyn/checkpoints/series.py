@@ -435,6 +435,11 @@ class Checkpoints:
         if gone:
             self.steps = [other for other in self.steps if other != step]
 
+    @property
+    def local(self) -> bool:
+        """Whether the checkpoints lie on a disk, so that reading them again downloads nothing."""
+        return not any(self._store.remote(step) for step in self.steps)
+
     def config(self) -> Any:
         """The model's config: the one given, or the one found beside the checkpoints, or None.
 

@@ -174,6 +174,21 @@ CLOCK_TABLE = {
 }
 """Columns of the table of a decay clock, and their meaning."""
 
+AUDIT_TABLE = {
+    "check": "what was checked: order, bound, first update, update size, decayed, decay rate",
+    "step": "the later checkpoint's; missing where the finding is of the whole series",
+    "span": "updates between the two checkpoints",
+    "tensor": "name of the tensor; empty where the number is of many",
+    "measured": "what the weights say: rms per weight (bound, first update), multiple of noise's (update size), "
+    "ηλ per update (decayed, decay rate)",
+    "low": "lower end of it; of update size, of what logged trainings have",
+    "high": "upper end of it; of bound, the bound",
+    "expected": "what the recipe says, in the same units",
+    "verdict": "of this number: agrees, contradicts, unknown",
+    "sentence": "the finding that the number is part of",
+}
+"""Columns of the table of an audit, and their meaning."""
+
 _IDENTITY = {name: NAMES[name] for name in IDENTITY}
 
 BUDGET_TABLE = {
