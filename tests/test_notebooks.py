@@ -53,5 +53,7 @@ def test_stored_outputs_hold_figures_and_tables_and_no_bars_warnings_or_places_o
         assert not outputs  # the demo's own figures stand in the README
         return
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert not [
+        output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"
+    ]
     assert not re.search(r"/tmp/|/home/|/work/|/root/|site-packages", json.dumps(outputs))
