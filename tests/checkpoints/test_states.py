@@ -586,6 +586,19 @@ def test_the_state_of_our_trainer_is_its_last_update(run):
     assert table["injection"].sum() == pytest.approx(whole["injection"].sum(), rel=1e-7)
 
 
+def test_a_resume_pt_of_another_trainer_is_not_taken_for_ours(tmp_path):
+    training = Training(schedule=SCHEDULES["CosineAnnealingLR"]).run()
+    file = training.save(tmp_path, step=UPDATES, rng={}).rename(tmp_path / "resume.pt")
+    table = wd.forces_from_states(file)
+    assert set(table["lr_from"]) == {"schedule"}
+    assert budget_error(table, training.truth) <= TOLERANCE
+    state = training.state(step=UPDATES, rng={})
+    del state["scheduler"]
+    torch.save(state, file)
+    with pytest.warns(UserWarning, match="a scheduler was attached"):
+        assert wd.forces_from_states(file)["injection"].isna().all()
+
+
 def test_snapshots_of_the_logger_are_the_rows_of_its_log(tmp_path):
     torch.manual_seed(0)
     net = Net()

@@ -538,7 +538,8 @@ def _of_trainer(saved: SavedFile) -> SavedState:
     if (scaler := saved.plain(_under(tree, SCALER_KEYS, _is_mapping))) is not None:
         facts["scaler"] = scaler
     kind = "torch.save"
-    if place.name == "resume.pt" and {"rng", "step"} <= set(tree):  # whose loop sets η before the update
+    ours = place.name == "resume.pt" and set(tree) == {"step", "model", "optimizer", "rng"}
+    if ours and not any("initial_lr" in group for group in groups):  # whose loop sets η before the update
         kind, rates = "weightdyn", [group.get("lr") for group in groups]
     return SavedState(
         place, kind, saved.weights(model), True, slots, groups, step, None, rates, schedule, facts
