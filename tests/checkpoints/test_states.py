@@ -402,6 +402,18 @@ def split(training, folder):
     return folder
 
 
+def test_an_optimizer_does_not_take_the_weights_of_another_step(tmp_path):
+    training = Training(groups=lambda net: [*net.parameters()]).run(3)
+    torch.save(training.net.state_dict(), tmp_path / "model_3.pt")
+    torch.save(training.optimizer.state_dict(), tmp_path / "optimizer_3.pt")
+    table = quiet(tmp_path / "optimizer_3.pt", lr=1e-2)
+    assert budget_error(table, training.truth) <= TOLERANCE
+    training.run(1)
+    torch.save(training.optimizer.state_dict(), tmp_path / "optimizer_4.pt")
+    with pytest.raises(wd.CheckpointError, match=r"no weights of its number beside it, but model_3\.pt"):
+        wd.forces_from_states(tmp_path / "optimizer_4.pt", lr=1e-2)
+
+
 def test_weights_sorted_by_name_are_refused_where_two_have_one_shape(tmp_path):
     training = Training().run()
     folder = split(training, tmp_path / "two")

@@ -782,8 +782,19 @@ def _olmo_optimizer(place: Path) -> str | None:
 def _read_pair(place: Path, saved: SavedFile) -> SavedState:
     """An optimizer's state in a file of its own, its model in another beside it."""
     slots, groups = saved.optimizer(saved.tree)
+    files = checkpoint_files(place.parent)
+    numbers = [_numbers_in(file.name) for file in (place, files[0])]
+    if len(files) == 1 and all(numbers) and numbers[0] != numbers[1]:
+        raise CheckpointError(
+            f"{place} has no weights of its number beside it, but {files[0].name}: put the two files of one "
+            "checkpoint into a folder"
+        )
     weights, ordered = _weights_beside(place.parent)
     return SavedState(place, "torch.save", weights, ordered, slots, groups)
+
+
+def _numbers_in(name: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
 def _read_pair_folder(place: Path) -> SavedState:
