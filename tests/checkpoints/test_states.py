@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import os
+import types
 import warnings
 from pathlib import Path
 
@@ -329,6 +330,22 @@ def test_other_optimizers_are_refused_with_the_reason(tmp_path, make, why):
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
     with pytest.raises(wd.CheckpointError, match=why):
         wd.forces_from_states(tmp_path / "ckpt.pt")
+
+
+def test_an_optimizer_that_was_given_to_a_trainer_is_not_the_one_of_its_arguments(tmp_path):
+    torch.save(types.SimpleNamespace(optim="adamw_torch_fused"), tmp_path / "training_args.bin")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
+    for make in (torch.optim.AdamW, torch.optim.RAdam):
+        net = Net()
+        optimizer = make(net.parameters(), lr=0.1)
+        net(torch.ones(1, 12)).sum().backward()
+        optimizer.step()
+        torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        if make is torch.optim.AdamW:
+            assert quiet(tmp_path)["injection"].notna().all()
+    with pytest.raises(wd.CheckpointError, match="it is not torch's"):
+        wd.forces_from_states(tmp_path)
 
 
 def test_a_tensor_that_had_fewer_updates_than_others_is_nan(tmp_path):
