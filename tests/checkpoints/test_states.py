@@ -265,6 +265,25 @@ def test_updates_that_a_scaler_skipped_leave_the_rate_open(tmp_path):
         assert wd.forces_from_states(training.save(tmp_path, scaler=scaler))["alignment"].isna().all()
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_scheduler_that_steps_between_updates_is_not_one_of_several_processes(tmp_path, processes):
+    training = Training(schedule=SCHEDULES["CosineAnnealingLR"])
+    for _ in range(3):
+        training.update()
+        training.schedule.step()
+        training.schedule.step()
+    torch.save(training.net.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(training.optimizer.state_dict(), tmp_path / "optimizer.bin")
+    torch.save(training.schedule.state_dict(), tmp_path / "scheduler.bin")
+    for i in range(processes):
+        (tmp_path / f"random_states_{i}.pkl").touch()
+    table = quiet(tmp_path)
+    if processes == 2:
+        assert budget_error(table, training.truth) <= TOLERANCE
+    else:
+        assert table["lr"].isna().all()
+
+
 # --- the optimizer ----------------------------------------------------------------------------------------
 
 

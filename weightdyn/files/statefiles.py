@@ -76,7 +76,7 @@ class SavedState(NamedTuple):
             group of which it is not known.
         schedule: what the scheduler kept of itself; None where the file has none.
         facts: what else the format says that tells the rate (`files.statefiles` fills it, `checkpoints.rates`
-            reads it): "history", "arguments", "progress", "scaler".
+            reads it): "history", "arguments", "progress", "scaler", "processes" (0 where nothing tells).
     """
 
     place: Path
@@ -464,7 +464,9 @@ def _read_accelerate(place: Path) -> SavedState:
         )
     slots, groups = _optimizer_beside(place, "optimizer.bin")
     weights, ordered = _weights_beside(place)
-    facts = {}
+    facts: dict[str, Any] = {
+        "processes": sum(bool(re.fullmatch(r"random_states_\d+\.pkl", n)) for n in names)
+    }
     if (place / "scaler.pt").exists():
         scaler = SavedFile(place / "scaler.pt")
         facts["scaler"] = scaler.plain(scaler.tree)
