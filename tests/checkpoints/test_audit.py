@@ -173,6 +173,19 @@ def test_a_decay_ten_times_off_is_told_from_a_learning_rate(runs, name, true, sa
     assert f"ηλ is {factor} times the recipe's in all 12 gaps" in sentence(found, "decay rate")
     assert f"λ was {true:.3g} where the recipe has {said:.3g}" in sentence(found, "decay rate")
     assert "or η was" not in sentence(found, "decay rate")
+    sizes = [
+        each.table.loc[each.table["check"] == "update size", "measured"].to_numpy(float)
+        for each in (found, audit(series(folder, EVEN), RECIPES[name]))
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-2)
+
+
+def test_a_decay_that_no_clock_tells_is_not_taken_for_a_learning_rate_alone(runs):
+    found = audit(series(runs["wsd"]), wrong("wsd", weight_decay=5.0))
+    assert checks(found)["update size"] == "contradicts"
+    assert "or λ is smaller than the recipe's" in sentence(found, "update size")
+    lr = 4 * RECIPES["wsd"].lr_at(np.arange(1, UPDATES + 1))
+    assert "or λ is" not in sentence(audit(series(runs["wsd"]), wrong("wsd", lr=lr)), "update size")
 
 
 def test_another_floor_is_read_off_the_clock(runs):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from weightdyn.checkpoints.distances import Size, log_kept
+from weightdyn.checkpoints.distances import Acting, Size, log_kept
 from weightdyn.checkpoints.findings import AGREES, CONTRADICTS, Finding, number, untold
 from weightdyn.checkpoints.recipe import Recipe
 
@@ -150,6 +150,27 @@ def decay_rate(told: Told | None, recipe: Recipe, size: Size) -> Finding:
         return Finding(check, sentence, rows)
     said = "; or ".join(_fitting(told, recipe, lr, expected, size)) or _course(told, lr, expected)
     return Finding(check, f"{said}; {_reading(told)}", rows)
+
+
+def acting_decay(told: Told, recipe: Recipe) -> Acting:
+    """λ that acted by the clock, at the recipe's η; the recipe's own where it fits, or the clock tells nothing.
+
+    Of a recipe without decay it is that of what decays.
+    """
+    reference = told.decay or 1.0
+    lr = recipe.lr_at(np.arange(1, int(told.step.max()) + 1))
+    at_one = _totals(told, lr, reference)
+    expected = at_one if told.decay else np.zeros_like(at_one)
+    acted = np.where((told.low <= expected) & (expected <= told.high), expected, told.middle)
+
+    def acting(decay: float, a: int, b: int) -> float:
+        inside = (told.start >= a) & (told.step <= b)
+        total = float(at_one[inside].sum())
+        if not total > 0:
+            return decay
+        return (decay if told.decay else reference) * float(acted[inside].sum()) / total
+
+    return acting
 
 
 def _totals(told: Told, lr: np.ndarray, decay: float) -> np.ndarray:
