@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import os
+import types
 import warnings
 from pathlib import Path
 
@@ -264,6 +265,25 @@ def test_updates_that_a_scaler_skipped_leave_the_rate_open(tmp_path):
         assert wd.forces_from_states(training.save(tmp_path, scaler=scaler))["alignment"].isna().all()
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_scheduler_that_steps_between_updates_is_not_one_of_several_processes(tmp_path, processes):
+    training = Training(schedule=SCHEDULES["CosineAnnealingLR"])
+    for _ in range(3):
+        training.update()
+        training.schedule.step()
+        training.schedule.step()
+    torch.save(training.net.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(training.optimizer.state_dict(), tmp_path / "optimizer.bin")
+    torch.save(training.schedule.state_dict(), tmp_path / "scheduler.bin")
+    for i in range(processes):
+        (tmp_path / f"random_states_{i}.pkl").touch()
+    table = quiet(tmp_path)
+    if processes == 2:
+        assert budget_error(table, training.truth) <= TOLERANCE
+    else:
+        assert table["lr"].isna().all()
+
+
 # --- the optimizer ----------------------------------------------------------------------------------------
 
 
@@ -329,6 +349,22 @@ def test_other_optimizers_are_refused_with_the_reason(tmp_path, make, why):
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
     with pytest.raises(wd.CheckpointError, match=why):
         wd.forces_from_states(tmp_path / "ckpt.pt")
+
+
+def test_an_optimizer_that_was_given_to_a_trainer_is_not_the_one_of_its_arguments(tmp_path):
+    torch.save(types.SimpleNamespace(optim="adamw_torch_fused"), tmp_path / "training_args.bin")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
+    for make in (torch.optim.AdamW, torch.optim.RAdam):
+        net = Net()
+        optimizer = make(net.parameters(), lr=0.1)
+        net(torch.ones(1, 12)).sum().backward()
+        optimizer.step()
+        torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+        if make is torch.optim.AdamW:
+            assert quiet(tmp_path)["injection"].notna().all()
+    with pytest.raises(wd.CheckpointError, match="it is not torch's"):
+        wd.forces_from_states(tmp_path)
 
 
 def test_a_tensor_that_had_fewer_updates_than_others_is_nan(tmp_path):
@@ -400,6 +436,18 @@ def split(training, folder):
     save_file(training.net.state_dict(), folder / "model.safetensors")
     torch.save(training.optimizer.state_dict(), folder / "optimizer.pt")
     return folder
+
+
+def test_an_optimizer_does_not_take_the_weights_of_another_step(tmp_path):
+    training = Training(groups=lambda net: [*net.parameters()]).run(3)
+    torch.save(training.net.state_dict(), tmp_path / "model_3.pt")
+    torch.save(training.optimizer.state_dict(), tmp_path / "optimizer_3.pt")
+    table = quiet(tmp_path / "optimizer_3.pt", lr=1e-2)
+    assert budget_error(table, training.truth) <= TOLERANCE
+    training.run(1)
+    torch.save(training.optimizer.state_dict(), tmp_path / "optimizer_4.pt")
+    with pytest.raises(wd.CheckpointError, match=r"no weights of its number beside it, but model_3\.pt"):
+        wd.forces_from_states(tmp_path / "optimizer_4.pt", lr=1e-2)
 
 
 def test_weights_sorted_by_name_are_refused_where_two_have_one_shape(tmp_path):
@@ -584,6 +632,19 @@ def test_the_state_of_our_trainer_is_its_last_update(run):
     whole = wd.forces_from_states(run, views=False)
     assert not whole["tensor"].str.endswith("[q]").any()
     assert table["injection"].sum() == pytest.approx(whole["injection"].sum(), rel=1e-7)
+
+
+def test_a_resume_pt_of_another_trainer_is_not_taken_for_ours(tmp_path):
+    training = Training(schedule=SCHEDULES["CosineAnnealingLR"]).run()
+    file = training.save(tmp_path, step=UPDATES, rng={}).rename(tmp_path / "resume.pt")
+    table = wd.forces_from_states(file)
+    assert set(table["lr_from"]) == {"schedule"}
+    assert budget_error(table, training.truth) <= TOLERANCE
+    state = training.state(step=UPDATES, rng={})
+    del state["scheduler"]
+    torch.save(state, file)
+    with pytest.warns(UserWarning, match="a scheduler was attached"):
+        assert wd.forces_from_states(file)["injection"].isna().all()
 
 
 def test_snapshots_of_the_logger_are_the_rows_of_its_log(tmp_path):

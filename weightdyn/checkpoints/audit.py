@@ -28,9 +28,10 @@ import numpy as np
 import pandas as pd
 
 from weightdyn.checkpoints.clock import ASTRAY, decay_clock
-from weightdyn.checkpoints.decayrates import decay_rate, decayed_tensors
+from weightdyn.checkpoints.decayrates import acting_decay, decay_rate, decayed_tensors
 from weightdyn.checkpoints.distances import (
     BLOCK,
+    Acting,
     Far,
     bound,
     first_update,
@@ -241,17 +242,25 @@ def _audit(
     gaps = tensor_gaps(measured, recipe)
     far = None if series is None else _distances(series, _picked(gaps), recipe)
     order, suspects = _order(measured, gaps, recipe, clock, far)
-    sound = gaps[~gaps["start"].isin(suspects) & ~gaps["step"].isin(suspects)]
-    findings = [*order, bound(sound, recipe)]
+    findings = [*order, bound(_without(gaps, suspects), recipe)]
     decayed, told = [], None
     if clock is not None:
         clock = clock[~clock["step"].isin(suspects) & ~(clock["step"] - clock["span"]).isin(suspects)]
         decayed, told = decayed_tensors(clock, recipe)
+    if told is not None:  # a wrong λ is not to be taken for a wrong η
+        acting = acting_decay(told, recipe)
+        gaps = tensor_gaps(measured, recipe, acting)
+        far = None if series is None else _distances(series, _picked(gaps), recipe, acting)
+    sound = _without(gaps, suspects)
     first = first_update(sound, recipe)
     scale = update_size(sound, recipe, first, far)
     rate = decay_rate(told, recipe, first if first.told else scale)
     if rate.rows[0]["verdict"] == AGREES and scale.verdict == CONTRADICTS:
         scale = scale._replace(finding=_beside_rate(scale.finding))
+    if told is None and scale.verdict == CONTRADICTS:
+        bare = _without(tensor_gaps(measured, recipe, lambda *_: 0.0), suspects)
+        if update_size(bare, recipe, first, None).verdict == AGREES:
+            scale = scale._replace(finding=_or_decay(scale.finding))
     findings += [first.finding, scale.finding, *decayed]
     if clock is None:
         why = "the clock was not read: only the table is known" if series is None else "no tensor has rows"
@@ -262,9 +271,19 @@ def _audit(
     return Audit(name, table, clock)
 
 
+def _without(gaps: pd.DataFrame, suspects: set[int]) -> pd.DataFrame:
+    return gaps[~gaps["start"].isin(suspects) & ~gaps["step"].isin(suspects)]
+
+
 def _beside_rate(finding: Finding) -> Finding:
     """The finding on the size of updates, where ηλ is the recipe's."""
     also = "; ηλ is the recipe's, so λ is off the other way, or something else scales the updates"
+    return finding._replace(sentence=finding.sentence + also)
+
+
+def _or_decay(finding: Finding) -> Finding:
+    """The finding on the size of updates, where it hangs on the recipe's λ."""
+    also = ", or λ is smaller than the recipe's, without whose decay they are as logged trainings have them"
     return finding._replace(sentence=finding.sentence + also)
 
 
@@ -384,7 +403,9 @@ def _picked(gaps: pd.DataFrame) -> dict[str, float]:
     return {name: whole[name] for name in names}
 
 
-def _distances(series: Checkpoints, names: Mapping[str, float], recipe: Recipe) -> Far:
+def _distances(
+    series: Checkpoints, names: Mapping[str, float], recipe: Recipe, acting: Acting | None = None
+) -> Far:
     """(a, b) -> way² over that of noise, the median over some matrices, of checkpoints that are no neighbours."""
     known: dict[tuple[int, int], float] = {}
 
@@ -396,7 +417,8 @@ def _distances(series: Checkpoints, names: Mapping[str, float], recipe: Recipe) 
                 known[a, b] = math.nan
                 if before and after:
                     ratios = []
-                    for name, decay in names.items():
+                    for name, own in names.items():
+                        decay = own if acting is None else acting(own, a, b)
                         way = _way_sq(before[name], after[name], math.exp(log_kept(lr, decay).sum()))
                         noise = recipe.update_scale**2 * noise_displacement(lr, recipe.betas[0], decay, a)
                         ratios.append(way / (math.prod(before[name].shape) * noise))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from weightdyn.checkpoints.distances import Size, log_kept
+from weightdyn.checkpoints.distances import Acting, Size, log_kept
 from weightdyn.checkpoints.findings import AGREES, CONTRADICTS, Finding, number, untold
 from weightdyn.checkpoints.recipe import Recipe
 
@@ -152,6 +152,27 @@ def decay_rate(told: Told | None, recipe: Recipe, size: Size) -> Finding:
     return Finding(check, f"{said}; {_reading(told)}", rows)
 
 
+def acting_decay(told: Told, recipe: Recipe) -> Acting:
+    """λ that acted by the clock, at the recipe's η; the recipe's own where it fits, or the clock tells nothing.
+
+    Of a recipe without decay it is that of what decays.
+    """
+    reference = told.decay or 1.0
+    lr = recipe.lr_at(np.arange(1, int(told.step.max()) + 1))
+    at_one = _totals(told, lr, reference)
+    expected = at_one if told.decay else np.zeros_like(at_one)
+    acted = np.where((told.low <= expected) & (expected <= told.high), expected, told.middle)
+
+    def acting(decay: float, a: int, b: int) -> float:
+        inside = (told.start >= a) & (told.step <= b)
+        total = float(at_one[inside].sum())
+        if not total > 0:
+            return decay
+        return (decay if told.decay else reference) * float(acted[inside].sum()) / total
+
+    return acting
+
+
 def _totals(told: Told, lr: np.ndarray, decay: float) -> np.ndarray:
     """−Σ ln(1−ηλ) over each gap; `lr` is of the updates 1, 2, …"""
     total = np.append(0.0, np.cumsum(-log_kept(lr, decay)))
@@ -210,7 +231,7 @@ def _course(told: Told, lr: np.ndarray, expected: np.ndarray) -> str:
     if late.any() and not late.all() and told.part(late).fits(expected[late]):
         _, ratio, _ = told.part(~late).ratios(expected[~late])
         return (
-            f"ηλ is the recipe's from step {told.start[late].min()} on and {_few(ratio)} of it in the "
+            f"ηλ is the recipe's from step {told.start[late].min()} on and {_few(ratio)} times that in the "
             f"{(~late).sum()} gaps before: another warm-up"
         )
     return (
@@ -232,7 +253,7 @@ def _factor_sentence(
     between = f" ({ratio.min():.4g} to {ratio.max():.4g})" if len(ratio) > 1 else ""
     decay = f"λ was {told.decay * factor:.3g} where the recipe has {told.decay:.3g}"
     peak = f"η was {factor:.3g} times the recipe's"
-    said = f"ηλ is {factor:.3g} of the recipe's in {'all ' * (len(ratio) > 1)}{count}{between}"
+    said = f"ηλ is {factor:.3g} times the recipe's in {'all ' * (len(ratio) > 1)}{count}{between}"
     alone, together = size.told and size.holds(1.0), size.told and size.holds(factor)
     if alone and not together:
         return f"{said}: {decay}, for updates are as large as its η makes them"
@@ -284,7 +305,7 @@ def _change(told: Told, expected: np.ndarray) -> str | None:
         if before is None or after is None or (len(told.step) - k < 2 and k < 2):
             continue
         words = [
-            "the recipe's" if low <= 1 <= high else f"{(low + high) / 2:.3g} of the recipe's"
+            "the recipe's" if low <= 1 <= high else f"{(low + high) / 2:.3g} times the recipe's"
             for low, high in (before, after)
         ]
         return f"ηλ is {words[0]} up to step {told.step[k - 1]} and {words[1]} from there on"

@@ -39,6 +39,9 @@ _EPS = 1e-7  # Adam's ε beyond which it may make updates smaller
 Far = Callable[[int, int], float]
 """(a, b) -> way² over that of noise, of any two checkpoints."""
 
+Acting = Callable[[float, int, int], float]
+"""(λ of the recipe, a, b) -> λ that acted between two checkpoints."""
+
 
 # How large updates are, in numbers.
 
@@ -93,8 +96,14 @@ def noise_displacement(lr: np.ndarray, beta1: float, weight_decay: float = 0.0, 
     return float(carried @ carried + before)
 
 
-def tensor_gaps(measured: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
-    """One row for each tensor and gap: how far it came, and what the recipe makes of that."""
+def tensor_gaps(measured: pd.DataFrame, recipe: Recipe, acting: Acting | None = None) -> pd.DataFrame:
+    """One row for each tensor and gap: how far it came, and what the recipe makes of that.
+
+    Args:
+        measured: the table of `Checkpoints.measure`.
+        recipe: η of every update, and λ.
+        acting: the λ that acted, where it is known better.
+    """
     last = int(measured["step"].max())
     first = int(measured["step"].min())
     lr = recipe.lr_at(np.arange(first + 1, last + 1)) * 1.0
@@ -127,7 +136,7 @@ def tensor_gaps(measured: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
         rounding = own["rounding"].fillna(0.0).to_numpy(float) if "rounding" in own else np.zeros(len(own))
         dots = _neighbour_dots(own)
         for i, (a, b) in enumerate(itertools.pairwise(steps)):
-            of = of_recipe(decay, a, b)
+            of = of_recipe(decay if acting is None else acting(decay, a, b), a, b)
             way_sq = norms[i + 1] + of["keep"] ** 2 * norms[i] - 2 * of["keep"] * dots[i]
             rows.append(
                 {

@@ -166,7 +166,10 @@ def _turns(state: SavedState, made: int, last: int) -> list[int]:
     if state.format == "lightning":
         return _turns_of_lightning(state, made, last) or either
     if state.format == "accelerate" and last > made and last % made == 0:  # of several processes
-        return [last - last // made]
+        turns = last // made
+        if state.facts.get("processes") in (0, turns):
+            return [last - turns]
+        return [*range(max(0, last - turns), last + 1)]  # more than once between two updates
     if state.format != "accelerate" and _scales(state):  # updates that were skipped may have stepped it
         return either
     if last == made:

@@ -473,6 +473,7 @@ _TOLD = {
 }  # fmt: skip
 """What a checkpoint may call the optimizer, and what it is; transformers has words of its own."""
 
+_OF_TORCH = {name for name in _TOLD if name.startswith("adamw_torch")}
 _BITS = {"state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"}
 _BLOCK = 256  # weights that share a scale in the 8-bit moments of bitsandbytes
 
@@ -488,7 +489,9 @@ def _kind(state: SavedState, group: Mapping[str, Any], given: Optimizer | None) 
     good = isinstance(betas, list) and len(betas) == 2 and all(_is_part(beta) for beta in betas)
     if not good or not isinstance(eps, int | float) or isinstance(eps, bool) or not eps >= 0:
         raise ValueError(f"its optimizer has the betas {betas} and the eps {eps}, which Adam has not")
-    if told is None and not set(group) >= _TORCH:
+    # What a Trainer's arguments say is its default even where another optimizer was given to it.
+    other = state.optimizer in _OF_TORCH and given is None and "amsgrad" not in group
+    if other or (told is None and not set(group) >= _TORCH):
         raise ValueError(
             'which optimizer made it is not told, and it is not torch\'s: optimizer="AdamW" or "Adam" says that it '
             "is one of the two, in what it computes"

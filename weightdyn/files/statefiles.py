@@ -76,7 +76,7 @@ class SavedState(NamedTuple):
             group of which it is not known.
         schedule: what the scheduler kept of itself; None where the file has none.
         facts: what else the format says that tells the rate (`files.statefiles` fills it, `checkpoints.rates`
-            reads it): "history", "arguments", "progress", "scaler".
+            reads it): "history", "arguments", "progress", "scaler", "processes" (0 where nothing tells).
     """
 
     place: Path
@@ -464,7 +464,9 @@ def _read_accelerate(place: Path) -> SavedState:
         )
     slots, groups = _optimizer_beside(place, "optimizer.bin")
     weights, ordered = _weights_beside(place)
-    facts = {}
+    facts: dict[str, Any] = {
+        "processes": sum(bool(re.fullmatch(r"random_states_\d+\.pkl", n)) for n in names)
+    }
     if (place / "scaler.pt").exists():
         scaler = SavedFile(place / "scaler.pt")
         facts["scaler"] = scaler.plain(scaler.tree)
@@ -538,7 +540,8 @@ def _of_trainer(saved: SavedFile) -> SavedState:
     if (scaler := saved.plain(_under(tree, SCALER_KEYS, _is_mapping))) is not None:
         facts["scaler"] = scaler
     kind = "torch.save"
-    if place.name == "resume.pt" and {"rng", "step"} <= set(tree):  # whose loop sets η before the update
+    ours = place.name == "resume.pt" and set(tree) == {"step", "model", "optimizer", "rng"}
+    if ours and not any("initial_lr" in group for group in groups):  # whose loop sets η before the update
         kind, rates = "weightdyn", [group.get("lr") for group in groups]
     return SavedState(
         place, kind, saved.weights(model), True, slots, groups, step, None, rates, schedule, facts
@@ -781,8 +784,19 @@ def _olmo_optimizer(place: Path) -> str | None:
 def _read_pair(place: Path, saved: SavedFile) -> SavedState:
     """An optimizer's state in a file of its own, its model in another beside it."""
     slots, groups = saved.optimizer(saved.tree)
+    files = checkpoint_files(place.parent)
+    numbers = [_numbers_in(file.name) for file in (place, files[0])]
+    if len(files) == 1 and all(numbers) and numbers[0] != numbers[1]:
+        raise CheckpointError(
+            f"{place} has no weights of its number beside it, but {files[0].name}: put the two files of one "
+            "checkpoint into a folder"
+        )
     weights, ordered = _weights_beside(place.parent)
     return SavedState(place, "torch.save", weights, ordered, slots, groups)
+
+
+def _numbers_in(name: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
 def _read_pair_folder(place: Path) -> SavedState:
