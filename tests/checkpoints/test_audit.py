@@ -170,7 +170,7 @@ def test_a_decay_ten_times_off_is_told_from_a_learning_rate(runs, name, true, sa
     assert checks(found)["decay rate"] == "contradicts"
     assert checks(found)["update size"] == "agrees"
     factor = f"{true / said:.3g}"
-    assert f"ηλ is {factor} of the recipe's in all 12 gaps" in sentence(found, "decay rate")
+    assert f"ηλ is {factor} times the recipe's in all 12 gaps" in sentence(found, "decay rate")
     assert f"λ was {true:.3g} where the recipe has {said:.3g}" in sentence(found, "decay rate")
     assert "or η was" not in sentence(found, "decay rate")
 
@@ -200,7 +200,7 @@ def test_another_warmup_and_a_change_in_mid_run_are_told(runs):
         audit(series(runs["llama"]), wrong("llama", lr=constant(1e-3, 40))), "decay rate"
     )
     change = wrong("llama", lr=lr * np.where(np.arange(1, UPDATES + 1) > 100, 0.5, 1))
-    assert "; or ηλ is the recipe's up to step 100 and 2 of the recipe's from there on" in sentence(
+    assert "; or ηλ is the recipe's up to step 100 and 2 times the recipe's from there on" in sentence(
         audit(series(runs["llama"]), change), "decay rate"
     )
     restart = wrong("neox", lr=pieces([(120, RECIPES["neox"].lr), (None, constant(2e-3))]))
@@ -378,7 +378,7 @@ def test_recovery_warns_where_the_recipe_is_wrong_and_not_where_it_is_right(runs
     folder = runs["neox"]
     few = series(folder)
     recover_forces(few, RECIPES["neox"], progress=False)
-    with pytest.warns(UserWarning, match="ηλ is 0.1 of the recipe's in all 12 gaps"):
+    with pytest.warns(UserWarning, match="ηλ is 0.1 times the recipe's in all 12 gaps"):
         recover_forces(few, wrong("neox", weight_decay=5.0), progress=False)
     measured = few.measure("band", weibull=False, cache=False, progress=False)
     recover_forces(measured, RECIPES["neox"])

@@ -173,7 +173,7 @@ def test_a_rate_that_is_one_update_off_would_be_seen(tmp_path):
 def test_a_group_without_a_scheduler_is_told_to_be_unchecked(tmp_path):
     training = Training().run()
     file = training.save(tmp_path)
-    with pytest.warns(UserWarning, match="no loop had set the next one"):
+    with pytest.warns(UserWarning, match=r"of 1 checkpoint \(.*no loop had set the next one"):
         table = wd.forces_from_states(file)
     assert set(table["lr_from"]) == {"group"}
     assert budget_error(table, training.truth) <= TOLERANCE

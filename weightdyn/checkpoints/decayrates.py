@@ -232,7 +232,7 @@ def _factor_sentence(
     between = f" ({ratio.min():.4g} to {ratio.max():.4g})" if len(ratio) > 1 else ""
     decay = f"λ was {told.decay * factor:.3g} where the recipe has {told.decay:.3g}"
     peak = f"η was {factor:.3g} times the recipe's"
-    said = f"ηλ is {factor:.3g} of the recipe's in {'all ' * (len(ratio) > 1)}{count}{between}"
+    said = f"ηλ is {factor:.3g} times the recipe's in {'all ' * (len(ratio) > 1)}{count}{between}"
     alone, together = size.told and size.holds(1.0), size.told and size.holds(factor)
     if alone and not together:
         return f"{said}: {decay}, for updates are as large as its η makes them"
@@ -284,7 +284,7 @@ def _change(told: Told, expected: np.ndarray) -> str | None:
         if before is None or after is None or (len(told.step) - k < 2 and k < 2):
             continue
         words = [
-            "the recipe's" if low <= 1 <= high else f"{(low + high) / 2:.3g} of the recipe's"
+            "the recipe's" if low <= 1 <= high else f"{(low + high) / 2:.3g} times the recipe's"
             for low, high in (before, after)
         ]
         return f"ηλ is {words[0]} up to step {told.step[k - 1]} and {words[1]} from there on"
