@@ -547,7 +547,7 @@ def recover_forces(
 
 def _measured(source: Any, method: str, views: Views, progress: Progress) -> pd.DataFrame:
     if not isinstance(source, pd.DataFrame):
-        from weightdyn.checkpoints.series import Checkpoints
+        from weightdyn.checkpoints.series import Checkpoints, check_updates
         from weightdyn.record.runlog import RunLog
 
         if isinstance(source, RunLog):
@@ -555,11 +555,7 @@ def _measured(source: Any, method: str, views: Views, progress: Progress) -> pd.
                 raise ValueError("source is a RunLog in memory, which has no checkpoints: give their folder")
             source = source.path
         series = source if isinstance(source, Checkpoints) else Checkpoints(source)
-        if series.counted:
-            raise ValueError(
-                f"source: the steps of {series!r} seem to count checkpoints, and forces need updates; give "
-                "{update: place} to Checkpoints"
-            )
+        check_updates(series)
         return series.measure(gram=METHODS[method].gram, weibull=False, views=views, progress=progress)
     if views is not True:
         raise ValueError(
