@@ -203,7 +203,7 @@ def _warn(table: pd.DataFrame) -> None:
         )
     for note, rows in table[table["note"] != ""].groupby("note", sort=False):
         warnings.warn(
-            f"{len(rows)} rows ({rows['tensor'].iloc[0]} at update {rows['step'].iloc[0]}): {note}",
+            f"{len(rows)} row{'s' * (len(rows) != 1)} ({rows['tensor'].iloc[0]} at update {rows['step'].iloc[0]}): {note}",
             stacklevel=3,
         )
 
