@@ -263,6 +263,7 @@ def calls(g):
                 "method": "balance",
                 "every": None,
                 "views": True,
+                "cache": False,
                 "progress": False,
             },
         ),

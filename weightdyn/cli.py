@@ -109,6 +109,14 @@ def _told() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Say what the library warns of in a line, without the place in its source."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: typer.echo(f"Warning: {message}", err=True)
+        yield
+
+
 @app.command(name="train")
 def train_command(
     out: Annotated[Path, typer.Option(help="Run directory; a run that was cut short there is continued.")],
@@ -371,7 +379,7 @@ def measure(
 ) -> None:
     """Measure a series of checkpoints, each once: norms, Weibull fits, rounding, inner products."""
 
-    with _told():
+    with _told(), _plain_warnings():
         _check_file("--out", out, ".parquet")
         series = _series(source, steps, stage, skip, keep, endpoint)
         place = cache or True
@@ -462,8 +470,7 @@ def forces_command(
     from weightdyn.checkpoints.states import forces_from_states
     from weightdyn.core.tables import budget
 
-    with _told(), warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: typer.echo(f"Warning: {message}", err=True)
+    with _told(), _plain_warnings():
         _check_file("--out", out, ".parquet", ".csv")
         if lr is not None and recipe is not None:
             raise ValueError("--lr and --recipe both name the learning rate: give one")
@@ -539,7 +546,7 @@ def recover(
     from weightdyn.checkpoints.recovery import METHODS, recover_forces
     from weightdyn.core.tables import budget, diffusion
 
-    with _told():
+    with _told(), _plain_warnings():
         if method not in METHODS:
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         _check_file("--out", out, ".parquet")
@@ -553,8 +560,8 @@ def recover(
             typer.echo(plan.to_string(index=False))
             typer.echo(f"\nto {verb}: {len(left)} of {len(plan)} checkpoints, {left['bytes'].sum():,} bytes")
             return
-        measured = series.measure(METHODS[method].gram, False, _views(views), cache=cache or True)
-        table = recover_forces(measured, hyperparameters, method, every)
+        place = cache or True
+        table = recover_forces(series, hyperparameters, method, every, views=_views(views), cache=place)
         if out is not None:
             table.to_parquet(out)
         if figure is not None:
@@ -608,7 +615,7 @@ def audit(
     """
     from weightdyn.checkpoints.audit import audit_recipe
 
-    with _told():
+    with _told(), _plain_warnings():
         _check_file("--out", out, ".parquet")
         _check_file("--figure", figure, ".png", ".pdf", ".svg")
         hyperparameters = _recipe(source, recipe, weight_decay)

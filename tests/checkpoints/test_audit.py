@@ -413,6 +413,19 @@ def test_the_command_says_it_in_its_exit_code(runs, tmp_path):
     assert figure.stat().st_size > 1000
 
 
+@pytest.mark.filterwarnings("default")
+def test_the_command_of_recovery_reads_the_clock_too_and_warns_in_one_line(runs, tmp_path):
+    arguments = ["recover", runs["neox"], "--recipe", "pythia-14m", "--steps", "0,20,40,60,80,100", "--cache",
+                 tmp_path]  # fmt: skip
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    said = [line for line in done.output.splitlines() if "contradict" in line]
+    assert len(said) == 1
+    assert said[0].startswith("Warning: the weights contradict the recipe")
+    assert "makes ηλ the recipe's" in said[0]
+    assert "cli.py" not in done.output
+
+
 def test_the_figure_of_an_audit_is_the_clock_with_the_recipe(runs):
     found = audit(series(runs["llama"]), RECIPES["llama"])
     assert plot.decay_clock(found.clock, RECIPES["llama"]).get_legend() is not None

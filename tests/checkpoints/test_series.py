@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from weightdyn.checkpoints import measure as measuring
 from weightdyn.checkpoints import series as checkpoints
+from weightdyn.checkpoints.audit import audit_recipe
 from weightdyn.checkpoints.measure import identical_steps
 from weightdyn.checkpoints.recipe import Recipe
 from weightdyn.checkpoints.recovery import recover_forces
@@ -297,8 +298,10 @@ def test_checkpoints_that_are_counted_are_said_to_be(tmp_path):
     assert series.counted
     assert sorted(set(measure(series)["step"])) == [0, 1, 2]
     recipe = Recipe(lr=1e-3, weight_decay=0.1)
-    with pytest.raises(ValueError, match=r"seem to count checkpoints, and forces need updates"):
+    with pytest.raises(ValueError, match=r"seem to count checkpoints, and a recipe is of updates"):
         recover_forces(series, recipe)
+    with pytest.raises(ValueError, match=r"seem to count checkpoints, and a recipe is of updates"):
+        audit_recipe(series, recipe)
     updates = Checkpoints({100 * i: tmp_path / f"checkpoint_{i}" for i in range(3)})
     assert set(recover_forces(updates, recipe)["step"]) == {100, 200}
     for i in range(3):

@@ -44,7 +44,7 @@ from weightdyn.checkpoints.distances import (
 from weightdyn.checkpoints.findings import AGREES, CONTRADICTS, UNKNOWN, Finding, number, untold
 from weightdyn.checkpoints.measure import identical_steps, pieces_of
 from weightdyn.checkpoints.recipe import MAX_UPDATES, Recipe
-from weightdyn.checkpoints.series import Checkpoints
+from weightdyn.checkpoints.series import Checkpoints, check_updates
 from weightdyn.core.checks import check_instance
 from weightdyn.core.naming import split_label
 from weightdyn.core.progress import Progress
@@ -142,7 +142,8 @@ def audit_recipe(
     find η that is twice or half the recipe's, not a third more. The bound and the clock hold for any training.
 
     Raises:
-        TypeError, ValueError: an argument is none of these; fewer than two checkpoints.
+        TypeError, ValueError: an argument is none of these; fewer than two checkpoints; steps that seem to count
+            checkpoints, not updates.
         CheckpointError: a checkpoint is damaged (unless the series has errors="skip").
 
     Source: the first update and the bound, Kingma and Ba, arXiv 1412.6980, section 2.1 (the bound there is of
@@ -160,6 +161,7 @@ def audit_recipe(
         measured = _checked_table(source)
         return _audit("the measured table", measured, recipe, None, None)
     series = _opened(source)
+    check_updates(series)
     if len(series) < 2:
         raise ValueError(f"source must have two checkpoints or more, got {len(series)}")
     with warnings.catch_warnings():

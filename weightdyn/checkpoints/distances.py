@@ -287,13 +287,14 @@ def update_size(gaps: pd.DataFrame, recipe: Recipe, first: Size, far: Far | None
         for row in steady.itertuples()
     ]
     of = f"the median of {len(steady)} gaps of {_range(steady['step'] - steady['start'])} updates"
+    usual = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
     ends = math.sqrt(middle / high), math.sqrt(middle / low) if low else math.inf
     if verdict == AGREES:
         return Size(
             Finding(
                 check,
                 f"squared displacements are {middle:.2f} of what white noise makes at the recipe's η ({of}); "
-                f"logged trainings have {low:g} to {high:g}",
+                f"logged trainings have {usual}",
                 rows,
             ),
             verdict, *ends,
@@ -305,7 +306,7 @@ def update_size(gaps: pd.DataFrame, recipe: Recipe, first: Size, far: Far | None
     )
     sentence = (
         f"squared displacements are {middle:.3g} of what white noise makes at the recipe's η ({of}), where "
-        f"logged trainings have {low:g} to {high:g}: η times the update's scale is {about} the recipe's"
+        f"logged trainings have {usual}: η times the update's scale is {about} the recipe's"
     )
     frozen = math.sqrt(1 - recipe.betas[1]) / (1 - recipe.betas[0])
     if first.verdict == AGREES and ends[0] <= frozen <= ends[1] and recipe.update_scale == 1:

@@ -464,6 +464,7 @@ def recover_forces(
     every: int | None = None,
     *,
     views: Views = True,
+    cache: str | PathLike[str] | bool = True,
     progress: Progress = None,
 ) -> pd.DataFrame:
     """Recover the force table of a training from its checkpoints.
@@ -478,6 +479,7 @@ def recover_forces(
         every: None gives one row for each gap between checkpoints, its forces the mean over the gap. A number
             gives rows of span 1 for the updates that are multiples of it, as a log with that interval has.
         views: True splits fused tensors, "head" makes rows for each head of q, k and v, False leaves all whole.
+        cache: as in `Checkpoints.measure`.
         progress: show bars while checkpoints are measured, and for what takes longer than two seconds; None:
             where someone watches.
 
@@ -526,7 +528,7 @@ def recover_forces(
     check_whole("every", every, 1, MAX_UPDATES, none="one row for each gap")
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, such as Recipe.preset('pythia-70m'), got {shown(recipe)}")
-    measured = _measured(source, method, views, progress)
+    measured = _measured(source, method, views, cache, progress)
     null = _nulls(recipe, measured["step"])
     parts = list(measured.groupby("tensor", sort=False, observed=True))
     bar = progress_bar(parts, progress=progress, unit="tensor", desc="recover", delay=2)
@@ -545,9 +547,11 @@ def recover_forces(
     return table.reindex(columns=[*FORCE_TABLE, *RECOVERY_TABLE]).astype(kinds)
 
 
-def _measured(source: Any, method: str, views: Views, progress: Progress) -> pd.DataFrame:
+def _measured(
+    source: Any, method: str, views: Views, cache: str | PathLike[str] | bool, progress: Progress
+) -> pd.DataFrame:
     if not isinstance(source, pd.DataFrame):
-        from weightdyn.checkpoints.series import Checkpoints
+        from weightdyn.checkpoints.series import Checkpoints, check_updates
         from weightdyn.record.runlog import RunLog
 
         if isinstance(source, RunLog):
@@ -555,12 +559,8 @@ def _measured(source: Any, method: str, views: Views, progress: Progress) -> pd.
                 raise ValueError("source is a RunLog in memory, which has no checkpoints: give their folder")
             source = source.path
         series = source if isinstance(source, Checkpoints) else Checkpoints(source)
-        if series.counted:
-            raise ValueError(
-                f"source: the steps of {series!r} seem to count checkpoints, and forces need updates; give "
-                "{update: place} to Checkpoints"
-            )
-        return series.measure(gram=METHODS[method].gram, weibull=False, views=views, progress=progress)
+        check_updates(series)
+        return series.measure(METHODS[method].gram, False, views, cache=cache, progress=progress)
     if views is not True:
         raise ValueError(
             f"views: the table has its rows; measure it with views={views!r}, got {views!r} here"

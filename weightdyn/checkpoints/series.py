@@ -928,6 +928,15 @@ class Checkpoints:
             parts[step].write(folder)
 
 
+def check_updates(series: Checkpoints) -> None:
+    """Refuse a series whose steps seem to count checkpoints, for what needs the updates."""
+    if series.counted:
+        raise ValueError(
+            f"source: the steps of {series!r} seem to count checkpoints, and a recipe is of updates; give "
+            "{update: place} to Checkpoints"
+        )
+
+
 def open_series(
     series: Checkpoints | RunLog | str | os.PathLike[str] | Mapping[int, str | os.PathLike[str]],
     *,

@@ -194,15 +194,16 @@ def _warn(table: pd.DataFrame) -> None:
     """Say what is missing or was not checked, each once."""
     unchecked = table[table["lr_from"] == "group"]
     if len(unchecked):
+        count = unchecked["step"].nunique()
         warnings.warn(
-            f"the learning rate of {unchecked['step'].nunique()} checkpoints (η = {unchecked['lr'].iloc[0]:.6g} at "
+            f"the learning rate of {count} checkpoint{'s' * (count != 1)} (η = {unchecked['lr'].iloc[0]:.6g} at "
             f"update {unchecked['step'].iloc[0]}) is that of the optimizer's group, and nothing says that no loop "
             "had set the next one already: lr= (a schedule) checks it",
             stacklevel=3,
         )
     for note, rows in table[table["note"] != ""].groupby("note", sort=False):
         warnings.warn(
-            f"{len(rows)} rows ({rows['tensor'].iloc[0]} at update {rows['step'].iloc[0]}): {note}",
+            f"{len(rows)} row{'s' * (len(rows) != 1)} ({rows['tensor'].iloc[0]} at update {rows['step'].iloc[0]}): {note}",
             stacklevel=3,
         )
 
