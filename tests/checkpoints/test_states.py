@@ -265,6 +265,18 @@ def test_updates_that_a_scaler_skipped_leave_the_rate_open(tmp_path):
         assert wd.forces_from_states(training.save(tmp_path, scaler=scaler))["alignment"].isna().all()
 
 
+@pytest.mark.parametrize(("batches", "known"), [(5, True), (8, False)])
+def test_a_scheduler_that_is_stepped_at_every_batch_may_have_been_since_the_update(tmp_path, batches, known):
+    training = Training(schedule=lambda o: lr_scheduler.StepLR(o, 6, 0.5))
+    for batch in range(batches):
+        if batch % 4 == 0:
+            training.update()
+        training.schedule.step()
+    table = quiet(training.save(tmp_path))
+    assert table["lr"].notna().all() == known
+    assert not known or budget_error(table, training.truth) <= TOLERANCE
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_scheduler_that_steps_between_updates_is_not_one_of_several_processes(tmp_path, processes):
     training = Training(schedule=SCHEDULES["CosineAnnealingLR"])

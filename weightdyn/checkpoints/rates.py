@@ -160,16 +160,15 @@ def _following(schedule: Mapping[str, Any]) -> list[float]:
 
 def _turns(state: SavedState, made: int, last: int) -> list[int]:
     """The scheduler's counts at which the last update may have been made: one where that is certain."""
-    either = [last - 1, last]
+    # One that is stepped more often than the optimizer may have been so since, at every batch that accumulates.
+    more = -(-last // made) if last > made else 1
+    either = [*range(last - more, last + 1)]
     if state.format == "transformers":  # which steps it behind every update that is made, and saves then
         return [last - 1]
     if state.format == "lightning":
         return _turns_of_lightning(state, made, last) or either
     if state.format == "accelerate" and last > made and last % made == 0:  # of several processes
-        turns = last // made
-        if state.facts.get("processes") in (0, turns):
-            return [last - turns]
-        return [*range(max(0, last - turns), last + 1)]  # more than once between two updates
+        return [last - more] if state.facts.get("processes") in (0, more) else either
     if state.format != "accelerate" and _scales(state):  # updates that were skipped may have stepped it
         return either
     if last == made:
