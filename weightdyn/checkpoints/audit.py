@@ -56,7 +56,7 @@ _AS_FAR = 1.4  # times as far as its neighbours: worth a look
 _ASTRAY = 4.0  # times as far², on both sides, as both neighbours are from each other
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """What `audit_recipe` found; it prints as sentences.
 
@@ -94,7 +94,7 @@ class Audit:
         found = self.findings
         return found.loc[found["verdict"] == CONTRADICTS, "sentence"].tolist()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         found = self.findings
         count = len(self.contradictions)
         head = {

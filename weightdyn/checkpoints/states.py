@@ -202,9 +202,9 @@ def _warn(table: pd.DataFrame) -> None:
             stacklevel=3,
         )
     for note, rows in table[table["note"] != ""].groupby("note", sort=False):
+        first, many = rows.iloc[0], "s" * (len(rows) != 1)
         warnings.warn(
-            f"{len(rows)} row{'s' * (len(rows) != 1)} ({rows['tensor'].iloc[0]} at update {rows['step'].iloc[0]}): {note}",
-            stacklevel=3,
+            f"{len(rows)} row{many} ({first['tensor']} at update {first['step']}): {note}", stacklevel=3
         )
 
 
