@@ -75,7 +75,9 @@ def forces_from_states(
             any of these, {step: path or hf://owner/name@revision}, hf://owner/name, or a series, `Checkpoints`. No
             code of a file runs.
         names: the names of the parameters in the order of the optimizer's groups, where the match of weights and
-            states is not certain otherwise.
+            states is not certain otherwise. (It is taken for certain that a group lists its parameters in the
+            model's order, as model.parameters() does, and that a scheduler was stepped behind its update: no file
+            tells of a loop that did otherwise.)
         model: the model, for the same: its order of parameters tells. Without either, names in the file count, or
             the order of a state dict that was pickled, or that of the transformers model that config.json names.
         config: the model's config, which says how fused matrices are split; None looks for it beside.
@@ -262,9 +264,7 @@ def _places_of_run(folder: Path) -> list[Path]:
     return snapshots
 
 
-_IDLE = re.compile(
-    r"rng_state|random_states|tokenizer|vocab|merges|\.(?:md|txt|png|py|jinja)$|^\.git", re.IGNORECASE
-)
+_IDLE = re.compile(r"rng_state|tokenizer|vocab|merges|\.(?:md|txt|png|py|jinja)$|^\.git", re.IGNORECASE)
 
 
 def _of_series(
