@@ -1,6 +1,6 @@
 # make demo         train a small model on real text, log its forces, draw them
-# make test         the test suite, with coverage
-# make test-all     that, the slow tests, and damaged files by the thousand
+# make test         the test suite
+# make test-all     that with coverage, the slow tests, and damaged files by the thousand
 # make test-lowest  the test suite with the oldest versions that pyproject.toml allows (Python 3.11)
 # make lint         style and types
 # make bench        the benchmarks: each measures both sides in one run and prints the ratio
@@ -16,8 +16,9 @@ demo: .venv/.user
 	$(BIN)/weightdyn demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(COVERAGE)
 
+test-all: COVERAGE := --cov --cov-report=term --cov-fail-under=95
 test-all: test
 	$(BIN)/python -m pytest -n 2 -m slow
 	$(if $(wildcard $(FUZZ)),$(BIN)/python $(FUZZ) --count 1000)

@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("fuzz_files.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_hundred_mutated_files_are_refused_by_name_or_read_right():
     done = subprocess.run(

@@ -782,6 +782,7 @@ def test_files_that_cannot_be_asked_for_are_refused_by_name(folder, step, wanted
 # Elsewhere.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="dask.distributed is not installed")
 @pytest.mark.filterwarnings("ignore")  # dask's own
 def test_two_workers_of_a_dask_cluster_do_the_work_unchanged(folder):

@@ -255,16 +255,19 @@ def test_two_processes_log_what_one_process_does(two, alone, way):
     check_equal(wd.RunLog(two / f"{way}-2"), alone)
 
 
+@pytest.mark.slow
 def test_three_processes_with_uneven_and_empty_parts_log_what_one_process_does(three, alone):
     check_equal(wd.RunLog(three / "fsdp-3"), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["hsdp", "fsdp_tp"])
 def test_four_processes_on_a_mesh_of_two_dimensions_log_what_one_process_does(four, alone, way):
     check_equal(wd.RunLog(four / f"{way}-4"), alone)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.slow
 def test_a_training_goes_on_in_its_log_with_another_number_of_processes(three, alone):
     module, folder = stacks(), three
     module.resumed(folder, 4, 5)

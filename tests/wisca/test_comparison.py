@@ -307,6 +307,7 @@ t.run(["init every=3 moments=keep"], (0, 1), 10, batches=deadly, out=sys.argv[1]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_from_its_last_save_and_ends_bit_for_bit_the_same(tmp_path):
     out = tmp_path / "runs"
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -333,6 +334,7 @@ def test_a_killed_comparison_goes_on_from_its_last_save_and_ends_bit_for_bit_the
     assert not list(out.rglob("state.pt"))
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_those_one_after_another():
     serial = run(["none", "random"], steps=3)
     parallel = run(["none", "random"], steps=3, n_jobs=2)
